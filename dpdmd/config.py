@@ -1,0 +1,321 @@
+"""What can be set, and what may be set together.
+
+A run is described by one YAML file (`configs/*.yaml`) and dotted overrides on the command line (`distill.anchor=10`). A
+section `on_cpu` of the file holds settings that take the place of its others on a machine without a GPU.
+Both are checked here before anything is loaded: an unknown key names its nearest neighbour, an impossible value names
+the key, what it got and what is allowed. The fields' descriptions are the documentation of the settings.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import yaml
+from pydantic import Field
+
+CONFIG_FOLDER = next(
+    (
+        folder
+        for folder in (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
+        if folder.is_dir()
+    ),
+    Path("configs"),
+)
+DEFAULT_CONFIG = CONFIG_FOLDER / "demo.yaml"
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; the message says which key, what it got and what is allowed."""
+
+
+class _Section(pydantic.BaseModel):
+    # validate_default: a default is held to the same rules as a value from a file.
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+
+
+PositiveInt = Annotated[int, Field(ge=1)]
+
+
+class ModelConfig(_Section):
+    pipeline: str = Field(
+        "demo",
+        description="Teacher: a diffusers pipeline folder, a hub id, or 'demo' for the small one that ships here.",
+    )
+    student: str | None = Field(
+        None, description="Pipeline whose transformer the student starts from (default: teacher)."
+    )
+    critic: str | None = Field(
+        None, description="Pipeline whose transformer the critic starts from (default: teacher)."
+    )
+    family: Literal["sd3"] = Field("sd3", description="Which backbones/ file knows this architecture.")
+    random_init: bool = Field(
+        False, description="Build the architecture from its configuration alone, with random weights (benchmarks)."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
+    resolution: PositiveInt = Field(1024, description="Height and width of the images, in pixels.")
+    max_sequence_length: PositiveInt = Field(256, description="Length of the T5 text embedding, in tokens.")
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto",
+        description="Arithmetic of the networks; bfloat16 keeps float32 masters. auto: bfloat16 on CUDA, else float32.",
+    )
+
+
+class PromptsConfig(_Section):
+    file: str | None = Field(None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the demo's own list.")
+    field: str = Field("prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
+    encoding: Literal["cache", "stream"] = Field(
+        "cache",
+        description="cache: encode every prompt once, then train without text encoders; stream: encode each batch.",
+    )
+    cache_dir: str | None = Field(None, description="Folder of the embedding cache (default: <output_dir>/embeddings).")
+    encode_batch_size: PositiveInt = Field(32, description="Prompts encoded at a time.")
+    negative_prompt: str | None = Field(
+        "", description="Prompt of the unconditional branch of guidance; null for none (then guidance_scale must be 1)."
+    )
+
+
+class RenoiseConfig(_Section):
+    per: Literal["batch", "sample"] = Field(
+        "batch", description="One time for the whole batch (paper) or one a sample."
+    )
+    distribution: Literal["scheduler", "uniform"] = Field(
+        "scheduler", description="Over the scheduler's own training times (paper), or uniform between low and high."
+    )
+    low: float = Field(0.02, ge=0.0, le=1.0, description="uniform: smallest noise time, as a share of the whole range.")
+    high: float = Field(0.98, ge=0.0, le=1.0, description="uniform: largest noise time, as a share of the whole range.")
+
+
+class DistillConfig(_Section):
+    method: Literal["dpdmd", "dmd"] = Field("dpdmd", description="dpdmd: first step learns diversity; dmd: plain DMD.")
+    detach: bool = Field(True, description="Stop the DMD gradient before the first step (dpdmd).")
+    student_steps: PositiveInt = Field(4, description="N, network evaluations of the student.")
+    student_grid: Literal["scheduler", "uniform"] | list[float] = Field(
+        "scheduler",
+        description="Student times: the scheduler's own (paper), uniform before the shift, or N explicit falling ones.",
+    )
+    teacher_steps: PositiveInt = Field(30, description="T, steps of the teacher's grid.")
+    anchor: PositiveInt = Field(5, description="K, how many teacher steps make the first-step target; K = T included.")
+    diversity_weight: float = Field(0.05, ge=0.0, description="lambda, weight of the first-step loss.")
+    guidance_scale: float = Field(3.5, ge=0.0, description="Classifier-free guidance of the teacher; 1 for none.")
+    critic_updates: PositiveInt = Field(5, description="M, critic updates before each student update.")
+    normalizer: Literal["teacher", "sample", "none"] = Field(
+        "teacher", description="DMD weight a sample: mean|x_t - x_real| (paper), mean|x - x_real| (DMD2), or 1."
+    )
+    rollout_gradient: Literal["full", "random"] = Field(
+        "full", description="DMD gradient through all remaining student steps, or through one drawn at random."
+    )
+    renoise: RenoiseConfig = RenoiseConfig()
+
+
+class OptimizerConfig(_Section):
+    name: Literal["auto", "apex", "deepspeed", "torch"] = Field(
+        "auto", description="AdamW of apex, DeepSpeed FusedAdam or torch; auto takes the first that is installed."
+    )
+    lr: float = Field(1e-5, gt=0.0, description="Learning rate.")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
+    eps: float = Field(1e-8, gt=0.0, description="Added to the denominator.")
+    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
+    warmup: int = Field(0, ge=0, description="Updates over which the rate rises linearly from 0.")
+
+
+class ZeroConfig(_Section):
+    teacher: Literal[0, 3] = Field(
+        3, description="ZeRO stage of the frozen teacher: 3 shards its weights, 0 copies them."
+    )
+    student: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the student.")
+    critic: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the critic.")
+    param_persistence_threshold: int = Field(
+        100_000, ge=0, description="Stage 3: parameters with fewer elements than this stay on every process."
+    )
+
+
+class EngineConfig(_Section):
+    zero: ZeroConfig = ZeroConfig()
+    batch_size: PositiveInt = Field(4, description="Samples a process and forward pass.")
+    accumulation: PositiveInt = Field(1, description="Forward-backward passes an update.")
+    clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 for no clipping.")
+    checkpointing: bool = Field(
+        False, description="Recompute activations of the transformer blocks in the backward pass."
+    )
+    deepspeed: str | dict[str, Any] | None = Field(
+        None,
+        description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+
+
+class EvaluationConfig(_Section):
+    enabled: bool = Field(False, description="Measure samples in the demo's picture world; only for its models.")
+    every: int = Field(0, ge=0, description="Student updates between measurements of the student; 0: only at the end.")
+    num_prompts: PositiveInt = Field(64, description="Evaluation prompts.")
+    num_samples: PositiveInt = Field(16, description="Samples a prompt.")
+
+
+class RunConfig(_Section):
+    output_dir: str = Field("runs/default", description="Folder of everything that this run writes.")
+    iterations: PositiveInt = Field(
+        6000, description="Updates in all, student's and critic's together (as the paper counts)."
+    )
+    seed: int = Field(0, ge=0, description="Seed of every draw.")
+    log_every: PositiveInt = Field(1, description="Updates between lines of metrics.")
+    sample_every: int = Field(0, ge=0, description="Student updates between sample grids; 0 for none.")
+    sample_prompts: list[str] = Field(
+        [], description="Prompts of the sample grids (default: the first of the prompt file)."
+    )
+    checkpoint_every: int = Field(0, ge=0, description="Iterations between checkpoints; 0: only at the end.")
+    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay.")
+    max_bad_updates: PositiveInt = Field(
+        10, description="Updates in a row that may be skipped as not finite before the run stops."
+    )
+    tensorboard: bool = Field(True, description="Write TensorBoard events where tensorboard is installed.")
+    wandb: str | None = Field(None, description="Weights & Biases project to log to, where wandb is installed.")
+
+
+class Config(_Section):
+    model: ModelConfig = ModelConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    distill: DistillConfig = DistillConfig()
+    student_optimizer: OptimizerConfig = OptimizerConfig()
+    critic_optimizer: OptimizerConfig = OptimizerConfig()
+    engine: EngineConfig = EngineConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    run: RunConfig = RunConfig()
+
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> Config:
+        distill, model = self.distill, self.model
+        if distill.anchor > distill.teacher_steps:
+            raise ValueError(
+                f"distill.anchor = {distill.anchor} is more than distill.teacher_steps = {distill.teacher_steps}: "
+                f"the teacher takes anchor of its teacher_steps steps, so 1 to {distill.teacher_steps} is possible"
+            )
+        if distill.method == "dpdmd" and distill.student_steps < 2:
+            raise ValueError(
+                f"distill.student_steps = {distill.student_steps} with distill.method = dpdmd: the first step learns "
+                "diversity and at least one more learns quality, so 2 or more are needed (or distill.method=dmd)"
+            )
+        if distill.guidance_scale != 1.0 and self.prompts.negative_prompt is None:
+            raise ValueError(
+                f"distill.guidance_scale = {distill.guidance_scale} needs unconditional embeddings, but "
+                'prompts.negative_prompt is null: give one ("" is the usual), or set distill.guidance_scale=1'
+            )
+        if isinstance(distill.student_grid, list):
+            check_explicit_grid(distill.student_grid, distill.student_steps)
+        low, high = distill.renoise.low, distill.renoise.high
+        if low >= high:
+            raise ValueError(f"distill.renoise.low = {low} is not below distill.renoise.high = {high}")
+        if self.evaluation.enabled and model.pipeline != "demo":
+            raise ValueError(
+                "evaluation.enabled = true measures the demo's picture world, but model.pipeline = "
+                f"{model.pipeline!r}: set model.pipeline=demo or evaluation.enabled=false"
+            )
+        if self.prompts.file is None and model.pipeline != "demo":
+            raise ValueError(
+                "prompts.file is not set: name a .txt, .jsonl or .csv file of prompts "
+                "(only model.pipeline=demo has a list of its own)"
+            )
+        return self
+
+
+def check_explicit_grid(grid: list[float], student_steps: int) -> None:
+    if len(grid) != student_steps or any(a <= b for a, b in itertools.pairwise(grid)) or min(grid) <= 0:
+        raise ValueError(
+            f"distill.student_grid = {grid}: {student_steps} falling times above 0 are needed "
+            "(distill.student_steps of them, the end at 0 not listed)"
+        )
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Reads a YAML file (None: the demo) and applies `section.key=value` overrides, whose values are YAML.
+
+    Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known), an impossible value.
+    """
+    path = Path(path) if path is not None else DEFAULT_CONFIG
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: not a YAML file: {error}") from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"--config {path}: holds a {type(values).__name__}; sections with keys are needed")
+    on_cpu = values.pop("on_cpu", None) or {}
+    given = {}
+    for override in overrides:
+        _apply(given, override)
+    if on_cpu and _without_gpu(merged(values, given)):
+        values = merged(values, on_cpu)
+    return parse_config(merged(values, given))
+
+
+def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` in the place of its own, sections merged key by key; neither is changed."""
+    result = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(base.get(key), dict)
+        result[key] = merged(base[key], value) if both else value
+    return result
+
+
+def _without_gpu(values: dict[str, Any]) -> bool:
+    device = (values.get("engine") or {}).get("device", "auto")
+    if device != "auto":
+        return device == "cpu"
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def parse_config(values: dict[str, Any]) -> Config:
+    """Checks a nested mapping. Raises ConfigError with one line for each thing that is wrong."""
+    try:
+        return Config.model_validate(values)
+    except pydantic.ValidationError as error:
+        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved configuration as a file that `load_config` reads back to the same."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: the form is section.key=value, for example distill.anchor=10")
+    *sections, name = key.split(".")
+    for section in sections:
+        below = values.setdefault(section, {})
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
+        values = below
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+
+
+def _explain(problem: dict[str, Any]) -> str:
+    location = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "literal["))]
+    key = ".".join(location)
+    if problem["type"] == "extra_forbidden":
+        nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
+        return f"{key}: unknown key; the nearest known is {nearest[0]}"
+    if problem["type"] == "value_error":
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    return f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+
+
+def known_keys(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every dotted name: sections and the keys in them."""
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,244 @@
+"""What a noise process knows, without any network: time grids, conversions, steps and targets.
+
+Flow                 z_t = (1 - t) x + t eps,           networks predict the velocity v = eps - x     (SD3.5, FLUX, ...)
+VariancePreserving   z_t = alpha_t x + sigma_t eps,     networks predict the noise eps                (SDXL, ...)
+                     with alpha^2 + sigma^2 = 1
+
+Both have the same methods, so distill.py is written once. Times are float32 and grids fall from noise to data; a grid
+of n steps has n + 1 times, the last being data. All come from the model's own diffusers scheduler, shift included.
+Source: arXiv 2602.03139, with x0 for data and eps for the initial noise.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpdmd import kernels
+
+Grid = str | list[float]  # "scheduler", "uniform", or explicit times without the final data time
+
+
+class Flow:
+    """Linear path between data (t = 0) and noise (t = 1), networks predict the velocity.
+
+    scheduler: a diffusers FlowMatchEulerDiscreteScheduler; it is copied, never changed.
+    train_times (1000,) float32: the scheduler's training grid, falling, shift included.
+    """
+
+    prediction = "velocity"
+    start, end = 1.0, 0.0
+    # The velocity target is made of states alone; the x0 target below asks the teacher once more at the anchor.
+    anchor_needs_teacher = False
+
+    def __init__(self, scheduler):
+        self._scheduler = scheduler
+        self.num_train_timesteps = scheduler.config.num_train_timesteps
+        self.train_times = type(scheduler).from_config(scheduler.config).sigmas.float()
+
+    def times(self, num_steps: int) -> Tensor:
+        """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(num_steps)
+        return scheduler.sigmas.float()
+
+    def pipeline_sigmas(self, num_steps: int, grid: Grid) -> list[float]:
+        """The list to give a diffusers pipeline as `sigmas`, which shifts it, so that it walks the student's grid."""
+        config = self._scheduler.config
+        if grid == "scheduler":
+            times = type(self._scheduler).from_config(config)
+            sigmas = np.linspace(times.sigma_max, times.sigma_min, num_steps)
+        elif grid == "uniform":
+            sigmas = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
+        else:
+            shift = self._scheduler.shift
+            sigmas = np.array(grid, dtype=np.float64)
+            sigmas = sigmas / (shift - (shift - 1.0) * sigmas)
+        return [float(sigma) for sigma in sigmas.astype(np.float32)]
+
+    def student_times(self, num_steps: int, grid: Grid) -> Tensor:
+        """The student's grid, (num_steps + 1,) float32, bit for bit what a pipeline makes of `pipeline_sigmas`."""
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(sigmas=self.pipeline_sigmas(num_steps, grid))
+        times = scheduler.sigmas.float()
+        if isinstance(grid, list) and not np.allclose(times[:-1], grid, atol=1e-4):
+            raise ValueError(
+                f"distill.student_grid = {grid}: the model's scheduler turns it into {times[:-1].tolist()} "
+                "(it rescales custom sigmas); take scheduler or uniform"
+            )
+        if not times[0] >= 0.999:
+            raise ValueError(
+                f"distill.student_grid = {grid}: starts at {times[0]:.4f}; sampling starts from noise, at 1"
+            )
+        return times
+
+    def uniform_time(self, u: Tensor) -> Tensor:
+        """Maps u in [0, 1] linearly to a time."""
+        return u
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network takes as its timestep: t (B,) float32 to (B,) float32 in [0, 1000]."""
+        return t * self.num_train_timesteps
+
+    def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(a, b), each (B,), with x0 = a x_t + b prediction."""
+        return torch.ones_like(t, dtype=dtype), -t.to(dtype)
+
+    def renoise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        return kernels.renoise(x, noise, t)
+
+    def step(self, x, prediction, t, t_next, *, uncond=None, guidance_scale=1.0) -> Tensor:
+        """From t to t_next (B,) along the guided prediction; x, prediction, uncond (B, ...)."""
+        return kernels.guided_euler_step(x, prediction, t, t_next, v_uncond=uncond, guidance_scale=guidance_scale)
+
+    def first_step_loss(self, prediction, noise, start, z, t, *, teacher=None, teacher_uncond=None, guidance_scale=1.0):
+        """mean |v - (eps - z_K) / (1 - t_K)|^2 (PAPER, step 2).
+
+        prediction (B, ...) is the student's at the noise; z (B, ...) the teacher's state at the anchor time t (B,).
+        """
+        return kernels.v_prediction_loss(prediction, noise, z, t)
+
+    def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
+        """With the paper's normaliser t cancels and velocities suffice; see kernels.dmd_loss."""
+        free_of_t = normalizer == "teacher"
+        return kernels.dmd_loss(
+            x,
+            teacher,
+            critic,
+            teacher_uncond=teacher_uncond,
+            guidance_scale=guidance_scale,
+            x_t=None if free_of_t else x_t,
+            to_x0=None if free_of_t else self.to_x0(t, _arithmetic(x)),
+            normalizer=normalizer,
+        )
+
+    def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
+        """mean |v - (eps - x)|^2."""
+        return kernels.flow_matching_loss(prediction, noise, x)
+
+
+class VariancePreserving:
+    """Noise-predicting diffusion with alphabar_t = alpha_t^2 given at 1000 steps.
+
+    A time is a (possibly fractional) training step, float32: 999 is noise, 0 the least noisy trained step, -1 is data
+    (alphabar = 1). Between steps sigma / alpha is interpolated linearly, as diffusers' Euler scheduler does.
+    scheduler: a diffusers scheduler with `alphas_cumprod` and prediction_type "epsilon"; copied, never changed.
+    """
+
+    prediction = "noise"
+    end = -1.0
+    anchor_needs_teacher = True
+
+    def __init__(self, scheduler):
+        if scheduler.config.prediction_type != "epsilon":
+            raise ValueError(
+                f"scheduler prediction_type = {scheduler.config.prediction_type!r}: only 'epsilon' (noise) is supported"
+            )
+        self._scheduler = scheduler
+        alphabar = scheduler.alphas_cumprod.double()
+        # Index 0 is data (time -1), index i + 1 is training step i.
+        self._ratios = torch.cat([alphabar.new_zeros(1), ((1 - alphabar) / alphabar).sqrt()])
+        self.num_train_timesteps = len(alphabar)
+        self.start = float(self.num_train_timesteps - 1)
+        self.train_times = torch.arange(self.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+
+    def times(self, num_steps: int) -> Tensor:
+        """The teacher's grid, (num_steps + 1,) float32: the scheduler's own timesteps and the data time."""
+        scheduler = copy.deepcopy(self._scheduler)
+        scheduler.set_timesteps(num_steps)
+        return self._with_end(scheduler.timesteps)
+
+    def student_times(self, num_steps: int, grid: Grid) -> Tensor:
+        """The student's grid, (num_steps + 1,) float32; `uniform` is 999, 749, 499, 249 for four steps."""
+        if grid == "scheduler":
+            return self.times(num_steps)
+        if grid == "uniform":
+            share = torch.arange(num_steps, 0, -1, dtype=torch.float64) / num_steps
+            return self._with_end((share * self.num_train_timesteps).round() - 1)
+        times = self._with_end(torch.tensor(grid))
+        if times[0] > self.start:
+            raise ValueError(f"distill.student_grid = {grid}: starts above the last training step, {self.start:.0f}")
+        return times
+
+    def _with_end(self, timesteps: Tensor) -> Tensor:
+        return torch.cat([timesteps.float(), torch.tensor([self.end])])
+
+    def uniform_time(self, u: Tensor) -> Tensor:
+        """Maps u in [0, 1] linearly to a time."""
+        return u * self.start
+
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network takes as its timestep: the time itself."""
+        return t
+
+    def _ratio(self, t: Tensor) -> Tensor:
+        """sigma / alpha at t (B,), float64."""
+        ratios = self._ratios.to(t.device)
+        position = (t.double() + 1).clamp(0, len(ratios) - 1)
+        below = position.floor().long().clamp(max=len(ratios) - 2)
+        return torch.lerp(ratios[below], ratios[below + 1], position - below)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """alpha and sigma at t (B,), float64."""
+        ratio = self._ratio(t)
+        alpha = (1 + ratio.square()).rsqrt()
+        return alpha, ratio * alpha
+
+    def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(a, b), each (B,), with x0 = a x_t + b prediction: a = 1 / alpha, b = -sigma / alpha."""
+        ratio = self._ratio(t)
+        return (1 + ratio.square()).sqrt().to(dtype), -ratio.to(dtype)
+
+    def renoise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = self.alpha_sigma(t)
+        dtype = _arithmetic(x)
+        return kernels.renoise(x, noise, (alpha.to(dtype), sigma.to(dtype)))
+
+    def step(self, x, prediction, t, t_next, *, uncond=None, guidance_scale=1.0) -> Tensor:
+        """DDIM: an Euler step in (x / alpha, sigma / alpha) along the guided noise; x, prediction, uncond (B, ...)."""
+        dtype = _arithmetic(x)
+        now, following = self._ratio(t), self._ratio(t_next)
+        shape = (-1, *([1] * (x.dim() - 1)))
+        scaled = x * (1 + now.square()).sqrt().to(dtype).view(shape)
+        stepped = kernels.guided_euler_step(
+            scaled, prediction, now.to(dtype), following.to(dtype), v_uncond=uncond, guidance_scale=guidance_scale
+        )
+        return stepped * (1 + following.square()).rsqrt().to(dtype).view(shape)
+
+    def first_step_loss(self, prediction, noise, start, z, t, *, teacher=None, teacher_uncond=None, guidance_scale=1.0):
+        """mean |x_student - x_target|^2, both in x0 space (PAPER, noise-predicting models).
+
+        x_student from `prediction` at the noise, time `start` (B,); x_target from the guided `teacher` at z, time t
+        (B,), or z itself (teacher None) where the rollout reached the data.
+        """
+        target = z
+        if teacher is not None:
+            # A step to the data time is the conversion to x0, guidance included.
+            end = torch.full_like(t, self.end)
+            target = self.step(z, teacher, t, end, uncond=teacher_uncond, guidance_scale=guidance_scale)
+        return kernels.x_prediction_loss(prediction, noise, self.to_x0(start, _arithmetic(noise)), target)
+
+    def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
+        return kernels.dmd_loss(
+            x,
+            teacher,
+            critic,
+            teacher_uncond=teacher_uncond,
+            guidance_scale=guidance_scale,
+            x_t=x_t,
+            to_x0=self.to_x0(t, _arithmetic(x)),
+            normalizer=normalizer,
+        )
+
+    def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
+        """mean |eps_critic - eps|^2: the x0 form with x0 = prediction."""
+        ones = torch.ones(len(x), device=x.device, dtype=_arithmetic(x))
+        return kernels.x_prediction_loss(prediction, x, (torch.zeros_like(ones), ones), noise)
+
+
+def _arithmetic(x: Tensor) -> torch.dtype:
+    """The dtype that per-sample scalars are handed to the kernels in: float64 only for float64 samples."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32

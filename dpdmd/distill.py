@@ -1,0 +1,218 @@
+"""The algorithm: DP-DMD (arXiv 2602.03139) on plain callables, with neither DeepSpeed nor diffusers in sight.
+
+A network is any callable (x (B, ...), t (B,) float32, cond) -> prediction (B, ...). A student update is
+
+    z_K   = teacher's first K guided steps from eps                                   no gradient
+    L_div = |student's first prediction - what leads straight from eps to z_K|^2      teaches step 1 diversity
+    z_1   = stopgrad(student's first step)                                            DMD never reaches step 1
+    x     = student's remaining steps from z_1
+    L_dmd : dL/dx = (x_fake - x_real) / w at a renoised x                             teaches the rest quality
+    L     = L_dmd + lambda L_div
+
+and a critic update fits the critic to the student's samples. Every draw comes from `Draws`, counter-based in
+(seed, iteration, role, shard), so a run repeats bit for bit from its configuration alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd.config import DistillConfig
+from dpdmd.diffusion import Flow, VariancePreserving
+
+Network = Callable[[Tensor, Tensor, Any], Tensor]
+Condition = Any  # a tensor, or a dict of tensors, whose first dimension is the batch
+
+
+class Draws:
+    """Random numbers keyed by (seed, iteration, role, shard): the same key gives the same numbers, in order of asking.
+
+    shard counts the pieces of one global batch: micro-batch * processes + rank, so ranks differ, and one process with
+    two micro-batches draws what two processes with one draw.
+    """
+
+    def __init__(self, seed: int, iteration: int, role: str, shard: int, device: torch.device | str = "cpu"):
+        self.device = torch.device(device)
+        self._generator = _generator((seed, iteration, role, shard), self.device)
+        self._shared = _generator((seed, iteration, role, "shared"), torch.device("cpu"))
+
+    def noise(self, shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal, drawn in float32."""
+        return torch.randn(shape, generator=self._generator, device=self.device).to(dtype)
+
+    def index(self, high: int, count: int) -> Tensor:
+        """(count,) int64, uniform over [0, high)."""
+        return torch.randint(high, (count,), generator=self._generator, device=self.device)
+
+    def uniform(self, count: int) -> Tensor:
+        """(count,) float32, uniform over [0, 1)."""
+        return torch.rand(count, generator=self._generator, device=self.device)
+
+    def shared_index(self, high: int) -> int:
+        """One integer of [0, high), the same on every shard: for what decides which collectives a process joins."""
+        return int(torch.randint(high, (), generator=self._shared))
+
+
+def _generator(key: tuple, device: torch.device) -> torch.Generator:
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    # 63 bits are what torch takes for a seed on every device.
+    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
+
+
+@dataclass(frozen=True)
+class StudentLoss:
+    total: Tensor  # what to differentiate: dmd + weight * diversity
+    dmd: Tensor  # detached scalars for the log
+    diversity: Tensor
+    sample: Tensor  # (B, ...) the student's final sample, detached
+
+
+class Distillation:
+    """One recipe on one noise process: the two losses of the method and the student's sampler.
+
+    student_times (N + 1,), teacher_times (T + 1,): float32 grids, noise to data, from the model's own scheduler.
+    """
+
+    def __init__(self, diffusion: Flow | VariancePreserving, config: DistillConfig, device: torch.device | str = "cpu"):
+        self.diffusion = diffusion
+        self.config = config
+        self.student_times = diffusion.student_times(config.student_steps, config.student_grid).to(device)
+        self.teacher_times = diffusion.times(config.teacher_steps).to(device)
+        self._train_times = diffusion.train_times.to(device)
+
+    def sample(self, student: Network, noise: Tensor, cond: Condition) -> Tensor:
+        """The student's N steps from noise (B, ...), without guidance."""
+        return rollout(self.diffusion, student, noise, self.student_times, cond)
+
+    def student_loss(
+        self,
+        student: Network,
+        teacher: Network,
+        critic: Network,
+        noise: Tensor,
+        cond: Condition,
+        uncond: Condition | None,
+        draws: Draws,
+    ) -> StudentLoss:
+        """Loss of one student update; noise (B, ...) is eps. Only the student's graph is kept."""
+        config, diffusion = self.config, self.diffusion
+        steps = time_steps(self.student_times, noise)
+        x, diversity = noise, noise.new_zeros((), dtype=torch.float32)
+        if config.method == "dpdmd":
+            t, t_next = steps.pop(0)
+            prediction = student(noise, t, cond)
+            diversity = self._diversity_loss(teacher, prediction, noise, t, cond, uncond)
+            x = diffusion.step(noise, prediction, t, t_next)
+            if config.detach:
+                x = x.detach()
+        x = self._trained_rollout(student, x, steps, cond, draws)
+        dmd = self._dmd_loss(teacher, critic, x, cond, uncond, draws)
+        total = dmd + config.diversity_weight * diversity
+        return StudentLoss(total, dmd.detach(), diversity.detach(), x.detach())
+
+    def _diversity_loss(self, teacher, prediction, noise, start, cond, uncond) -> Tensor:
+        config, diffusion = self.config, self.diffusion
+        scale = config.guidance_scale
+        evaluation = {}
+        with torch.no_grad():
+            anchor_times = self.teacher_times[: config.anchor + 1]
+            z = rollout(diffusion, teacher, noise, anchor_times, cond, uncond, scale)
+            t = anchor_times[-1].expand(len(noise))
+            if diffusion.anchor_needs_teacher and config.anchor < config.teacher_steps:
+                at_anchor, at_anchor_uncond = guided(teacher, z, t, cond, uncond, scale)
+                evaluation = {"teacher": at_anchor, "teacher_uncond": at_anchor_uncond, "guidance_scale": scale}
+        return diffusion.first_step_loss(prediction, noise, start, z, t, **evaluation)
+
+    def _trained_rollout(self, student, x, steps, cond, draws) -> Tensor:
+        """The steps that DMD trains: a graph through all of them, or through one drawn at random.
+
+        With "random" the other steps are evaluated without graph and pass the gradient on unchanged, as a step does
+        whose prediction is a constant; the gradient is not rescaled.
+        """
+        chosen = None if self.config.rollout_gradient == "full" else draws.shared_index(len(steps))
+        for number, (t, t_next) in enumerate(steps):
+            with contextlib.nullcontext() if chosen in (None, number) else torch.no_grad():
+                prediction = student(x, t, cond)
+            x = self.diffusion.step(x, prediction, t, t_next)
+        return x
+
+    def _dmd_loss(self, teacher, critic, x, cond, uncond, draws) -> Tensor:
+        config = self.config
+        with torch.no_grad():
+            t = self._renoise_time(len(x), draws)
+            x_t = self.diffusion.renoise(x.detach(), draws.noise(x.shape, x.dtype), t)
+            real, real_uncond = guided(teacher, x_t, t, cond, uncond, config.guidance_scale)
+            fake = critic(x_t, t, cond)
+            # The kernel turns non-finite gradient entries into 0, as the paper's code does; a network that has broken
+            # must show in the loss all the same, so that the update is skipped and counted.
+            finite = real.isfinite().all() & fake.isfinite().all()
+        loss = self.diffusion.dmd_loss(
+            x,
+            real,
+            fake,
+            x_t,
+            t,
+            teacher_uncond=real_uncond,
+            guidance_scale=config.guidance_scale,
+            normalizer=config.normalizer,
+        )
+        return loss * torch.where(finite, 1.0, torch.nan)
+
+    def critic_loss(self, critic: Network, student: Network, noise: Tensor, cond: Condition, draws: Draws) -> Tensor:
+        """Loss of one critic update: denoise what the student makes of noise (B, ...). Only the critic has a graph."""
+        with torch.no_grad():
+            x = self.sample(student, noise, cond)
+            t = self._renoise_time(len(x), draws)
+            fresh = draws.noise(x.shape, x.dtype)
+            x_t = self.diffusion.renoise(x, fresh, t)
+        return self.diffusion.critic_loss(critic(x_t, t, cond), fresh, x)
+
+    def _renoise_time(self, batch: int, draws: Draws) -> Tensor:
+        """(B,) float32: over the scheduler's training times or uniform in [low, high]; one a batch or one a sample."""
+        renoise = self.config.renoise
+        count = batch if renoise.per == "sample" else 1
+        if renoise.distribution == "scheduler":
+            t = self._train_times[draws.index(len(self._train_times), count)]
+        else:
+            t = self.diffusion.uniform_time(renoise.low + (renoise.high - renoise.low) * draws.uniform(count))
+        return t.expand(batch)
+
+
+def rollout(diffusion, network, x, times, cond, uncond=None, guidance_scale=1.0) -> Tensor:
+    """Every step of the grid `times` (n + 1,) from x (B, ...) at times[0], guided unless guidance_scale is 1."""
+    for t, t_next in time_steps(times, x):
+        prediction, prediction_uncond = guided(network, x, t, cond, uncond, guidance_scale)
+        x = diffusion.step(x, prediction, t, t_next, uncond=prediction_uncond, guidance_scale=guidance_scale)
+    return x
+
+
+def time_steps(times: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """The pairs (t, t_next) of a grid, each (B,) float32."""
+    return list(itertools.pairwise(time.expand(len(x)) for time in times))
+
+
+def guided(network, x, t, cond, uncond, guidance_scale) -> tuple[Tensor, Tensor | None]:
+    """Conditional and unconditional prediction from one forward pass of twice the batch; no second half at scale 1."""
+    if guidance_scale == 1.0:
+        return network(x, t, cond), None
+    if uncond is None:
+        raise ValueError(
+            f"guidance_scale = {guidance_scale} needs unconditional embeddings, but uncond is None: "
+            "give the embedding of the negative prompt, or guidance_scale = 1"
+        )
+    both = network(torch.cat([x, x]), torch.cat([t, t]), _concatenate(cond, uncond))
+    return both.chunk(2)
+
+
+def _concatenate(first: Condition, second: Condition) -> Condition:
+    if isinstance(first, dict):
+        return {key: torch.cat([value, second[key]]) for key, value in first.items()}
+    return torch.cat([first, second])

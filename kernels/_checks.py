@@ -1,0 +1,86 @@
+"""The checks that every operation makes of its arguments. TypeError for types and dtypes, ValueError for shapes,
+devices and values.
+
+Only what Python knows without looking into a tensor is checked: a GPU never waits, and torch.compile traces the
+checks away.
+"""
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def tensors(**arguments: Tensor | None) -> torch.dtype:
+    """Floating tensors (B, ...) of the first one's shape and device; None is passed over. Returns the dtype of the
+    arithmetic: float64 where any tensor has it, else float32."""
+    (first, like), *_ = arguments.items()
+    arithmetic = torch.float32
+    for name, value in arguments.items():
+        if value is None and name != first:
+            continue
+        floating(name, value)
+        if value.dtype == torch.float64:
+            arithmetic = torch.float64
+        if value.shape != like.shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs {first}'s shape {tuple(like.shape)}")
+        if value.device != like.device:
+            raise ValueError(f"{name} is on {value.device}; it needs to be on {first}'s device {like.device}")
+    if like.ndim == 0:
+        raise ValueError(f"{first} has shape (); it needs a batch dimension: (B, ...)")
+    return arithmetic
+
+
+def floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a torch.Tensor")
+    if value.dtype not in DTYPES:
+        raise TypeError(f"{name} has dtype {value.dtype}; it needs float32, float16, bfloat16 or float64")
+
+
+def number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a float")
+
+
+def per_sample(name: str, value: float | Tensor, like: Tensor, arithmetic: torch.dtype) -> None:
+    """A coefficient per sample: a float for all, or a tensor (B,) in float32 (float64 where the arithmetic is)."""
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a float or a float32 tensor (B,)")
+        return
+    if value.dtype != torch.float32 and not value.dtype == arithmetic == torch.float64:
+        raise TypeError(
+            f"{name} has dtype {value.dtype}; it needs float32, as a rounded time biases the result "
+            f"(float64 goes with float64 tensors)"
+        )
+    if value.shape != like.shape[:1]:
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs one entry a sample: {tuple(like.shape[:1])}")
+    if value.device != like.device:
+        raise ValueError(f"{name} is on {value.device}; it needs to be on {like.device} like the other tensors")
+
+
+def pair(name: str, value: tuple, parts: tuple[str, str], like: Tensor, arithmetic: torch.dtype) -> None:
+    """Two coefficients per sample, such as to_x0 = (a, b)."""
+    if not isinstance(value, (tuple, list)):
+        raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a pair ({', '.join(parts)})")
+    if len(value) != 2:
+        raise ValueError(f"{name} has {len(value)} entries; it needs to be a pair ({', '.join(parts)})")
+    for part, entry in zip(parts, value, strict=True):
+        per_sample(f"{name}'s {part}", entry, like, arithmetic)
+
+
+def guidance(guidance_scale: float, name: str, uncond: Tensor | None) -> None:
+    """Guidance needs the unconditional output, which the operation calls `name`."""
+    number("guidance_scale", guidance_scale)
+    if uncond is None and guidance_scale != 1:
+        raise ValueError(
+            f"guidance_scale={guidance_scale} needs {name}, the unconditional output, and got None; "
+            f"guidance_scale=1.0 needs none"
+        )
+
+
+def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it needs to be one of {', '.join(map(repr, allowed))}")

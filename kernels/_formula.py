@@ -1,0 +1,34 @@
+"""The pieces that the references are written with."""
+
+import torch
+from torch import Tensor
+
+
+def widen(arithmetic: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if tensor is None else tensor.to(arithmetic) for tensor in tensors]
+
+
+def column(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
+    """A coefficient (B,), made a constant (B, 1, ..., 1) that multiplies `like` (B, ...). A float stays one."""
+    if not isinstance(coefficient, Tensor):
+        return coefficient
+    return coefficient.detach().view(-1, *[1] * (like.ndim - 1))
+
+
+def guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
+    """Classifier-free guidance: uncond + s (cond - uncond). At s = 1 that is cond, and uncond is not read."""
+    return cond if guidance_scale == 1 else uncond + guidance_scale * (cond - uncond)
+
+
+def sample_sum(y: Tensor) -> Tensor:
+    """(B, ...) to (B,): the sum over all dimensions but the batch."""
+    return y.sum(dim=tuple(range(1, y.ndim))) if y.ndim > 1 else y
+
+
+def sample_size(y: Tensor) -> int:
+    """Elements in one sample; 1 where there are none, so that a mean over nothing is 0 and not 0 / 0."""
+    return max(y.shape[1:].numel(), 1)
+
+
+def sample_mean(y: Tensor) -> Tensor:
+    return sample_sum(y) / sample_size(y)

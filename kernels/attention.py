@@ -1,0 +1,115 @@
+"""Attention of every query to every key (no mask), through the fastest kernel that serves the tensors.
+
+    o = softmax(scale q k^T) v      for each sample and head; scale = 1 / sqrt(D) unless given
+
+Source: arXiv 1706.03762, equation 1.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from dpdmd.kernels import _checks
+from dpdmd.kernels.backend import requested
+
+SDPA_BACKENDS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+BACKENDS = ("auto", "reference", "sdpa", *SDPA_BACKENDS, "xformers")
+# Left to itself torch puts flash (FA2) first: 306 TFLOP/s forward at D = 64 on Hopper, where cuDNN gives 459.
+FASTEST_FIRST = list(SDPA_BACKENDS.values())
+
+
+def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The definition, in float32 (float64 for float64) whatever autocast says."""
+    arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
+    with torch.autocast(q.device.type, enabled=False):
+        scores = torch.einsum("bqhd,bkhd->bhqk", q.to(arithmetic) * scale, k.to(arithmetic))
+        return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v.to(arithmetic)).to(q.dtype)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
+    """softmax(scale q k^T) v, non-causal, forward and backward. Returns (B, S, H, D) in q's dtype.
+
+    q (B, S, H, D); k, v (B, T, H, D), T of at least 1: one dtype of float32, float16, bfloat16 and float64, any
+        strides, any batch. Nothing is copied on the way: the kernels see transposed views.
+    scale: a float; None means 1 / sqrt(D).
+    backend: "auto": on CUDA the first of cuDNN, flash, efficient and math that serves the tensors, elsewhere what
+        torch picks, and the reference for empty tensors. "reference"; "sdpa" (torch picks); "cudnn", "flash",
+        "efficient", "math" (that one or an error); "xformers" (its memory_efficient_attention, where installed).
+        DPDMD_KERNELS=reference and use_backend("reference") make "auto" the reference; their other values do not
+        concern attention.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device and an unknown backend, RuntimeError for a
+    backend that is not to be had for these tensors on this machine.
+    """
+    _check(q, k, v, scale, backend)
+    if scale is None:
+        scale = 1 / math.sqrt(max(q.shape[-1], 1))
+    if backend == "auto" and requested() == "reference":
+        backend = "reference"
+    if backend == "reference" or q.numel() == 0:  # not every kernel takes an empty tensor
+        return attention_reference(q, k, v, scale)
+    if backend == "xformers":
+        return _xformers(q, k, v, scale)
+    return _sdpa(q, k, v, scale, backend)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    if backend == "sdpa" or (backend == "auto" and q.device.type != "cuda"):
+        return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    if backend in ("cudnn", "efficient") and q.device.type != "cuda":
+        raise RuntimeError(
+            f"backend={backend!r} needs CUDA tensors and q is on {q.device}, "
+            f"where 'auto', 'sdpa', 'math' and 'reference' serve"
+        )
+    kernels = FASTEST_FIRST if backend == "auto" else [SDPA_BACKENDS[backend]]
+    try:
+        with sdpa_kernel(kernels, set_priority=True):
+            return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    except RuntimeError as error:
+        if "No available kernel" not in str(error):
+            raise
+        raise RuntimeError(
+            f"backend={backend!r} does not serve q {tuple(q.shape)}, k {tuple(k.shape)} in {q.dtype} on {q.device} "
+            f"with torch {torch.__version__} (torch's warnings say why); backend='auto' takes one that does"
+        ) from error
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    try:
+        from xformers.ops import memory_efficient_attention
+    except (ImportError, OSError) as error:  # OSError: a library that its wheel needs is missing
+        raise RuntimeError(
+            f"backend='xformers' needs the xformers package, whose import fails ({error}); get it with "
+            f"pip install 'dpdmd[xformers]', or take backend='auto'"
+        ) from error
+    return memory_efficient_attention(q, k, v, scale=scale)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor, scale: float | None, backend: str) -> None:
+    for name, value in (("q", q), ("k", k), ("v", v)):
+        _checks.floating(name, value)
+        if value.ndim != 4:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs four dimensions: (B, S, H, D)")
+        if value.dtype != q.dtype:
+            raise TypeError(f"{name} has dtype {value.dtype}; it needs q's dtype {q.dtype}")
+        if value.device != q.device:
+            raise ValueError(f"{name} is on {value.device}; it needs to be on q's device {q.device}")
+    B, _, H, D = q.shape
+    if k.shape != (B, k.shape[1], H, D):
+        raise ValueError(f"k has shape {tuple(k.shape)}; with q {tuple(q.shape)} it needs ({B}, T, {H}, {D})")
+    if v.shape != k.shape:
+        raise ValueError(f"v has shape {tuple(v.shape)}; it needs k's shape {tuple(k.shape)}")
+    if k.shape[1] == 0:
+        raise ValueError(f"k has shape {tuple(k.shape)}; it needs at least one position to attend to")
+    if scale is not None:
+        _checks.number("scale", scale)
+    _checks.one_of("backend", backend, BACKENDS)

@@ -1,0 +1,56 @@
+"""The diversity loss of a flow model: the student's first velocity against the one that leads to the teacher's
+anchor.
+
+    L = mean |v - (noise - z) / (1 - t)|^2
+
+The straight line from the noise at time 1 to the teacher's z at time t has the velocity (noise - z) / (1 - t).
+
+Source: arXiv 2602.03139, the student's first step (L_div), with z = z_K and t = t_K after K steps of the teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels import _checks
+from dpdmd.kernels._formula import column, sample_sum, widen
+from dpdmd.kernels._reduction import reduce
+from dpdmd.kernels.backend import choose
+
+
+def v_prediction_loss_reference(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The definition: the sum of squares a sample, (B,), and its gradient in v, (B, ...)."""
+    v, noise, z = widen(arithmetic, v, noise, z)
+    residual = v - (noise - z) / (1 - column(t, v))
+    return sample_sum(residual * residual), 2 * residual
+
+
+IMPLEMENTATIONS = {"reference": v_prediction_loss_reference}
+
+
+def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *, reduction: str = "mean") -> Tensor:
+    """mean |v - (noise - z) / (1 - t)|^2.
+
+    v (B, ...): the student's velocity at time 1, the only input that receives a gradient.
+    noise (B, ...): the initial noise.  z (B, ...): where the teacher's rollout from that noise stands at time t.
+    t: a float or (B,) float32, in [0, 1). A float is checked. A tensor is not, as a GPU would have to wait: 1 gives
+        a loss that is not finite.
+    reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
+
+    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
+    are float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a float t
+    outside [0, 1).
+    """
+    arithmetic = _checks.tensors(v=v, noise=noise, z=z)
+    _checks.per_sample("t", t, v, arithmetic)
+    if not isinstance(t, Tensor) and not 0 <= t < 1:
+        raise ValueError(f"t is {t}; it needs to be in [0, 1), as the target divides by 1 - t")
+    _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
+
+    run = choose("v_prediction_loss", IMPLEMENTATIONS, v.device, arithmetic)
+    with torch.no_grad():
+        sums, direction = run(v, noise, z, t, arithmetic)
+    return reduce(sums, direction, v, reduction)
