@@ -1,0 +1,163 @@
+"""Pictures from a distilled student:  python -m dpdmd.sample --student runs/demo/student --prompt "a red ring"
+
+The student walks the time grid that it was trained with (dpdmd.json beside its weights) without guidance. The rest of
+the pipeline (text encoders, VAE) comes from the run's base pipeline unless --pipeline names another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd.checkpoint import STUDENT_FILE
+from dpdmd.config import ConfigError, ModelConfig
+from dpdmd.distill import Draws, rollout
+from dpdmd.engine import resolve_device, resolve_dtype
+
+
+def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Initial noise (1, C, H, W) of one picture, float32 on the CPU: the same on every device and process."""
+    return Draws(seed, index, "sample", 0).noise((1, *shape))
+
+
+@dataclass(frozen=True)
+class Student:
+    """An exported student with what is needed to sample from it."""
+
+    backbone: object
+    transformer: nn.Module
+    times: Tensor  # (N + 1,) float32
+    dtype: torch.dtype
+    device: torch.device
+
+    def encode(self, prompts: list[str]) -> dict[str, Tensor]:
+        """Embeddings {name: (B, ...)} of B prompts; the text encoders are loaded for it and freed again."""
+        return self.backbone.load_text(self.device, self.dtype).encode(prompts)
+
+    @torch.no_grad()
+    def latents(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
+        """Final latents (B, C, H, W) float32 from noise (B, C, H, W), one embedding a row."""
+
+        def network(x, t, cond):
+            return self.backbone.predict(self.transformer, x, t, cond, self.dtype)
+
+        cond = {name: value.to(self.device) for name, value in cond.items()}
+        return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
+
+
+def load_student(
+    folder: str | Path, *, pipeline: str | None = None, device: str = "auto", dtype: str = "auto"
+) -> Student:
+    """Reads an exported student. Raises ConfigError for a folder that is none, or a pipeline that does not fit it."""
+    from dpdmd.backbones import load_backbone
+
+    folder = Path(folder)
+    try:
+        description = json.loads((folder / STUDENT_FILE).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            f"--student {folder}: has no {STUDENT_FILE}; the folder `student` of a finished run is needed"
+        ) from error
+    model = ModelConfig(
+        pipeline=pipeline or description["pipeline"],
+        family=description["family"],
+        revision=description["revision"],
+        resolution=description["resolution"],
+        max_sequence_length=description["max_sequence_length"],
+    )
+    backbone = load_backbone(model)
+    resolved = torch.device(resolve_device(device))
+    precision = resolve_dtype(dtype, resolved.type)
+    transformer = backbone.load_exported(folder, precision, resolved)
+    return Student(backbone, transformer, torch.tensor(description["times"]), precision, resolved)
+
+
+def save_png(image: Tensor, path: Path) -> None:
+    """image (3, H, W) in [0, 1]."""
+    _pil(image).save(path)
+
+
+def _pil(image: Tensor):
+    from PIL import Image
+
+    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
+
+
+def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> None:
+    """A picture of pictures: a titled row for each prompt, and in it titled blocks of images side by side.
+
+    rows: (title, [(block title, images (n, 3, H, W) in [0, 1]), ...]).
+    """
+    from PIL import Image, ImageDraw
+
+    height, width = rows[0][1][0][1].shape[-2:]
+    # Small pictures are enlarged by whole pixels, large ones shown at 256 at most.
+    scale = max(1, 64 // height)
+    cell = min(256, height * scale), min(256, width * scale)
+    gap, text = 6, 16
+    widths = [len(images) * cell[1] for _, images in rows[0][1]]
+    canvas = Image.new(
+        "RGB", (sum(widths) + gap * (len(widths) + 1), text + len(rows) * (cell[0] + text + gap)), "white"
+    )
+    draw = ImageDraw.Draw(canvas)
+    left = gap
+    for (title, _), block_width in zip(rows[0][1], widths, strict=True):
+        draw.text((left, 2), title, fill="black")
+        left += block_width + gap
+    for row, (title, blocks) in enumerate(rows):
+        top = text + row * (cell[0] + text + gap)
+        draw.text((gap, top + 2), title, fill="dimgray")
+        left = gap
+        for _, images in blocks:
+            for image in images:
+                resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
+                canvas.paste(_pil(image).resize((cell[1], cell[0]), resample), (left, top + text))
+                left += cell[1]
+            left += gap
+    path.parent.mkdir(parents=True, exist_ok=True)
+    canvas.save(path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.sample", description=__doc__.split("\n")[0])
+    parser.add_argument("--student", required=True, help="folder `student` of a finished run")
+    parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
+    parser.add_argument("--pipeline", help="base pipeline folder or hub id (default: the run's)")
+    parser.add_argument("--num-images", type=int, default=4, help="pictures a prompt")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", default="samples", help="folder of the PNG files")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error(f"--num-images {args.num_images}: 1 or more are needed")
+    try:
+        student = load_student(args.student, pipeline=args.pipeline, device=args.device, dtype=args.dtype)
+        output = Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+    except (ConfigError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    embeddings = student.encode(args.prompt)
+    decoder = student.backbone.load_decoder(student.device)
+    shape = student.backbone.latent_shape
+    noise = torch.cat([sampling_noise(args.seed, index, shape) for index in range(args.num_images)])
+    for number in range(len(args.prompt)):
+        cond = {
+            name: value[number : number + 1].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()
+        }
+        for index, image in enumerate(decoder.decode(student.latents(cond, noise))):
+            path = output / f"{number:03d}-{args.seed}-{index:03d}.png"
+            save_png(image, path)
+            print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

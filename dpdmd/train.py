@@ -1,0 +1,332 @@
+"""Distil a text-to-image teacher into a student of a few steps.
+
+    deepspeed dpdmd/train.py [--config FILE] [section.key=value ...]
+
+Without arguments it runs the demo that ships with the package. `--dry-run` prints the resolved configuration and stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dpdmd.backbones import load_backbone
+from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, export_student
+from dpdmd.config import Config, ConfigError, load_config, to_yaml
+from dpdmd.distill import Distillation, Draws, rollout
+from dpdmd.engine import Network, Step, World, resolve_dtype, start
+from dpdmd.journal import Journal, Stopwatch, check_space, prepare_folder
+from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
+from dpdmd.sample import sampling_noise, save_grid
+
+ROLES = ("teacher", "student", "critic")
+
+
+class RunStopped(RuntimeError):
+    """Too many updates in a row were not finite."""
+
+
+@dataclass
+class Trainer:
+    """Everything that an update needs, and the two updates."""
+
+    config: Config
+    world: World
+    backbone: object
+    distillation: Distillation
+    networks: dict[str, Network]
+    prompts: list[str]
+    conditioner: Conditioner
+    skipped: int = 0  # updates that were not finite, in all
+    skipped_in_a_row: int = 0
+    order: PromptOrder = field(init=False)
+
+    def __post_init__(self):
+        self.order = PromptOrder(len(self.prompts), self.config.run.seed)
+
+    def update(self, role: str, iteration: int) -> dict[str, float]:
+        """One update of student or critic from `accumulation` micro-batches; returns its numbers."""
+        network, accumulation = self.networks[role], self.config.engine.accumulation
+        totals: dict[str, torch.Tensor] = {}
+        step = None
+        for micro_batch in range(accumulation):
+            loss, numbers = self.loss(role, iteration, micro_batch * self.world.size + self.world.rank)
+            network.backward(loss)
+            step = network.step()
+            for name, value in numbers.items():
+                totals[name] = totals.get(name, 0.0) + value.float() / accumulation
+        self._count(step)
+        means = self.world.mean({name: float(value) for name, value in totals.items()})
+        return {**means, "gradient_norm": step.gradient_norm, "lr": step.lr, "skipped": self.skipped}
+
+    def loss(self, role: str, iteration: int, shard: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Loss of one micro-batch, and the numbers to log. shard: its place in the global batch of the iteration."""
+        batch_size = self.config.engine.batch_size
+        num_shards = self.world.size * self.config.engine.accumulation
+        indices = self.order.indices(iteration, shard, num_shards, batch_size)
+        cond = self.conditioner.cond([self.prompts[index] for index in indices])
+        draws = Draws(self.config.run.seed, iteration, role, shard, self.world.device)
+        noise = draws.noise((batch_size, *self.backbone.latent_shape))
+        student, critic = self.networks["student"], self.networks["critic"]
+        if role == "critic":
+            loss = self.distillation.critic_loss(critic, student, noise, cond, draws)
+            return loss, {"loss": loss.detach()}
+        uncond = self.conditioner.uncond(batch_size)
+        losses = self.distillation.student_loss(student, self.networks["teacher"], critic, noise, cond, uncond, draws)
+        return losses.total, {"loss": losses.total.detach(), "dmd": losses.dmd, "diversity": losses.diversity}
+
+    def _count(self, step: Step) -> None:
+        self.skipped += not step.applied
+        self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1
+
+    def state(self) -> dict:
+        """What a checkpoint keeps beside weights and optimizer state."""
+        return {
+            "updates": {role: self.networks[role].updates for role in ("student", "critic")},
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
+
+
+def role_of(iteration: int, critic_updates: int) -> str:
+    """Each student update follows `critic_updates` critic updates."""
+    return "student" if (iteration + 1) % (critic_updates + 1) == 0 else "critic"
+
+
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
+    """A whole run. Raises ConfigError for what cannot be run, before it starts, and RunStopped for a broken run."""
+    prompts = load_prompts(config)
+    backbone = load_backbone(config.model)
+    world = start(config.engine)
+    folder = Path(config.run.output_dir)
+    world.on_main(prepare_folder, folder, resume=resume, overwrite=overwrite)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", config.run.keep_checkpoints, world, identity(config, backbone, world)
+    )
+    resumed = checkpoints.newest() if resume else None
+    state = checkpoints.read_state(resumed) if resumed else None
+
+    trainer = build(config, world, backbone, prompts)
+    world.on_main(check_space, folder, space_needed(trainer))
+    if resumed:
+        checkpoints.load(resumed, trainer.networks, state)
+        trainer.skipped, trainer.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+    first = state["iteration"] if resumed else 0
+    journal = Journal(folder, config, first) if world.main else None
+    progress = Progress(config, first, world)
+
+    for iteration in range(first, config.run.iterations):
+        role = role_of(iteration, config.distill.critic_updates)
+        numbers = trainer.update(role, iteration)
+        progress.advance(role, numbers)
+        if journal and iteration % config.run.log_every == 0:
+            journal.write(iteration, role, {**numbers, **progress.rates()})
+        if trainer.skipped_in_a_row >= config.run.max_bad_updates:
+            raise RunStopped(
+                f"{trainer.skipped_in_a_row} updates in a row were not finite (the last, of the {role}, was number "
+                f"{iteration + 1}); the last good checkpoint is {checkpoints.newest()}"
+            )
+        done = iteration + 1
+        if role == "student" and due(done // (config.distill.critic_updates + 1), config.run.sample_every):
+            draw_samples(trainer, folder / "samples" / f"step_{done:06d}.png")
+        if role == "student" and due(done // (config.distill.critic_updates + 1), config.evaluation.every):
+            measurements = evaluate_student(trainer)
+            if journal:
+                journal.write(iteration, "evaluation", measurements)
+        if due(done, config.run.checkpoint_every) and done < config.run.iterations:
+            checkpoints.save(done, trainer.networks, trainer.state())
+
+    progress.close()
+    if first < config.run.iterations:
+        checkpoints.save(config.run.iterations, trainer.networks, trainer.state())
+    export_student(folder / "student", trainer.networks, backbone, trainer.distillation, config, world)
+    summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary()}
+    if config.evaluation.enabled:
+        from dpdmd.demo.report import report
+
+        summary["evaluation"] = report(trainer, folder)
+    if journal:
+        journal.finish(summary)
+        journal.close()
+        print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def due(count: int, every: int) -> bool:
+    return every > 0 and count % every == 0
+
+
+def load_prompts(config: Config) -> list[str]:
+    if config.prompts.file is not None:
+        return read_prompts(config.prompts.file, config.prompts.field)
+    from dpdmd.demo import PROMPTS
+
+    return read_prompts(PROMPTS)
+
+
+def identity(config: Config, backbone, world: World) -> dict:
+    """What a checkpoint and the run that resumes it must have in common."""
+    zero, engine = config.engine.zero, config.engine
+    return {
+        "architecture": {role: backbone.transformer_config(role) for role in ROLES},
+        "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
+        "processes": world.size,
+        "stage": {"student": zero.student, "critic": zero.critic},
+        "seed": config.run.seed,
+        "batch": {"batch_size": engine.batch_size, "accumulation": engine.accumulation},
+        "distill": config.distill.model_dump(mode="json"),
+    }
+
+
+def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer:
+    """Encodes the prompts, then loads the three networks."""
+    dtype = resolve_dtype(config.model.dtype, world.device.type)
+    cache_dir = config.prompts.cache_dir or str(Path(config.run.output_dir) / "embeddings")
+    conditioner = make_conditioner(
+        backbone,
+        config.prompts.model_copy(update={"cache_dir": cache_dir}),
+        prompts,
+        world.device,
+        world.rank,
+        world.size,
+        world.barrier,
+        extra_prompts=extra_prompts(config, prompts),
+        dtype=dtype,
+    )
+    networks = {}
+    for role in ROLES:
+        transformer = backbone.load_transformer(role, dtype, world.device if config.model.random_init else "cpu")
+        networks[role] = Network(role, transformer, backbone, config, world)
+    distillation = Distillation(backbone.diffusion, config.distill, world.device)
+    return Trainer(config, world, backbone, distillation, networks, prompts, conditioner)
+
+
+def space_needed(trainer: Trainer) -> int:
+    """Bytes that one checkpoint and the exported student take."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.networks["student"].module.parameters())
+    weight_bytes = resolve_dtype(trainer.config.model.dtype, trainer.world.device.type).itemsize
+    return checkpoint_bytes(parameters, weight_bytes) + parameters * weight_bytes
+
+
+def extra_prompts(config: Config, prompts: list[str]) -> list[str]:
+    """Prompts beyond the training ones that need embeddings: those of sample grids and of the evaluation."""
+    extra = sample_prompts(config, prompts) if config.run.sample_every else []
+    if config.evaluation.enabled:
+        from dpdmd.demo.report import evaluation_texts
+
+        extra = [*extra, *evaluation_texts(config)]
+    return extra
+
+
+def sample_prompts(config: Config, prompts: list[str]) -> list[str]:
+    return config.run.sample_prompts or prompts[:4]
+
+
+def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None:
+    """A grid with the teacher's pictures beside the student's from the same noise; all processes call."""
+    prompts = sample_prompts(trainer.config, trainer.prompts)
+    shape, scale = trainer.backbone.latent_shape, trainer.config.distill.guidance_scale
+    noise = torch.cat([sampling_noise(trainer.config.run.seed, index, shape) for index in range(images_a_prompt)])
+    noise = noise.to(trainer.world.device)
+    distillation = trainer.distillation
+    rows = []
+    with torch.no_grad():
+        for prompt in prompts:
+            cond, uncond = trainer.conditioner.cond([prompt] * len(noise)), trainer.conditioner.uncond(len(noise))
+            teacher = rollout(
+                distillation.diffusion,
+                trainer.networks["teacher"],
+                noise,
+                distillation.teacher_times,
+                cond,
+                uncond,
+                scale,
+            )
+            student = distillation.sample(trainer.networks["student"], noise, cond)
+            rows.append((prompt, teacher, student))
+    if trainer.world.main:
+        decode = trainer.backbone.load_decoder(trainer.world.device).decode
+        titles = (
+            f"teacher, {trainer.config.distill.teacher_steps} steps",
+            f"student, {trainer.config.distill.student_steps} steps",
+        )
+        save_grid(path, [(p, [(titles[0], decode(t)), (titles[1], decode(s))]) for p, t, s in rows])
+
+
+def evaluate_student(trainer: Trainer) -> dict[str, float]:
+    from dpdmd.demo.report import measure_student
+
+    return measure_student(trainer)
+
+
+class Progress:
+    """A bar with rates and the time left on the main process, and the run's timings."""
+
+    def __init__(self, config: Config, first: int, world: World):
+        from tqdm import tqdm
+
+        self._world = world
+        self._samples = config.engine.batch_size * config.engine.accumulation * world.size
+        self._watch = Stopwatch()
+        self._seconds = {"student": [], "critic": []}
+        self._latest: dict[str, float] = {}
+        self._bar = tqdm(
+            total=config.run.iterations,
+            initial=first,
+            unit="update",
+            disable=not world.main,
+            mininterval=1.0,
+            smoothing=0.05,
+        )
+
+    def advance(self, role: str, numbers: dict[str, float]) -> None:
+        seconds = self._watch.lap()
+        self._seconds[role].append(seconds)
+        self._latest = {"seconds": seconds, "samples_per_second": self._samples / seconds}
+        self._bar.set_postfix({f"{role} loss": f"{numbers['loss']:.4f}"}, refresh=False)
+        self._bar.update()
+
+    def rates(self) -> dict[str, float]:
+        return self._latest
+
+    def summary(self) -> dict[str, float]:
+        """Median seconds an update of each role, and the peak of device memory."""
+        summary = {
+            f"{role}_seconds": sorted(seconds)[len(seconds) // 2] for role, seconds in self._seconds.items() if seconds
+        }
+        if self._world.device.type == "cuda":
+            summary["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return summary
+
+    def close(self) -> None:
+        self._bar.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="deepspeed dpdmd/train.py", description=__doc__.split("\n")[0])
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
+    args = parser.parse_args(argv)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.dry_run:
+            print(to_yaml(config), end="")
+            return 0
+        train(config, resume=args.resume, overwrite=args.overwrite)
+    except (ConfigError, RunStopped, OSError) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
+            print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,125 @@
+"""Pipelines small enough to be made on the spot, complete and saved by their own stock `save_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"
+CLIP_LENGTH = 16  # tokens; the published encoders have 77
+
+
+def _clip_tokenizer():
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.!-"
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=CLIP_LENGTH
+    )
+
+
+def _t5_tokenizer():
+    from transformers import T5TokenizerFast
+
+    letters = "▁abcdefghijklmnopqrstuvwxyz0123456789,.!-"
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    vocabulary += [(f"▁{word}", -2.0) for word in WORDS.split() if len(word) > 1]
+    vocabulary += [(letter, -6.0) for letter in letters]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
+
+
+def _clip(tokenizer, width: int, projection: int):
+    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        projection_dim=projection,
+        intermediate_size=2 * width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=CLIP_LENGTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModelWithProjection(config).eval()
+
+
+def _t5(tokenizer, width: int):
+    from transformers import T5Config, T5EncoderModel
+
+    config = T5Config(vocab_size=len(tokenizer), d_model=width, d_kv=8, d_ff=48, num_layers=2, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
+def save_tiny_pipeline(folder: Path, with_t5: bool) -> Path:
+    """A StableDiffusion3Pipeline of 4 pixels a latent, 16 channels and images of at most 64 x 64."""
+    from diffusers import (
+        AutoencoderKL,
+        FlowMatchEulerDiscreteScheduler,
+        SD3Transformer2DModel,
+        StableDiffusion3Pipeline,
+    )
+
+    torch.manual_seed(0)
+    tokenizer = _clip_tokenizer()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        out_channels=16,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=40,
+        caption_projection_dim=32,
+        pooled_projection_dim=28,
+        pos_embed_max_size=8,
+        dual_attention_layers=(0,),
+        qk_norm="rms_norm",
+    )
+    vae = AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=16,
+        sample_size=32,
+        scaling_factor=1.5305,
+        shift_factor=0.0609,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+    t5_tokenizer = _t5_tokenizer() if with_t5 else None
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=vae,
+        text_encoder=_clip(tokenizer, width=16, projection=12),
+        tokenizer=tokenizer,
+        text_encoder_2=_clip(tokenizer, width=20, projection=16),
+        tokenizer_2=_clip_tokenizer(),
+        text_encoder_3=_t5(t5_tokenizer, width=40) if with_t5 else None,
+        tokenizer_3=t5_tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline(tmp_path_factory) -> Path:
+    """Folder of a tiny pipeline with all three text encoders. Not to be written to."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny") / "pipeline", with_t5=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_no_t5(tmp_path_factory) -> Path:
+    """The same without T5 (stock from_pretrained wants text_encoder_3=None, tokenizer_3=None). Not to be written to."""
+    return save_tiny_pipeline(tmp_path_factory.mktemp("tiny_no_t5") / "pipeline", with_t5=False)

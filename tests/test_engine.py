@@ -1,0 +1,106 @@
+"""Two real DeepSpeed processes: gradients under every stage, and updates that are not finite."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dpdmd.config import ConfigError, load_config, parse_config
+from dpdmd.engine import build_optimizer, deepspeed_settings, read_deepspeed, resolve_device, resolve_dtype
+
+DRIVERS = Path(__file__).parent / "drivers"
+
+
+def launch(processes, script, *arguments, timeout=600):
+    """Runs a script under the deepspeed launcher; returns the finished process with its output as text."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), str(script)]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout)
+
+
+@pytest.fixture(scope="module")
+def results():
+    done = launch(2, DRIVERS / "engine_gradients.py")
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.distributed
+def test_gradients_are_those_of_the_plain_module(results):
+    """Two processes, chains of forward passes, leaf modules, accumulation, checkpointing: the same full gradient."""
+    assert len(results) == 15
+    for case, result in results.items():
+        # bfloat16: sums of three passes in another order; a wrong reduction is off by its whole size.
+        assert result["gradient_error"] < (5e-3 if "bfloat16" in case else 1e-6), case
+        assert result["applied"], case
+
+
+@pytest.mark.distributed
+def test_gradient_norm_is_reported(results):
+    for case, result in results.items():
+        assert result["norm_error"] < (5e-3 if "bfloat16" in case else 1e-5), case
+
+
+@pytest.mark.distributed
+def test_update_that_is_not_finite_is_skipped_everywhere(results):
+    for case, result in results.items():
+        assert not result["broken_applied"] and result["broken_left_weights"], case
+        assert result["recovered"] and result["updates"] == 2, case
+
+
+def test_settings_of_each_role():
+    config = parse_config(
+        {
+            "prompts": {"file": "p"},
+            "engine": {"accumulation": 3, "batch_size": 2, "deepspeed": {"zero_optimization": {"x": 1}}},
+        }
+    )
+    settings = deepspeed_settings(config, "student", torch.bfloat16, 4)
+    assert settings["train_batch_size"] == 24 and settings["gradient_accumulation_steps"] == 3
+    assert settings["gradient_clipping"] == 1.0 and settings["bf16"]["enabled"]
+    assert settings["zero_optimization"]["stage"] == 3 and settings["zero_optimization"]["x"] == 1
+    teacher = deepspeed_settings(config, "teacher", torch.float32, 4)
+    assert "x" not in teacher["zero_optimization"] and not teacher["bf16"]["enabled"]
+
+
+@pytest.mark.parametrize(
+    "content, message", [("[1]", "holds a list"), ("{", "not a JSON file"), (None, "cannot be read")]
+)
+def test_bad_deepspeed_file(tmp_path, content, message):
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=f"engine.deepspeed = .*ds.json': {message}"):
+        read_deepspeed(str(file))
+
+
+def test_device_and_dtype():
+    assert resolve_dtype("auto", "cpu") == torch.float32 and resolve_dtype("auto", "cuda") == torch.bfloat16
+    assert resolve_dtype("bfloat16", "cpu") == torch.bfloat16
+    if not torch.cuda.is_available():
+        assert resolve_device("auto") == "cpu"
+        with pytest.raises(ConfigError, match=r"engine\.device = cuda: torch sees no CUDA device"):
+            resolve_device("cuda")
+
+
+def test_optimizer_choice(monkeypatch):
+    config = load_config(None).student_optimizer
+    parameters = [torch.nn.Parameter(torch.zeros(2))]
+    assert isinstance(build_optimizer(parameters, config, "cpu"), torch.optim.AdamW)
+    with pytest.raises(ConfigError, match="optimizer name = 'apex' cannot be used: it needs a CUDA device"):
+        build_optimizer(parameters, config.model_copy(update={"name": "apex"}), "cpu")
+
+    class Fake:
+        def __init__(self, parameters, **arguments):
+            self.arguments = arguments
+
+    for installed in ("apex", "deepspeed"):
+        monkeypatch.setattr(f"dpdmd.engine._{installed}_adam", lambda: Fake)
+        assert isinstance(build_optimizer(parameters, config, "cuda"), Fake)
+        monkeypatch.setattr(f"dpdmd.engine._{installed}_adam", lambda: 1 / 0)
+    assert build_optimizer(parameters, config, "cuda").defaults["fused"]

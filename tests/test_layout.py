@@ -1,0 +1,67 @@
+"""The house: what may be called what, and who may import whom."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MODULES = [
+    path.stem if path.is_file() else path.name for path in (ROOT / "dpdmd").iterdir() if not path.name.startswith("_")
+]
+
+
+def test_no_module_shadows_an_installed_name():
+    """`deepspeed dpdmd/train.py` puts dpdmd/ first on sys.path: a module there would hide another of its name."""
+    assert "train" in MODULES and "engine" in MODULES
+    installed = set(importlib.metadata.packages_distributions()) - {"dpdmd"}
+    # Packages that people have beside this one, installed here or not.
+    known = {"evaluate", "datasets", "kernels", "wandb", "apex", "metrics", "clip", "types", "logging", "inspect"}
+    assert not set(MODULES) & (installed | set(sys.stdlib_module_names) | known)
+
+
+def test_kernels_import_torch_and_nothing_else_of_ours():
+    code = (
+        "import sys, dpdmd.kernels\n"
+        "found = [name for name in ('deepspeed', 'diffusers', 'transformers', 'pydantic', 'yaml') if name in sys.modules]\n"
+        "ours = [name for name in sys.modules if name.startswith('dpdmd') and not name.startswith('dpdmd.kernels')]\n"
+        "print(found, ours)\n"
+    )
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
+    assert answer.stdout.strip() == "[] ['dpdmd']", answer.stdout
+
+
+ALLOWED = {
+    "config": set(),
+    "diffusion": {"kernels"},
+    "distill": {"config", "diffusion"},
+    "engine": {"config"},
+    "prompts": {"config"},
+    "backbones": {"backbones", "config", "diffusion", "demo"},
+    "journal": {"config"},
+    "checkpoint": {"config", "distill", "engine"},
+    "sample": {"backbones", "checkpoint", "config", "distill", "engine"},
+}
+
+
+@pytest.mark.parametrize("name", sorted(ALLOWED))
+def test_imports_go_one_way(name):
+    path = ROOT / "dpdmd" / name
+    files = path.glob("*.py") if path.is_dir() else [path.with_suffix(".py")]
+    imported = set()
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module == "dpdmd":
+                names = [f"dpdmd.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module:
+                names = [node.module]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            imported |= {each.split(".")[1] for each in names if each.startswith("dpdmd.")}
+    assert imported <= ALLOWED[name]
