@@ -119,6 +119,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     first = state["iteration"] if resumed else 0
     journal = Journal(folder, config, first) if world.main else None
     progress = Progress(config, first, world)
+    checkpoint_due = False
 
     for iteration in range(first, config.run.iterations):
         role = role_of(iteration, config.distill.critic_updates)
@@ -138,8 +139,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             measurements = evaluate_student(trainer)
             if journal:
                 journal.write(iteration, "evaluation", measurements)
-        if due(done, config.run.checkpoint_every) and done < config.run.iterations:
+        checkpoint_due |= due(done, config.run.checkpoint_every) and done < config.run.iterations
+        if checkpoint_due and trainer.skipped_in_a_row == 0:  # a checkpoint is a good one
             checkpoints.save(done, trainer.networks, trainer.state())
+            checkpoint_due = False
 
     progress.close()
     if first < config.run.iterations:

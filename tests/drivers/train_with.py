@@ -1,0 +1,61 @@
+"""Runs dpdmd.train with one thing arranged to go wrong, or one thing watched: train_with.py WHAT FOLDER [arguments ...]"""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+from dpdmd import checkpoint, distill, train
+
+arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+what, folder, *arguments = arguments
+rank = os.environ.get("RANK", "0")
+
+if what == "recorded":
+    # Every process writes down the noise that it draws.
+    draw = distill.Draws.noise
+
+    def noise(self, shape, dtype=None):
+        numbers = draw(self, shape)
+        with open(Path(folder) / f"noise-{rank}.txt", "a") as file:
+            file.write(f"{numbers.flatten()[:4].tolist()}\n")
+        return numbers
+
+    distill.Draws.noise = noise
+elif what == "killed":
+    # Dies after the second checkpoint is written but before it has its name.
+    publish, count = checkpoint.publish, 0
+
+    def publish_once(unfinished, final):
+        global count
+        count += 1
+        if count == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        publish(unfinished, final)
+
+    checkpoint.publish = publish_once
+elif what == "broken":
+    # Losses are not a number from the fifth update on.
+    loss, seen = train.Trainer.loss, 0
+
+    def broken(self, role, iteration, shard):
+        total, numbers = loss(self, role, iteration, shard)
+        return (total * float("nan"), numbers) if iteration >= 4 else (total, numbers)
+
+    train.Trainer.loss = broken
+elif what == "full":
+    # The disk fills up while the second checkpoint is written.
+    publish, count = checkpoint.publish, 0
+
+    def publish_once(unfinished, final):
+        global count
+        count += 1
+        if count == 2:
+            raise OSError(28, "No space left on device")
+        publish(unfinished, final)
+
+    checkpoint.publish = publish_once
+else:
+    sys.exit(f"unknown: {what}")
+
+sys.exit(train.main(arguments))

@@ -1,0 +1,291 @@
+"""Whole runs on a pipeline made on the spot, most of them by the deepspeed launcher in two processes under ZeRO-3."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from dpdmd import train
+from dpdmd.checkpoint import STUDENT_FILE
+from dpdmd.config import ConfigError, load_config
+from dpdmd.journal import check_space, prepare_folder
+
+ROOT = Path(__file__).parents[1]
+DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
+TRAIN = ROOT / "dpdmd" / "train.py"
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_pipeline, tmp_path_factory):
+    """A configuration file for six updates (two of the student) on the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("settings")
+    (folder / "prompts.txt").write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
+    values = {
+        "model": {"pipeline": str(tiny_pipeline), "resolution": 32, "max_sequence_length": 8},
+        "prompts": {"file": str(folder / "prompts.txt")},
+        "distill": {"teacher_steps": 6, "anchor": 2, "critic_updates": 2},
+        "student_optimizer": {"lr": 1e-3},
+        "critic_optimizer": {"lr": 1e-3},
+        # 0: weights are really sharded.
+        "engine": {"device": "cpu", "batch_size": 2, "zero": {"param_persistence_threshold": 0}},
+        "run": {"iterations": 6, "checkpoint_every": 3, "sample_every": 1, "max_bad_updates": 3},
+    }
+    (folder / "settings.yaml").write_text(yaml.safe_dump(values))
+    return folder / "settings.yaml"
+
+
+def run(processes, script, *arguments, timeout=300):
+    """processes = 0: without the launcher."""
+    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)] if processes else []
+    command = [sys.executable, *launcher, *(str(each) for each in (script, *arguments))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd="/")
+
+
+def checked(done):
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def straight(settings, tmp_path_factory):
+    """Six updates in two processes, the noise of each written down."""
+    folder = tmp_path_factory.mktemp("straight")
+    checked(run(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
+    return folder
+
+
+def student_weights(run_folder):
+    return load_file(run_folder / "student" / "diffusion_pytorch_model.safetensors")
+
+
+def same_bits(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def entries(run_folder):
+    return [json.loads(line) for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.distributed
+def test_a_run_leaves_what_it_promises(straight):
+    folder = straight / "run"
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "finished.json", "samples", "checkpoints", "student", "embeddings"}
+    assert [entry["kind"] for entry in entries(folder)] == ["critic", "critic", "student"] * 2
+    for entry in entries(folder):
+        assert all(entry[key] > 0 for key in ("loss", "gradient_norm", "lr", "seconds", "samples_per_second"))
+    assert [path.name for path in sorted((folder / "samples").iterdir())] == ["step_000003.png", "step_000006.png"]
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
+    assert json.loads((folder / "finished.json").read_text())["updates"] == {"student": 2, "critic": 4}
+    if (folder / "tensorboard").exists():
+        assert any((folder / "tensorboard").iterdir())
+
+
+@pytest.mark.distributed
+def test_processes_draw_different_noise(straight):
+    first, second = ((straight / f"noise-{rank}.txt").read_text().splitlines() for rank in (0, 1))
+    # The sample grids' noise is the same on all processes by intent: it has its own role, and is left out here.
+    grid = set(first) & set(second)
+    ours, theirs = ([line for line in lines if line not in grid] for lines in (first, second))
+    assert len(ours) == len(theirs) == 6 * 2  # noise to start from and noise to renoise with, for each update
+    assert len(set(ours) | set(theirs)) == 24
+
+
+@pytest.mark.distributed
+def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settings, straight, tmp_path):
+    """Covers 3 + resume + 3 as well: the killed run's last complete checkpoint is that of update 3."""
+    folder = tmp_path / "run"
+    killed = run(2, DRIVER, "killed", tmp_path, "--config", settings, f"run.output_dir={folder}")
+    assert killed.returncode != 0
+    left = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert left == [".unfinished-step_000006", "step_000003"]
+    assert not (folder / "finished.json").exists()
+
+    refused = run(2, TRAIN, "--config", settings, f"run.output_dir={folder}")
+    assert refused.returncode != 0 and "holds an unfinished run" in refused.stderr and "--resume" in refused.stderr
+
+    checked(run(2, TRAIN, "--config", settings, "--resume", f"run.output_dir={folder}"))
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
+    assert same_bits(student_weights(folder), student_weights(straight / "run"))
+    timings = ("seconds", "samples_per_second")
+    strip = lambda lines: [{k: v for k, v in line.items() if k not in timings} for line in lines]  # noqa: E731
+    assert strip(entries(folder)) == strip(entries(straight / "run"))
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.2)])
+def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tmp_path, dtype, tolerance):
+    """One process with two micro-batches takes the prompts and the noise that two processes take."""
+    precision = [f"model.dtype={dtype}", "run.sample_every=0", "run.checkpoint_every=0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    checked(run(0, TRAIN, "--config", settings, *precision, "engine.accumulation=2", f"run.output_dir={one}"))
+    if dtype == "float32":
+        two = straight / "run"
+    else:
+        checked(run(2, TRAIN, "--config", settings, *precision, f"run.output_dir={two}"))
+    start = load_file(
+        Path(load_config(settings).model.pipeline) / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    a, b = student_weights(one), student_weights(two)
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
+    moved = sum(float((a[name].double() - start[name].double()).square().sum()) for name in a) ** 0.5
+    # Adam's first updates have the size of the rate whatever the gradient's, so its rounding shows in full where it is
+    # near 0; the whole change of the weights is the measure.
+    assert moved > 0 and difference < tolerance * moved
+    norms = [[entry["gradient_norm"] for entry in entries(folder)] for folder in (one, two)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4 if dtype == "float32" else 0.03)
+
+
+@pytest.mark.distributed
+def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp_path):
+    folder = tmp_path / "run"
+    options = ["run.iterations=20", "run.checkpoint_every=2", "run.sample_every=0"]
+    done = run(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
+    assert done.returncode == 1
+    # Updates 5 to 7 fail; the checkpoint after update 6 still holds the weights of update 4.
+    assert "3 updates in a row were not finite (the last, of the critic, was number 7)" in done.stderr
+    assert f"the last good checkpoint is {folder / 'checkpoints' / 'step_000004'}" in done.stderr
+    assert [entry["skipped"] for entry in entries(folder)] == [0, 0, 0, 0, 1, 2, 3]
+
+
+@pytest.mark.distributed
+def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
+    folder = tmp_path / "run"
+    done = run(0, DRIVER, "full", tmp_path, "--config", settings, "run.sample_every=0", f"run.output_dir={folder}")
+    assert done.returncode == 1
+    assert "step_000006 could not be written" in done.stderr and "No space left on device" in done.stderr
+    assert f"the last complete one is {folder / 'checkpoints' / 'step_000003'}" in done.stderr
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
+
+
+@pytest.mark.distributed
+def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path):
+    """Another architecture, another recipe: each named, and the checkpoint stays as it is."""
+    from diffusers import SD3Transformer2DModel
+
+    folder = tmp_path / "run"
+    shutil.copytree(straight / "run", folder)
+    changed = tmp_path / "pipeline"
+    shutil.copytree(tiny_pipeline, changed)
+    config = SD3Transformer2DModel.load_config(changed / "transformer")
+    shutil.rmtree(changed / "transformer")
+    SD3Transformer2DModel.from_config({**config, "num_layers": 3}).save_pretrained(changed / "transformer")
+    one_process = ["run.iterations=9", f"run.output_dir={folder}"]
+    done = run(2, TRAIN, "--config", settings, "--resume", f"model.pipeline={changed}", *one_process)
+    assert done.returncode != 0
+    assert "was saved with identity.architecture" in done.stderr or "was saved with architecture" in done.stderr
+    assert "num_layers = 2, and this run has 3" in done.stderr
+    done = run(0, TRAIN, "--config", settings, "--resume", *one_process)
+    assert "was saved with processes = 2, and this run has 1" in done.stderr
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
+
+
+@pytest.mark.distributed
+def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, tiny_pipeline):
+    from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    from dpdmd.sample import load_student, sampling_noise
+
+    folder = straight / "run" / "student"
+    student = load_student(folder, device="cpu")
+    prompts = ["a red ring", "a blue square"]
+    noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
+    ours = student.backbone.load_decoder("cpu").decode(student.latents(student.encode(prompts), noise))
+
+    description = json.loads((folder / STUDENT_FILE).read_text())
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        tiny_pipeline, transformer=SD3Transformer2DModel.from_pretrained(folder), local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    theirs = pipeline(
+        prompts,
+        sigmas=description["pipeline_sigmas"],
+        guidance_scale=description["guidance_scale"],
+        latents=noise,
+        height=description["resolution"],
+        width=description["resolution"],
+        max_sequence_length=description["max_sequence_length"],
+        output_type="pt",
+    ).images
+    assert theirs.std() > 0.01
+    torch.testing.assert_close(ours, theirs.clamp(0, 1).float(), atol=1e-5, rtol=0)
+    assert (folder / "config.yaml").exists()
+
+
+def test_sampling_from_the_command_line(straight, tmp_path, capsys):
+    from dpdmd import sample
+
+    arguments = ["--student", str(straight / "run" / "student"), "--prompt", "a red ring", "--device", "cpu"]
+    assert sample.main([*arguments, "--num-images", "2", "--output", str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert sample.main(["--student", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "out")]) == 2
+    assert "has no dpdmd.json" in capsys.readouterr().err
+
+
+def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path, capsys):
+    folder = tmp_path / "run"
+    assert train.main(["--config", str(settings), "--dry-run", "--local_rank=0", f"run.output_dir={folder}"]) == 0
+    assert yaml.safe_load(capsys.readouterr().out)["distill"]["anchor"] == 2
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["model.pipeline={tmp}"], "diffusers pipeline folder has a model_index.json"),
+        (["model.resolution=36"], "model.resolution = 36: must be a multiple of 8"),
+        (["prompts.file={tmp}/empty.txt"], "empty.txt"),
+        (["prompts.file={tmp}/latin.txt"], "latin.txt.*UTF-8"),
+        (["distill.anchor=7"], "distill.anchor = 7 is more than distill.teacher_steps = 6"),
+        (["distill.student_steps=1"], "2 or more are needed"),
+        (["prompts.negative_prompt=null"], "needs unconditional embeddings"),
+        (["distill.ancor=7"], "nearest known is distill.anchor"),
+    ],
+)
+def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(train, "build", lambda *args: pytest.fail("loaded something"))
+    (tmp_path / "empty.txt").write_text("\n\n")
+    (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))
+    options = [option.format(tmp=tmp_path) for option in options]
+    assert train.main(["--config", str(settings), f"run.output_dir={tmp_path / 'run'}", *options]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.output_dir = .*file/run': cannot be written to"):
+        prepare_folder(tmp_path / "file" / "run", resume=False, overwrite=False)
+
+
+def test_folder_that_is_full(tmp_path):
+    with pytest.raises(ConfigError, match=r"GB are free, and a checkpoint and the exported student need 1000000.00 GB"):
+        check_space(tmp_path, 10**15)
+    check_space(tmp_path, 1)
+
+
+def test_finished_run_is_overwritten_only_when_told(tmp_path):
+    (tmp_path / "finished.json").write_text("{}")
+    (tmp_path / "student").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(
+        ConfigError, match=r"holds a finished run \(finished.json, student\): give --resume .* --overwrite"
+    ):
+        prepare_folder(tmp_path, resume=False, overwrite=False)
+    prepare_folder(tmp_path, resume=True, overwrite=False)
+    assert (tmp_path / "student").exists()
+    prepare_folder(tmp_path, resume=False, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_roles_take_turns():
+    assert [train.role_of(iteration, 2) for iteration in range(6)] == ["critic", "critic", "student"] * 2
