@@ -213,6 +213,11 @@ class Config(_Section):
                 "evaluation.enabled = true measures the demo's picture world, but model.pipeline = "
                 f"{model.pipeline!r}: set model.pipeline=demo or evaluation.enabled=false"
             )
+        if model.random_init and self.run.sample_every:
+            raise ValueError(
+                f"run.sample_every = {self.run.sample_every} with model.random_init = true: without the pipeline's VAE "
+                "there are no pictures to show; set run.sample_every=0"
+            )
         if self.prompts.file is None and model.pipeline != "demo":
             raise ValueError(
                 "prompts.file is not set: name a .txt, .jsonl or .csv file of prompts "

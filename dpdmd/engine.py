@@ -152,6 +152,13 @@ class Network:
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         return self._predict(self.engine, x, t, cond, self._dtype)
 
+    def describe(self) -> str:
+        """One line for the log: size, precision, ZeRO stage, optimizer."""
+        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        optimizer = type(self.engine.basic_optimizer).__name__ if self.trained else "frozen"
+        dtype = str(self._dtype).removeprefix("torch.")
+        return f"{self.role}: {parameters / 1e6:.1f} M parameters, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+
     @property
     def module(self) -> nn.Module:
         return getattr(self.engine, "module", self.engine)

@@ -118,6 +118,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         trainer.skipped, trainer.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
     first = state["iteration"] if resumed else 0
     journal = Journal(folder, config, first) if world.main else None
+    if world.main:
+        print("\n".join(network.describe() for network in trainer.networks.values()), flush=True)
     progress = Progress(config, first, world)
     checkpoint_due = False
 
@@ -317,7 +319,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
     parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # settings may stand between options
     try:
         config = load_config(args.config, args.overrides)
         if args.dry_run:

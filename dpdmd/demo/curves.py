@@ -1,0 +1,173 @@
+"""Accuracy and variety over updates, dpdmd beside dmd, several seeds each.
+
+    python -m dpdmd.demo.curves train  --output benchmarks/results/demo_curves.json   trains the demo and keeps the numbers
+    python -m dpdmd.demo.curves draw   benchmarks/results/demo_curves.json            draws them to docs/demo-curves.png
+
+A single checkpoint says little: DMD hops between modes from one to the next. So every run is measured every `--every`
+student updates, and the verdict is the mean over the last `--last` measurements of each run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+METHODS = ("dpdmd", "dmd")
+METRICS = ("accuracy", "validity", "background_entropy", "position_spread")
+
+
+def train(args: argparse.Namespace) -> dict[str, Any]:
+    """Runs every (method, seed) that is not finished under args.runs, args.parallel at a time; returns all numbers."""
+    from dpdmd.config import load_config
+    from dpdmd.provenance import provenance
+
+    config = load_config()
+    iterations = args.updates * (config.distill.critic_updates + 1)
+    waiting = [(method, seed) for seed in range(args.seeds) for method in METHODS]
+    folders = {key: args.runs / f"{key[0]}-{key[1]}" for key in waiting}
+    running: list[tuple[tuple[str, int], subprocess.Popen, Any]] = []
+    waiting = [key for key in waiting if not (folders[key] / "finished.json").exists()]
+    args.runs.mkdir(parents=True, exist_ok=True)
+    while waiting or running:
+        while waiting and len(running) < args.parallel:
+            key = waiting.pop(0)
+            log = (args.runs / f"{folders[key].name}.log").open("w")
+            command = [
+                sys.executable,
+                "-m",
+                "dpdmd.train",
+                "--overwrite",
+                f"distill.method={key[0]}",
+                f"run.seed={key[1]}",
+            ]
+            command += [
+                f"run.output_dir={folders[key]}",
+                f"run.iterations={iterations}",
+                f"evaluation.every={args.every}",
+            ]
+            command += ["run.sample_every=0", "run.checkpoint_every=0", *args.settings]
+            # Each stands alone, whatever launched this.
+            environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+            running.append((key, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
+        key, process, log = running.pop(0)
+        if process.wait() != 0:
+            raise RuntimeError(f"{key[0]}, seed {key[1]} failed; see {log.name}")
+        log.close()
+        print(f"{key[0]}, seed {key[1]}: done", flush=True)
+    arguments = f"--seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
+    command = " ".join(["python -m dpdmd.demo.curves train", arguments, *args.settings])
+    return {**provenance(command), "last": args.last, "runs": [_read(folder, key) for key, folder in folders.items()]}
+
+
+def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    finished = json.loads((folder / "finished.json").read_text(encoding="utf-8"))
+    measured = [line for line in lines if line["kind"] == "evaluation"]
+    students = {
+        line["iteration"]: number for number, line in enumerate((x for x in lines if x["kind"] == "student"), 1)
+    }
+    return {
+        "method": key[0],
+        "seed": key[1],
+        "updates": [students[line["iteration"]] for line in measured],
+        **{metric: [round(line[metric], 4) for line in measured] for metric in METRICS},
+        "skipped": finished["skipped"],
+        "seconds": {name: value for name, value in finished.items() if name.endswith("seconds")},
+        "table": finished["evaluation"],
+    }
+
+
+def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
+    """For each method and metric: mean over seeds of a run's mean over its last measurements, and the seeds' spread."""
+    summary = {}
+    for method in METHODS:
+        runs = [run for run in results["runs"] if run["method"] == method]
+        summary[method] = {}
+        for metric in METRICS:
+            means = [statistics.fmean(run[metric][-results["last"] :]) for run in runs]
+            summary[method][metric] = (statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0)
+    return summary
+
+
+def teacher(results: dict[str, Any]) -> dict[str, float]:
+    """The guided teacher with all its steps: the first row of each run's table, mean over the runs."""
+    rows = [next(iter(run["table"].values())) for run in results["runs"]]
+    return {metric: statistics.fmean(row[metric] for row in rows) for metric in METRICS}
+
+
+def draw(results: dict[str, Any], output: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    shown = {"accuracy": "accuracy, all named attributes", "background_entropy": "background entropy"}
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    reference = teacher(results)
+    for axis, (metric, title) in zip(axes, shown.items(), strict=True):
+        axis.axhline(reference[metric], color="black", linestyle="--", linewidth=1, label="teacher, 30 guided steps")
+        for method, color in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
+            runs = [run for run in results["runs"] if run["method"] == method]
+            for run in runs:
+                axis.plot(run["updates"], run[metric], color=color, alpha=0.25, linewidth=1)
+            means = [statistics.fmean(values) for values in zip(*(run[metric] for run in runs), strict=True)]
+            axis.plot(runs[0]["updates"], means, color=color, linewidth=2, label=f"{method}, {len(runs)} seeds")
+        axis.set(xlabel="student updates", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=110)
+    pyplot.close(figure)
+
+
+def print_summary(results: dict[str, Any]) -> None:
+    reference = teacher(results)
+    print(
+        f"mean over the last {results['last']} measurements of each run, and the spread (standard deviation) of the seeds"
+    )
+    print(f"{'':12}" + "".join(f"{metric:>24}" for metric in METRICS))
+    print(f"{'teacher':12}" + "".join(f"{reference[metric]:>24.3f}" for metric in METRICS))
+    for method, metrics in summarise(results).items():
+        print(f"{method:12}" + "".join(f"{mean:>16.3f} ± {spread:.3f}" for mean, spread in metrics.values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.demo.curves", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="what", required=True)
+    training = commands.add_parser("train", help="train every method and seed, write their numbers")
+    training.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_curves.json"))
+    training.add_argument(
+        "--runs", type=Path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
+    )
+    training.add_argument("--seeds", type=int, default=3)
+    training.add_argument("--updates", type=int, default=300, help="student updates of each run")
+    training.add_argument("--every", type=int, default=20, help="student updates between measurements")
+    training.add_argument("--last", type=int, default=5, help="measurements that the verdict averages")
+    training.add_argument("--parallel", type=int, default=6, help="runs at a time; they are small and share a GPU well")
+    training.add_argument("settings", nargs="*", metavar="section.key=value", help="further settings of every run")
+    drawing = commands.add_parser("draw", help="draw the numbers")
+    drawing.add_argument("results", type=Path)
+    drawing.add_argument("--output", type=Path, default=Path("docs/demo-curves.png"))
+    args = parser.parse_args(argv)
+    if args.what == "train":
+        results = train(args)
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        print(args.output)
+    else:
+        results = json.loads(args.results.read_text(encoding="utf-8"))
+        draw(results, args.output)
+        print(args.output)
+    print_summary(results)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
