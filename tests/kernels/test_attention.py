@@ -54,7 +54,7 @@ def check(randn, relative_error):
 
         def everything(function, inputs):
             out = function(*inputs, scale=scale)
-            return [out, *torch.autograd.grad(out, inputs, upstream.to(out.dtype))]
+            return [out, *torch.autograd.grad(out, inputs, upstream.to(out))]
 
         got, yardstick = everything(run, inputs), everything(eager, inputs)
         exact = everything(truth, [tensor.detach().double().requires_grad_() for tensor in inputs])
