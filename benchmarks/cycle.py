@@ -129,6 +129,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
+    train.quieten()
     try:
         config = load_config(args.config, [*fixed, *args.settings])
         backbone = load_backbone(config.model)

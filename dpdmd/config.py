@@ -120,6 +120,9 @@ class OptimizerConfig(_Section):
     eps: float = Field(1e-8, gt=0.0, description="Added to the denominator.")
     weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
     warmup: int = Field(0, ge=0, description="Updates over which the rate rises linearly from 0.")
+    decay: Literal["none", "cosine"] = Field(
+        "none", description="none: the rate stays (paper); cosine: falls to 0 at the end of run.iterations."
+    )
 
 
 class ZeroConfig(_Section):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import socket
 from dataclasses import dataclass
@@ -143,6 +144,8 @@ class Network:
         optimizer = None
         if self.trained:
             self._optimizer_config = getattr(config, f"{role}_optimizer")
+            student_updates = config.run.iterations // (config.distill.critic_updates + 1)
+            self._total_updates = student_updates if role == "student" else config.run.iterations - student_updates
             # With an offloaded optimizer DeepSpeed builds its own CPU one from the settings.
             if "optimizer" not in settings:
                 module.to(world.device)
@@ -173,7 +176,7 @@ class Network:
         if not self.engine.is_gradient_accumulation_boundary():
             self.engine.step()
             return None
-        lr = self._optimizer_config.lr * min(1.0, (self.updates + 1) / max(1, self._optimizer_config.warmup))
+        lr = learning_rate(self._optimizer_config, self.updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         skipped_before = self.engine.skipped_steps
@@ -302,6 +305,14 @@ def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"engine.deepspeed = {source!r}: holds a {type(settings).__name__}; an object is needed")
     return settings
+
+
+def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
+    """The rate of the update that follows `updates` applied ones, of `total` in the run."""
+    share = min(1.0, (updates + 1) / max(1, config.warmup))
+    if config.decay == "cosine":
+        share *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / total)))
+    return config.lr * share
 
 
 def build_optimizer(parameters, config: OptimizerConfig, device: str) -> torch.optim.Optimizer:

@@ -8,8 +8,10 @@ Without arguments it runs the demo that ships with the package. `--dry-run` prin
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -100,6 +102,7 @@ def role_of(iteration: int, critic_updates: int) -> str:
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
     """A whole run. Raises ConfigError for what cannot be run, before it starts, and RunStopped for a broken run."""
+    quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
     world = start(config.engine)
@@ -159,6 +162,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         journal.finish(summary)
         journal.close()
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def quieten() -> None:
+    """Keeps what is nobody's concern here out of the output: other libraries' progress bars and deprecations."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_engine.py).
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def due(count: int, every: int) -> bool:

@@ -11,7 +11,14 @@ import pytest
 import torch
 
 from dpdmd.config import ConfigError, load_config, parse_config
-from dpdmd.engine import build_optimizer, deepspeed_settings, read_deepspeed, resolve_device, resolve_dtype
+from dpdmd.engine import (
+    build_optimizer,
+    deepspeed_settings,
+    learning_rate,
+    read_deepspeed,
+    resolve_device,
+    resolve_dtype,
+)
 
 DRIVERS = Path(__file__).parent / "drivers"
 
@@ -86,6 +93,18 @@ def test_device_and_dtype():
         assert resolve_device("auto") == "cpu"
         with pytest.raises(ConfigError, match=r"engine\.device = cuda: torch sees no CUDA device"):
             resolve_device("cuda")
+
+
+def test_learning_rate():
+    config = load_config(
+        None, ["student_optimizer.lr=0.5", "student_optimizer.warmup=4", "student_optimizer.decay=none"]
+    )
+    rates = [learning_rate(config.student_optimizer, updates, 10) for updates in range(10)]
+    assert rates == [0.125, 0.25, 0.375, 0.5] + [0.5] * 6
+    cosine = config.student_optimizer.model_copy(update={"warmup": 0, "decay": "cosine"})
+    rates = [learning_rate(cosine, updates, 10) for updates in range(11)]
+    assert rates[0] == 0.5 and rates[5] == pytest.approx(0.25) and rates[10] == pytest.approx(0)
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_optimizer_choice(monkeypatch):

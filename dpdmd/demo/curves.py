@@ -147,8 +147,8 @@ def main(argv: list[str] | None = None) -> int:
         "--runs", type=Path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
     )
     training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--updates", type=int, default=200, help="student updates of each run")
-    training.add_argument("--every", type=int, default=20, help="student updates between measurements")
+    training.add_argument("--updates", type=int, default=100, help="student updates of each run")
+    training.add_argument("--every", type=int, default=10, help="student updates between measurements")
     training.add_argument("--last", type=int, default=5, help="measurements that the verdict averages")
     training.add_argument("--parallel", type=int, default=6, help="runs at a time; they are small and share a GPU well")
     training.add_argument("settings", nargs="*", metavar="section.key=value", help="further settings of every run")

@@ -1,0 +1,45 @@
+"""benchmarks/cycle.py on the architecture alone: every phase timed, every number there."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CYCLE = Path(__file__).parents[1] / "benchmarks" / "cycle.py"
+
+
+@pytest.mark.distributed
+def test_cycle_by_phase(tiny_pipeline, tmp_path):
+    settings = [f"model.pipeline={tiny_pipeline}", "model.random_init=true", "model.resolution=32", "engine.device=cpu"]
+    settings += ["model.max_sequence_length=8", "engine.batch_size=1", "distill.critic_updates=2"]
+    (tmp_path / "settings.yaml").write_text("{}")
+    options = ["--cycles", "1", "--warmup", "0", "--json", str(tmp_path / "cycle.json")]
+    done = subprocess.run(
+        [sys.executable, str(CYCLE), "--config", str(tmp_path / "settings.yaml"), *options, *settings],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd="/",
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path / "cycle.json").read_text())
+    phases = result["seconds_by_phase"]
+    assert set(phases) == {
+        "critic: student forward without gradient",
+        "critic: critic forward",
+        "critic: backward",
+        "critic: optimizer",
+        "student: student forward",
+        "student: teacher forward without gradient",
+        "student: critic forward without gradient",
+        "student: backward",
+        "student: optimizer",
+        "between the phases",
+    }
+    assert all(seconds > 0 for seconds in phases.values())
+    assert sum(phases.values()) == pytest.approx(result["seconds_a_cycle"])
+    assert result["packages"]["deepspeed"] and result["machine"]["cores"]
