@@ -169,6 +169,7 @@ def quieten() -> None:
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_engine.py).
