@@ -99,9 +99,14 @@ def start(config: EngineConfig) -> World:
         torch.cuda.set_device(local_rank)
     else:
         # Processes that share cores stall one another when each starts a thread for every core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_processes()))
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device, local_rank if device == "cuda" else None))
+
+
+def _local_processes() -> int:
+    """Processes of this run on this machine, by the name that each launcher has for it (deepspeed's, torchrun's)."""
+    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 @dataclass(frozen=True)

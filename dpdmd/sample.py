@@ -78,6 +78,11 @@ def load_student(
     return Student(backbone, transformer, torch.tensor(description["times"]), precision, resolved)
 
 
+def decode(decoder, latents: Tensor) -> Tensor:
+    """Pictures (B, 3, H, W) of latents (B, C, h, w), one at a time: a VAE's activations at 1024 x 1024 are gigabytes."""
+    return torch.cat([decoder.decode(each[None]) for each in latents])
+
+
 def save_png(image: Tensor, path: Path) -> None:
     """image (3, H, W) in [0, 1]."""
     _pil(image).save(path)
@@ -152,7 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         cond = {
             name: value[number : number + 1].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()
         }
-        for index, image in enumerate(decoder.decode(student.latents(cond, noise))):
+        for index, image in enumerate(decode(decoder, student.latents(cond, noise))):
             path = output / f"{number:03d}-{args.seed}-{index:03d}.png"
             save_png(image, path)
             print(path)

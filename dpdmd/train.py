@@ -24,7 +24,7 @@ from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Network, Step, World, resolve_dtype, start
 from dpdmd.journal import Journal, Stopwatch, check_space, prepare_folder
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
-from dpdmd.sample import sampling_noise, save_grid
+from dpdmd.sample import decode, sampling_noise, save_grid
 
 ROLES = ("teacher", "student", "critic")
 
@@ -190,15 +190,12 @@ def load_prompts(config: Config) -> list[str]:
 
 def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
-    zero, engine = config.engine.zero, config.engine
+    zero = config.engine.zero
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
         "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
         "processes": world.size,
         "stage": {"student": zero.student, "critic": zero.critic},
-        "seed": config.run.seed,
-        "batch": {"batch_size": engine.batch_size, "accumulation": engine.accumulation},
-        "distill": config.distill.model_dump(mode="json"),
     }
 
 
@@ -216,6 +213,7 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         world.barrier,
         extra_prompts=extra_prompts(config, prompts),
         dtype=dtype,
+        progress=EncodingProgress() if world.main else None,
     )
     networks = {}
     for role in ROLES:
@@ -269,18 +267,35 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
             student = distillation.sample(trainer.networks["student"], noise, cond)
             rows.append((prompt, teacher, student))
     if trainer.world.main:
-        decode = trainer.backbone.load_decoder(trainer.world.device).decode
+        decoder = trainer.backbone.load_decoder(trainer.world.device)
         titles = (
             f"teacher, {trainer.config.distill.teacher_steps} steps",
             f"student, {trainer.config.distill.student_steps} steps",
         )
-        save_grid(path, [(p, [(titles[0], decode(t)), (titles[1], decode(s))]) for p, t, s in rows])
+        save_grid(path, [(p, [(titles[0], decode(decoder, t)), (titles[1], decode(decoder, s))]) for p, t, s in rows])
 
 
 def evaluate_student(trainer: Trainer) -> dict[str, float]:
     from dpdmd.demo.report import measure_student
 
     return measure_student(trainer)
+
+
+class EncodingProgress:
+    """A bar for the prompts that this process encodes."""
+
+    def __init__(self):
+        self._bar = None
+
+    def __call__(self, done: int, to_do: int, num_bytes: int) -> None:
+        from tqdm import tqdm
+
+        if self._bar is None:
+            description = f"encoding prompts ({num_bytes / 1e9:.2f} GB)"
+            self._bar = tqdm(total=to_do, unit="prompt", desc=description, mininterval=1.0)
+        self._bar.update(done - self._bar.n)
+        if done == to_do:
+            self._bar.close()
 
 
 class Progress:
@@ -331,8 +346,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    existing.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
     try:

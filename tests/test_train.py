@@ -221,6 +221,52 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
     assert (folder / "config.yaml").exists()
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "processes, options",
+    [
+        (
+            2,
+            [
+                "distill.method=dmd",
+                "distill.renoise={per: sample, distribution: uniform}",
+                "prompts.encoding=stream",
+                "engine.zero={teacher: 0, student: 2, critic: 1}",
+                "engine.accumulation=2",
+            ],
+        ),
+        (
+            0,
+            [
+                "distill.rollout_gradient=random",
+                "distill.detach=false",
+                "distill.student_grid=[1, 0.9, 0.6, 0.2]",
+                "distill.guidance_scale=1",
+                "prompts.negative_prompt=null",
+                "student_optimizer.warmup=2",
+                "engine.zero={teacher: 3, student: 0, critic: 0}",
+                "engine.checkpointing=true",
+                "engine.deepspeed={gradient_clipping: 0.5}",
+                "distill.normalizer=sample",
+            ],
+        ),
+    ],
+)
+def test_runs_with_other_settings(settings, tmp_path, processes, options):
+    folder = tmp_path / "run"
+    checked(run(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
+    lines = entries(folder)
+    assert [entry["skipped"] for entry in lines] == [0] * 6
+    assert all(torch.isfinite(value).all() for value in student_weights(folder).values())
+    assert json.loads((folder / "student" / STUDENT_FILE).read_text())["times"][-1] == 0.0
+
+
+def test_resume_and_overwrite_exclude_each_other(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--resume", "--overwrite"])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
 def test_sampling_from_the_command_line(straight, tmp_path, capsys):
     from dpdmd import sample
 
