@@ -282,6 +282,25 @@ def test_method_dmd_trains_every_step_without_a_teacher_rollout():
     assert all(step.weight.grad.abs().sum() > 0 for step in student.maps)
 
 
+@pytest.mark.parametrize(
+    "kind, anchor, evaluations", [("flow", 2, 3), ("flow", 6, 7), ("noise", 2, 4), ("noise", 6, 7)]
+)
+def test_teacher_is_asked_no_more_than_needed(kind, anchor, evaluations):
+    """K steps and the score; for noise prediction once more at the anchor, unless that is the data."""
+    config = DistillConfig(teacher_steps=6, anchor=anchor, guidance_scale=1.0)
+    distillation = Distillation(make_diffusion(kind), config)
+    student = SeparateSteps(distillation.student_times[:-1])
+    calls = []
+
+    def teacher(x, t, cond):
+        calls.append(float(t[0]))
+        return 0.5 * x
+
+    eps = torch.randn(4, 6, dtype=torch.float64)
+    distillation.student_loss(student, teacher, lambda x, t, c: x, eps, eps, None, Draws(0, 0, "student", 0))
+    assert len(calls) == evaluations
+
+
 def test_random_rollout_gradient_is_that_of_one_step():
     """Every remaining step is chosen sometimes, only it has a gradient, and the sample is the full chain's."""
     config = DistillConfig(

@@ -33,8 +33,9 @@ def settings(tiny_pipeline, tmp_path_factory):
         "model": {"pipeline": str(tiny_pipeline), "resolution": 32, "max_sequence_length": 8},
         "prompts": {"file": str(folder / "prompts.txt")},
         "distill": {"teacher_steps": 6, "anchor": 2, "critic_updates": 2},
-        "student_optimizer": {"lr": 1e-3},
-        "critic_optimizer": {"lr": 1e-3},
+        # A rate that falls: a resumed run must know how far it had come.
+        "student_optimizer": {"lr": 1e-3, "decay": "cosine"},
+        "critic_optimizer": {"lr": 1e-3, "decay": "cosine"},
         # 0: weights are really sharded.
         "engine": {"device": "cpu", "batch_size": 2, "zero": {"param_persistence_threshold": 0}},
         "run": {"iterations": 6, "checkpoint_every": 3, "sample_every": 1, "max_bad_updates": 3},
