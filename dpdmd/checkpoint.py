@@ -46,7 +46,7 @@ class Checkpoints:
         return [path for _, path in sorted(found)]
 
     def newest(self) -> Path | None:
-        return max(self.complete(), default=None, key=lambda path: int(_NAME.fullmatch(path.name)[1]))
+        return next(reversed(self.complete()), None)
 
     def save(self, iteration: int, networks: dict[str, Network], state: dict[str, Any]) -> Path:
         """Saves the state after `iteration` updates; all processes call. Raises OSError, leaving older ones whole."""
@@ -136,13 +136,13 @@ def export_student(
         unfinished = folder.with_name(_UNFINISHED + folder.name)
         shutil.rmtree(unfinished, ignore_errors=True)
         backbone.export(state_dict, unfinished)
-        diffusion, distill = backbone.diffusion, config.distill
+        diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
+        if pipeline != "demo" and Path(pipeline).is_dir():
+            pipeline = str(Path(pipeline).resolve())
         description = {
             "format": 1,
             "family": config.model.family,
-            "pipeline": str(Path(config.model.pipeline).resolve())
-            if Path(config.model.pipeline).is_dir()
-            else config.model.pipeline,
+            "pipeline": pipeline,
             "revision": config.model.revision,
             "prediction": diffusion.prediction,
             "method": distill.method,

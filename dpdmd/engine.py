@@ -7,6 +7,7 @@ micro-batch, then `step`, which clips, applies the optimizer, or skips an update
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
 import math
@@ -80,6 +81,16 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
+def check(config: Config) -> None:
+    """Raises ConfigError, before anything is loaded, for a device, DeepSpeed file or optimizer that is not to be had."""
+    device = resolve_device(config.engine.device)
+    if config.engine.deepspeed is not None:
+        read_deepspeed(config.engine.deepspeed)
+    for optimizer in (config.student_optimizer, config.critic_optimizer):
+        if optimizer.name in _FUSED:
+            _fused_adam(optimizer.name, device)
+
+
 def start(config: EngineConfig) -> World:
     """Joins the processes that the deepspeed launcher started, or stands alone when there was no launcher."""
     device = resolve_device(config.device)
@@ -131,8 +142,6 @@ class Network:
         self.role = role
         self._predict = backbone.predict
         self.stage = getattr(config.engine.zero, role)
-        self._clip = config.engine.clip
-        self._accumulation = config.engine.accumulation
         self.trained = role != "teacher"
         self.updates = 0
         self._dtype = next(module.parameters()).dtype
@@ -162,10 +171,16 @@ class Network:
 
     def describe(self) -> str:
         """One line for the log: size, precision, ZeRO stage, optimizer."""
-        parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
         optimizer = type(self.engine.basic_optimizer).__name__ if self.trained else "frozen"
         dtype = str(self._dtype).removeprefix("torch.")
-        return f"{self.role}: {parameters / 1e6:.1f} M parameters, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+        return (
+            f"{self.role}: {self.num_parameters / 1e6:.1f} M parameters, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+        )
+
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole network, however little of it this process holds."""
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
 
     @property
     def module(self) -> nn.Module:
@@ -326,30 +341,29 @@ def build_optimizer(parameters, config: OptimizerConfig, device: str) -> torch.o
     Raises ConfigError when the named one cannot be had here, saying why.
     """
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    fused = {"apex": _apex_adam, "deepspeed": _deepspeed_adam}
-    names = [config.name] if config.name in fused else [*fused] if config.name == "auto" else []
-    for name in names:
+    for name in _FUSED if config.name == "auto" else {config.name} & set(_FUSED):
         try:
-            if device != "cuda":
-                raise RuntimeError("it needs a CUDA device")
-            return fused[name]()(parameters, adam_w_mode=True, **arguments)
+            return _fused_adam(name, device)(parameters, adam_w_mode=True, **arguments)
         except Exception as error:
             # Building DeepSpeed's kernel can fail in many ways: no compiler, another CUDA, a read-only cache.
             if config.name != "auto":
-                raise ConfigError(
-                    f"optimizer name = {name!r} cannot be used: {error}; auto or torch would run"
-                ) from error
+                raise error if isinstance(error, ConfigError) else _unusable(name, error) from error
     return torch.optim.AdamW(parameters, fused=True, **arguments)
 
 
-def _apex_adam():
-    # PyPI's package of that name is another project; NVIDIA's has this module.
-    from apex.optimizers import FusedAdam
-
-    return FusedAdam
+# PyPI's apex is another project; NVIDIA's has this module.
+_FUSED = {"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}
 
 
-def _deepspeed_adam():
-    from deepspeed.ops.adam import FusedAdam
+def _fused_adam(name: str, device: str) -> type:
+    """The class FusedAdam of apex or DeepSpeed. Raises ConfigError where it cannot be had."""
+    if device != "cuda":
+        raise _unusable(name, "it needs a CUDA device")
+    try:
+        return importlib.import_module(_FUSED[name]).FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise _unusable(name, error) from error
 
-    return FusedAdam
+
+def _unusable(name: str, reason: object) -> ConfigError:
+    return ConfigError(f"optimizer name = {name!r} cannot be used: {reason}; auto or torch would run")

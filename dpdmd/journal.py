@@ -7,10 +7,10 @@ finished.json    exists once the run is complete     checkpoints/, student/, emb
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,14 @@ def check_space(folder: Path, needed: int) -> None:
         raise ConfigError(
             f"run.output_dir = {str(folder)!r}: {free / 1e9:.2f} GB are free, and a checkpoint and the exported student "
             f"need {needed / 1e9:.2f} GB"
+        )
+
+
+def check_writers(config: Config) -> None:
+    """Raises ConfigError where a log is asked for whose package is not installed."""
+    if config.run.wandb and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"run.wandb = {config.run.wandb!r}: wandb is not installed (pip install wandb, or run.wandb=null)"
         )
 
 
@@ -130,23 +138,7 @@ def _tensorboard(folder: Path, first: int):
 
 
 def _wandb(config: Config, folder: Path):
-    try:
-        import wandb
-    except ImportError as error:
-        raise ConfigError(
-            f"run.wandb = {config.run.wandb!r}: wandb is not installed (pip install wandb, or run.wandb=null)"
-        ) from error
+    import wandb
+
     run = wandb.init(project=config.run.wandb, dir=str(folder), config=config.model_dump(mode="json"), resume="allow")
     return lambda iteration, numbers: run.log(numbers, step=iteration)
-
-
-class Stopwatch:
-    """Seconds since the last reading."""
-
-    def __init__(self):
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        elapsed, self._last = now - self._last, now
-        return elapsed

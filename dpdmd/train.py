@@ -11,18 +11,20 @@ import argparse
 import logging
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from dpdmd import engine
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, export_student
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Network, Step, World, resolve_dtype, start
-from dpdmd.journal import Journal, Stopwatch, check_space, prepare_folder
+from dpdmd.journal import Journal, check_space, check_writers, prepare_folder
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
 
@@ -105,6 +107,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
+    check(config, backbone)
     world = start(config.engine)
     folder = Path(config.run.output_dir)
     world.on_main(prepare_folder, folder, resume=resume, overwrite=overwrite)
@@ -138,9 +141,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
                 f"{iteration + 1}); the last good checkpoint is {checkpoints.newest()}"
             )
         done = iteration + 1
-        if role == "student" and due(done // (config.distill.critic_updates + 1), config.run.sample_every):
+        student_updates = done // (config.distill.critic_updates + 1)
+        if role == "student" and due(student_updates, config.run.sample_every):
             draw_samples(trainer, folder / "samples" / f"step_{done:06d}.png")
-        if role == "student" and due(done // (config.distill.critic_updates + 1), config.evaluation.every):
+        if role == "student" and due(student_updates, config.evaluation.every):
             measurements = evaluate_student(trainer)
             if journal:
                 journal.write(iteration, "evaluation", measurements)
@@ -162,6 +166,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         journal.finish(summary)
         journal.close()
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def check(config: Config, backbone) -> None:
+    """Raises ConfigError for what can be told to be impossible before processes meet and weights are read."""
+    engine.check(config)
+    check_writers(config)
+    try:
+        Distillation(backbone.diffusion, config.distill)
+    except ValueError as error:  # a time grid that the model's scheduler cannot walk
+        raise ConfigError(str(error)) from error
 
 
 def quieten() -> None:
@@ -225,7 +239,7 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
 
 def space_needed(trainer: Trainer) -> int:
     """Bytes that one checkpoint and the exported student take."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.networks["student"].module.parameters())
+    parameters = trainer.networks["student"].num_parameters
     weight_bytes = resolve_dtype(trainer.config.model.dtype, trainer.world.device.type).itemsize
     return checkpoint_bytes(parameters, weight_bytes) + parameters * weight_bytes
 
@@ -275,7 +289,7 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
         save_grid(path, [(p, [(titles[0], decode(decoder, t)), (titles[1], decode(decoder, s))]) for p, t, s in rows])
 
 
-def evaluate_student(trainer: Trainer) -> dict[str, float]:
+def evaluate_student(trainer: Trainer) -> dict[str, float] | None:
     from dpdmd.demo.report import measure_student
 
     return measure_student(trainer)
@@ -306,7 +320,7 @@ class Progress:
 
         self._world = world
         self._samples = config.engine.batch_size * config.engine.accumulation * world.size
-        self._watch = Stopwatch()
+        self._last = time.perf_counter()
         self._seconds = {"student": [], "critic": []}
         self._latest: dict[str, float] = {}
         self._bar = tqdm(
@@ -319,7 +333,8 @@ class Progress:
         )
 
     def advance(self, role: str, numbers: dict[str, float]) -> None:
-        seconds = self._watch.lap()
+        now = time.perf_counter()
+        seconds, self._last = now - self._last, now
         self._seconds[role].append(seconds)
         self._latest = {"seconds": seconds, "samples_per_second": self._samples / seconds}
         self._bar.set_postfix({f"{role} loss": f"{numbers['loss']:.4f}"}, refresh=False)

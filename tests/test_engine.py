@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -118,8 +119,11 @@ def test_optimizer_choice(monkeypatch):
         def __init__(self, parameters, **arguments):
             self.arguments = arguments
 
-    for installed in ("apex", "deepspeed"):
-        monkeypatch.setattr(f"dpdmd.engine._{installed}_adam", lambda: Fake)
+    installed = {}
+    monkeypatch.setattr("dpdmd.engine.importlib.import_module", lambda module: installed[module])
+    for module in ("apex.optimizers", "deepspeed.ops.adam"):
+        installed |= {"apex.optimizers": SimpleNamespace(), "deepspeed.ops.adam": SimpleNamespace()}
+        installed[module] = SimpleNamespace(FusedAdam=Fake)
         assert isinstance(build_optimizer(parameters, config, "cuda"), Fake)
-        monkeypatch.setattr(f"dpdmd.engine._{installed}_adam", lambda: 1 / 0)
+        installed[module] = SimpleNamespace(FusedAdam=lambda *args, **kwargs: 1 / 0)
     assert build_optimizer(parameters, config, "cuda").defaults["fused"]

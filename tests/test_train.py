@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shutil
@@ -295,10 +296,19 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["distill.anchor=7"], "distill.anchor = 7 is more than distill.teacher_steps = 6"),
         (["distill.student_steps=1"], "2 or more are needed"),
         (["prompts.negative_prompt=null"], "needs unconditional embeddings"),
+        pytest.param(
+            ["run.wandb=project"],
+            "run.wandb = 'project': wandb is not installed",
+            marks=pytest.mark.skipif(importlib.util.find_spec("wandb") is not None, reason="wandb is installed"),
+        ),
+        (["student_optimizer.name=apex"], "optimizer name = 'apex' cannot be used: it needs a CUDA device"),
+        (["engine.deepspeed={tmp}/empty.txt"], "engine.deepspeed = .*empty.txt': not a JSON file"),
+        (["distill.student_grid=[0.9, 0.6, 0.4, 0.2]"], "distill.student_grid = .*: starts at 0.9000"),
         (["distill.ancor=7"], "nearest known is distill.anchor"),
     ],
 )
 def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.setattr(train, "start", lambda *args: pytest.fail("started something"))
     monkeypatch.setattr(train, "build", lambda *args: pytest.fail("loaded something"))
     (tmp_path / "empty.txt").write_text("\n\n")
     (tmp_path / "latin.txt").write_bytes("caf\xe9\n".encode("latin-1"))

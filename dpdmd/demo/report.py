@@ -65,9 +65,10 @@ def _measure(trainer, images: Tensor) -> dict[str, float]:
     return measure(images.to(trainer.world.device), prompts)
 
 
-def measure_student(trainer) -> dict[str, float]:
-    """The student's measurements; all processes call and get the same."""
-    return _measure(trainer, _images(trainer, "student", trainer.distillation.student_times, 1.0))
+def measure_student(trainer) -> dict[str, float] | None:
+    """The student's measurements; all processes call, the main one gets them, the others None."""
+    images = _images(trainer, "student", trainer.distillation.student_times, 1.0)
+    return _measure(trainer, images) if trainer.world.main else None
 
 
 def report(trainer, folder: Path) -> dict[str, Any] | None:

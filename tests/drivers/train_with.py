@@ -22,15 +22,17 @@ if what == "recorded":
         return numbers
 
     distill.Draws.noise = noise
-elif what == "killed":
-    # Dies after the second checkpoint is written but before it has its name.
+elif what in ("killed", "full"):
+    # Once the second checkpoint is written, before it has its name: the process dies, or the disk is full.
     publish, count = checkpoint.publish, 0
 
     def publish_once(unfinished, final):
         global count
         count += 1
-        if count == 2:
+        if count == 2 and what == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if count == 2:
+            raise OSError(28, "No space left on device")
         publish(unfinished, final)
 
     checkpoint.publish = publish_once
@@ -43,18 +45,6 @@ elif what == "broken":
         return (total * float("nan"), numbers) if iteration >= 4 else (total, numbers)
 
     train.Trainer.loss = broken
-elif what == "full":
-    # The disk fills up while the second checkpoint is written.
-    publish, count = checkpoint.publish, 0
-
-    def publish_once(unfinished, final):
-        global count
-        count += 1
-        if count == 2:
-            raise OSError(28, "No space left on device")
-        publish(unfinished, final)
-
-    checkpoint.publish = publish_once
 else:
     sys.exit(f"unknown: {what}")
 
