@@ -16,7 +16,6 @@ and a critic update fits the critic to the student's samples. Every draw comes f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from dpdmd.config import DistillConfig
 from dpdmd.diffusion import Flow, VariancePreserving
+from dpdmd.kernels import Philox
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
 Condition = Any  # a tensor, or a dict of tensors, whose first dimension is the batch
@@ -41,8 +41,9 @@ class Draws:
 
     def __init__(self, seed: int, iteration: int, role: str, shard: int, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
-        self._generator = _generator((seed, iteration, role, shard), self.device)
-        self._shared = _generator((seed, iteration, role, "shared"), torch.device("cpu"))
+        key, shared = Philox.of(seed, iteration, role, shard).key, Philox.of(seed, iteration, role, "shared").key
+        self._generator = torch.Generator(self.device).manual_seed(key)
+        self._shared = torch.Generator().manual_seed(shared)
 
     def noise(self, shape, dtype: torch.dtype = torch.float32) -> Tensor:
         """Standard normal, drawn in float32."""
@@ -59,12 +60,6 @@ class Draws:
     def shared_index(self, high: int) -> int:
         """One integer of [0, high), the same on every shard: for what decides which collectives a process joins."""
         return int(torch.randint(high, (), generator=self._shared))
-
-
-def _generator(key: tuple, device: torch.device) -> torch.Generator:
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
-    # 63 bits are what torch takes for a seed on every device.
-    return torch.Generator(device).manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Which implementation of an operation runs: `reference` (plain PyTorch, any device), `triton` or `cuda` (fused).
 
 `auto`, the default, takes the fastest one there is for the tensors at hand: the reference on CPU and for float64,
-else `cuda`, then `triton`, then the reference. Two things override it: the environment variable DPDMD_KERNELS for
-the process, and `use_backend` for a block of code, which wins over the variable. Under torch.compile the choice is
+else `cuda` where csrc/ is built for the device, then `triton`, then the reference. Two things override it: the
+environment variable DPDMD_KERNELS for the process, and `use_backend` for a block of code, which wins over the
+variable. Asking for one that is not to be had is an error that says how to get it. Under torch.compile the choice is
 made at tracing: a later `use_backend` recompiles, a later change of the environment does not.
 """
 
@@ -12,9 +13,12 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
+from dpdmd.kernels import _cuda, _triton
+
 ENVIRONMENT_VARIABLE = "DPDMD_KERNELS"
 CHOICES = ("auto", "reference", "triton", "cuda")
-FASTEST_FIRST = ("cuda", "triton", "reference")
+FASTEST_FIRST = ("cuda", "triton")
+MISSING = {"cuda": _cuda.missing, "triton": _triton.missing}
 
 # A plain global rather than a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get.
 _forced: str | None = None
@@ -54,13 +58,42 @@ def choose(
     """The callable in `implementations` (by name, "reference" always there) to run for this device and arithmetic."""
     name = requested()
     if name == "auto":
-        if device.type == "cpu" or arithmetic == torch.float64:
+        if device.type != "cuda" or arithmetic == torch.float64:
             return implementations["reference"]
-        return next(implementations[candidate] for candidate in FASTEST_FIRST if candidate in implementations)
+        for name in served(device.index):
+            if name in implementations:
+                return implementations[name]
+    if name == "reference":
+        return implementations["reference"]
+    reason = why_not(name, device.type, device.index)
     if name not in implementations:
+        reason = f"this operation has only {', '.join(implementations)}"
+    elif arithmetic == torch.float64:
+        reason = "float64 tensors are for the reference"
+    if reason:
         raise RuntimeError(
-            f"{operation} has no {name!r} implementation in this version of dpdmd, only: {', '.join(implementations)}. "
-            f"Set {ENVIRONMENT_VARIABLE}=auto, or wrap the call in dpdmd.kernels.use_backend('auto'), or install a "
-            f"version of dpdmd that has it"
+            f"{operation} has no {name!r} implementation here: {reason}. {ENVIRONMENT_VARIABLE}=auto, or "
+            f"dpdmd.kernels.use_backend('auto') around the call, takes one that serves"
         )
     return implementations[name]
+
+
+_served: dict[int | None, tuple[str, ...]] = {}
+
+
+def served(index: int | None) -> tuple[str, ...]:
+    """The implementations that run on CUDA device `index`, the fastest first."""
+    if index not in _served:
+        fused = [name for name in FASTEST_FIRST if not MISSING[name]("cuda", index)]
+        _served[index] = (*fused, "reference")
+    return _served[index]
+
+
+def why_not(name: str, device_type: str, index: int | None) -> str:
+    """What keeps implementation `name` from running on a device, and how to get it; "" where it runs."""
+    return MISSING[name](device_type, index)
+
+
+# torch.compile runs these two while tracing. torch.compiler.assume_constant_result says so, too, but imports
+# torch._dynamo: a second of everybody's time.
+served._dynamo_marked_constant = why_not._dynamo_marked_constant = True

@@ -16,12 +16,28 @@ after DMD2 (arXiv 2405.14867).
 import torch
 from torch import Tensor
 
-from dpdmd.kernels import _checks
+from dpdmd.kernels import _checks, _cuda, _layout, _tile
 from dpdmd.kernels._formula import column, guided, sample_mean, sample_sum, widen
-from dpdmd.kernels._reduction import reduce
+from dpdmd.kernels._reduction import Loss, attach, factor, factor_now, from_reference
+from dpdmd.kernels._tile import (
+    BLOCK,
+    MAX_TILES,
+    NUM_WARPS,
+    coefficient,
+    joined,
+    load,
+    multiple,
+    program,
+    split,
+    store,
+    stride,
+    total,
+)
+from dpdmd.kernels._triton import jit, kernel, register, tl
 from dpdmd.kernels.backend import choose
 
 NORMALIZERS = ("teacher", "sample", "none")
+CUDA_NORMALIZERS = ("velocity", *NORMALIZERS)  # as csrc/ops.h numbers them
 
 
 def dmd_loss_reference(
@@ -51,7 +67,247 @@ def dmd_loss_reference(
     return 0.5 * sample_sum(g * g), g
 
 
-IMPLEMENTATIONS = {"reference": dmd_loss_reference}
+@jit
+def _guided(
+    teacher_ptr, teacher_stride, uncond_ptr, uncond_stride, scale, sample, offsets, mask, DIVISIBLE: tl.constexpr
+):
+    v = load(teacher_ptr, teacher_stride, sample, offsets, mask, DIVISIBLE)
+    if uncond_ptr is not None:
+        uncond = load(uncond_ptr, uncond_stride, sample, offsets, mask, DIVISIBLE)
+        v = uncond + scale * (v - uncond)
+    return v
+
+
+@kernel(NUM_WARPS)
+def _normalizer_kernel(
+    teacher_ptr,
+    uncond_ptr,
+    x_t_ptr,
+    origin_ptr,
+    sums_ptr,
+    counters_ptr,
+    teacher_stride: tl.int64,
+    uncond_stride: tl.int64,
+    x_t_stride: tl.int64,
+    origin_stride: tl.int64,
+    guidance_scale,
+    a,
+    a_stride: tl.int64,
+    b,
+    b_stride: tl.int64,
+    size: tl.int64,
+    tiles: tl.int64,
+    blocks: tl.int64,
+    CONVERTED: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Partial sums of |v|, or of |origin - x_real|; and the counters of the next pass set to 0."""
+    sample, tile = program(tiles)
+    size = multiple(size, DIVISIBLE)
+    a = coefficient(a, a_stride, sample)
+    b = coefficient(b, b_stride, sample)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for block in range(blocks):
+        offsets = (tile * blocks + block) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < size
+        y = _guided(
+            *(teacher_ptr, teacher_stride, uncond_ptr, uncond_stride, guidance_scale),
+            *(sample, offsets, mask, DIVISIBLE),
+        )
+        if CONVERTED:
+            x_real = a * load(x_t_ptr, x_t_stride, sample, offsets, mask, DIVISIBLE) + b * y
+            y = load(origin_ptr, origin_stride, sample, offsets, mask, DIVISIBLE) - x_real
+        sums += tl.where(mask, tl.abs(y), 0.0)
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(sums, 0))
+    if tile == 0:
+        tl.store(counters_ptr + sample, 0)
+
+
+@kernel(NUM_WARPS)
+def _dmd_loss_kernel(
+    teacher_ptr,
+    critic_ptr,
+    uncond_ptr,
+    normalizer_sums_ptr,
+    gradient_ptr,
+    sums_ptr,
+    counters_ptr,
+    loss_ptr,
+    teacher_stride: tl.int64,
+    critic_stride: tl.int64,
+    uncond_stride: tl.int64,
+    guidance_scale,
+    b,
+    b_stride: tl.int64,
+    gradient_factor,
+    loss_factor,
+    size: tl.int64,
+    tiles: tl.int64,
+    blocks: tl.int64,
+    PER_SAMPLE: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    MAX_TILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, tile = program(tiles)
+    size = multiple(size, DIVISIBLE)
+    b = coefficient(b, b_stride, sample)
+    if normalizer_sums_ptr is not None:
+        w = tl.div_rn(total(normalizer_sums_ptr + sample * tiles, tiles, MAX_TILES), size.to(tl.float32))
+    squares = tl.zeros([BLOCK], tl.float32)
+    for block in range(blocks):
+        offsets = (tile * blocks + block) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < size
+        v = _guided(
+            *(teacher_ptr, teacher_stride, uncond_ptr, uncond_stride, guidance_scale),
+            *(sample, offsets, mask, DIVISIBLE),
+        )
+        g = b * (load(critic_ptr, critic_stride, sample, offsets, mask, DIVISIBLE) - v)
+        if normalizer_sums_ptr is not None:
+            g = tl.div_rn(g, w)
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # NaN is not less either
+        store(gradient_ptr, size, sample, offsets, g * gradient_factor, mask, DIVISIBLE)
+        squares += g * g
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(squares, 0))
+
+    # The last program of a sample (of all, where the loss is one number) finds every sum written, and adds them up
+    # in the same order whichever program it is. The barrier puts the store, one thread's, before the count, which
+    # may be another's; acquire and release do the rest.
+    tl.debug_barrier()
+    if PER_SAMPLE:
+        group = sample
+        count = tiles
+    else:
+        group = sample * 0
+        count = tl.num_programs(0).to(tl.int64)
+    if tl.atomic_add(counters_ptr + group, 1, sem="acq_rel") == count - 1:
+        tl.store(loss_ptr + group, total(sums_ptr + group * tiles, count, BLOCK) * loss_factor)
+
+
+def _launch(
+    x: Tensor,
+    teacher: Tensor,
+    critic: Tensor,
+    uncond: Tensor | None,
+    guidance_scale: float,
+    x_t: Tensor | None,
+    a: Tensor | None,
+    a_value: float,
+    b: Tensor | None,
+    b_value: float,
+    normalizer: str,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    """x_t is None in the flow form, which has a = 1 and b = -1: its t cancels."""
+    gradient = _layout.empty_like(x, x.dtype)
+    batch, size = x.shape[0], x.shape[1:].numel()
+    loss = torch.empty(batch if reduction == "none" else (), dtype=torch.float32, device=x.device)
+    if x.numel() == 0:
+        return loss.zero_(), gradient
+
+    x, teacher, critic, uncond, x_t = _layout.align(x, teacher, critic, uncond, x_t)
+    converted = x_t is not None
+    tiles, blocks = _tile.tiles_and_blocks(size)
+    programs = batch * tiles
+    a, b = joined(a, a_value), joined(b, b_value)
+    sums = torch.empty(2 * programs, dtype=torch.float32, device=x.device)
+    counters = (torch.zeros if normalizer == "none" else torch.empty)(batch, dtype=torch.int32, device=x.device)
+    normalizer_sums = None
+    if normalizer != "none":
+        normalizer_sums = sums[programs:]
+        origin = (x_t if normalizer == "teacher" else x) if converted else None
+        _normalizer_kernel(
+            programs,
+            *(teacher, uncond, x_t, origin, normalizer_sums, counters),
+            *(stride(teacher), stride(uncond), stride(x_t), stride(origin)),
+            *(guidance_scale, *a, *b),
+            *(size, tiles, blocks),
+            *(converted, _tile.divisible(size, teacher, uncond, x_t, origin), BLOCK),
+        )
+    _dmd_loss_kernel(
+        programs,
+        *(teacher, critic, uncond, normalizer_sums, gradient, sums, counters, loss),
+        *(stride(teacher), stride(critic), stride(uncond)),
+        *(guidance_scale, *b),
+        *(factor_now(x, reduction)[0], 0.5 * factor(x, reduction)),
+        *(size, tiles, blocks),
+        *(reduction == "none", _tile.divisible(size, teacher, critic, uncond), MAX_TILES, BLOCK),
+    )
+    return loss, gradient
+
+
+def _fake(x, *arguments):
+    shape = x.shape[:1] if arguments[-1] == "none" else ()
+    return x.new_empty(shape, dtype=torch.float32), _layout.empty_like(x, x.dtype)
+
+
+_dmd_loss = register(
+    "dmd_loss_triton(Tensor x, Tensor teacher, Tensor critic, Tensor? uncond, float guidance_scale, Tensor? x_t, "
+    "Tensor? a, float a_value, Tensor? b, float b_value, str normalizer, str reduction) -> (Tensor, Tensor)",
+    _launch,
+    _fake,
+)
+
+
+def dmd_loss_triton(
+    x: Tensor,
+    teacher: Tensor,
+    critic: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance_scale: float,
+    x_t: Tensor | None,
+    to_x0: tuple | None,
+    normalizer: str,
+    arithmetic: torch.dtype,
+    *,
+    reduction: str,
+) -> Loss:
+    if guidance_scale == 1:
+        teacher_uncond = None
+    if to_x0 is None:
+        x_t, to_x0 = None, (1.0, -1.0)
+    a, b = to_x0
+    computed = _dmd_loss(
+        *(x, teacher, critic, teacher_uncond, float(guidance_scale), x_t),
+        *(*split(a), *split(b), normalizer, reduction),
+    )
+    return *computed, factor_now(x, reduction)[1]
+
+
+def dmd_loss_cuda(
+    x: Tensor,
+    teacher: Tensor,
+    critic: Tensor,
+    teacher_uncond: Tensor | None,
+    guidance_scale: float,
+    x_t: Tensor | None,
+    to_x0: tuple | None,
+    normalizer: str,
+    arithmetic: torch.dtype,
+    *,
+    reduction: str,
+) -> Loss:
+    if guidance_scale == 1:
+        teacher_uncond = None
+    if to_x0 is None:
+        x_t, to_x0, normalizer = None, (1.0, -1.0), "velocity"
+    x, teacher, critic, teacher_uncond, x_t = _layout.align(x, teacher, critic, teacher_uncond, x_t)
+    teacher, critic, teacher_uncond = _cuda.same_dtype(teacher, critic, teacher_uncond)
+    now, rest = factor_now(x, reduction)
+    loss, gradient = torch.ops.dpdmd.dmd_loss.default(
+        *(x, teacher, critic, teacher_uncond, float(guidance_scale), x_t),
+        *(*split(to_x0[0]), *split(to_x0[1]), CUDA_NORMALIZERS.index(normalizer)),
+        *(factor(x, reduction), now, reduction == "none"),
+    )
+    return loss, gradient, rest
+
+
+IMPLEMENTATIONS = {
+    "reference": from_reference(dmd_loss_reference),
+    "triton": dmd_loss_triton,
+    "cuda": dmd_loss_cuda,
+}
 
 
 def dmd_loss(
@@ -104,6 +360,9 @@ def dmd_loss(
         )
 
     run = choose("dmd_loss", IMPLEMENTATIONS, x.device, arithmetic)
-    with torch.no_grad():
-        sums, g = run(x, teacher, critic, teacher_uncond, guidance_scale, x_t, to_x0, normalizer, arithmetic)
-    return reduce(sums, g, x, reduction)
+    return attach(
+        x,
+        run(
+            x, teacher, critic, teacher_uncond, guidance_scale, x_t, to_x0, normalizer, arithmetic, reduction=reduction
+        ),
+    )

@@ -9,9 +9,10 @@ Source: arXiv 2602.03139, the critic's update; flow matching along z_t = (1 - t)
 import torch
 from torch import Tensor
 
-from dpdmd.kernels import _checks
+from dpdmd.kernels import _checks, _squared_loss
 from dpdmd.kernels._formula import sample_sum, widen
-from dpdmd.kernels._reduction import reduce
+from dpdmd.kernels._reduction import Loss, attach, factor_now, from_reference
+from dpdmd.kernels._triton import jit, register, tl  # noqa: F401 (the interpreter wants tl where a kernel is)
 from dpdmd.kernels.backend import choose
 
 
@@ -22,7 +23,35 @@ def flow_matching_loss_reference(v: Tensor, noise: Tensor, x: Tensor, arithmetic
     return sample_sum(residual * residual), 2 * residual
 
 
-IMPLEMENTATIONS = {"reference": flow_matching_loss_reference}
+@jit
+def _residual(v, noise, x, p, q):
+    return v - (noise - x), 1.0
+
+
+def _launch(v: Tensor, noise: Tensor, x: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    return _squared_loss.squared_loss(_residual, v, noise, x, (0.0, 0), (0.0, 0), reduction)
+
+
+_flow_matching_loss = register(
+    "flow_matching_loss_triton(Tensor v, Tensor noise, Tensor x, str reduction) -> (Tensor, Tensor)",
+    _launch,
+    lambda v, noise, x, reduction: _squared_loss.fake(v, reduction),
+)
+
+
+def flow_matching_loss_triton(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:
+    return *_flow_matching_loss(v, noise, x, reduction), factor_now(v, reduction)[1]
+
+
+def flow_matching_loss_cuda(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:
+    return _squared_loss.velocity_loss_cuda(v, noise, x, 0.0, reduction)
+
+
+IMPLEMENTATIONS = {
+    "reference": from_reference(flow_matching_loss_reference),
+    "triton": flow_matching_loss_triton,
+    "cuda": flow_matching_loss_cuda,
+}
 
 
 def flow_matching_loss(v: Tensor, noise: Tensor, x: Tensor, *, reduction: str = "mean") -> Tensor:
@@ -41,6 +70,4 @@ def flow_matching_loss(v: Tensor, noise: Tensor, x: Tensor, *, reduction: str = 
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
 
     run = choose("flow_matching_loss", IMPLEMENTATIONS, v.device, arithmetic)
-    with torch.no_grad():
-        sums, direction = run(v, noise, x, arithmetic)
-    return reduce(sums, direction, v, reduction)
+    return attach(v, run(v, noise, x, arithmetic, reduction=reduction))

@@ -8,8 +8,11 @@ Source: arXiv 2602.03139, the teacher's rollout (with guidance) and the student'
 import torch
 from torch import Tensor
 
-from dpdmd.kernels import _checks
+from dpdmd.kernels import _checks, _cuda, _layout, _tile
 from dpdmd.kernels._formula import column, guided, widen
+from dpdmd.kernels._linear import linear
+from dpdmd.kernels._tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store, stride
+from dpdmd.kernels._triton import kernel, register, tl
 from dpdmd.kernels.backend import choose
 
 
@@ -27,7 +30,118 @@ def guided_euler_step_reference(
     return (wide_x + column(t_next - t, x) * guided(v, v_uncond, guidance_scale)).to(x.dtype)
 
 
-IMPLEMENTATIONS = {"reference": guided_euler_step_reference}
+@kernel(NUM_WARPS)
+def _guided_euler_step_kernel(
+    x_ptr,
+    v_ptr,
+    uncond_ptr,
+    out_ptr,
+    x_stride: tl.int64,
+    v_stride: tl.int64,
+    uncond_stride: tl.int64,
+    t,
+    t_stride: tl.int64,
+    t_next,
+    t_next_stride: tl.int64,
+    guidance_scale,
+    size: tl.int64,
+    tiles: tl.int64,
+    DIVISIBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, tile = program(tiles)
+    size = multiple(size, DIVISIBLE)
+    step = coefficient(t_next, t_next_stride, sample) - coefficient(t, t_stride, sample)
+    offsets = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    x = load(x_ptr, x_stride, sample, offsets, mask, DIVISIBLE)
+    v = load(v_ptr, v_stride, sample, offsets, mask, DIVISIBLE)
+    if uncond_ptr is not None:
+        uncond = load(uncond_ptr, uncond_stride, sample, offsets, mask, DIVISIBLE)
+        v = uncond + guidance_scale * (v - uncond)
+    store(out_ptr, size, sample, offsets, x + step * v, mask, DIVISIBLE)
+
+
+def _launch(
+    x: Tensor,
+    v: Tensor,
+    uncond: Tensor | None,
+    t: Tensor | None,
+    t_value: float,
+    t_next: Tensor | None,
+    t_next_value: float,
+    guidance_scale: float,
+) -> Tensor:
+    out = _layout.empty_like(x, x.dtype)
+    if x.numel() == 0:
+        return out
+    x, v, uncond = _layout.align(x, v, uncond)
+    size = x.shape[1:].numel()
+    tiles = _tile.tiles(size)
+    _guided_euler_step_kernel(
+        x.shape[0] * tiles,
+        *(x, v, uncond, out, stride(x), stride(v), stride(uncond)),
+        *(*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
+        *(size, tiles, _tile.divisible(size, x, v, uncond), BLOCK),
+    )
+    return out
+
+
+_guided_euler_step = register(
+    "guided_euler_step_triton(Tensor x, Tensor v, Tensor? uncond, Tensor? t, float t_value, Tensor? t_next, "
+    "float t_next_value, float guidance_scale) -> Tensor",
+    _launch,
+    lambda x, *arguments: _layout.empty_like(x, x.dtype),
+)
+
+
+def guided_euler_step_triton(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    if not isinstance(t, Tensor) and not isinstance(t_next, Tensor):
+        t, t_next = 0.0, t_next - t  # in float64
+    options = *split(t), *split(t_next), float(guidance_scale)
+    if guidance_scale == 1:
+        return linear(lambda x, v: _guided_euler_step(x, v, None, *options), (x, v), (None, (t_next, t, 1.0)))
+    return linear(
+        lambda *inputs: _guided_euler_step(*inputs, *options),
+        (x, v, v_uncond),
+        (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)),
+    )
+
+
+def guided_euler_step_cuda(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    def run(x, v, v_uncond=None):
+        x, v, v_uncond = _layout.align(x, v, v_uncond)
+        v, v_uncond = _cuda.same_dtype(v, v_uncond)
+        return torch.ops.dpdmd.guided_euler_step.default(
+            x, v, v_uncond, float(guidance_scale), *split(t), *split(t_next)
+        )
+
+    if guidance_scale == 1:
+        return linear(run, (x, v), (None, (t_next, t, 1.0)))
+    return linear(run, (x, v, v_uncond), (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)))
+
+
+IMPLEMENTATIONS = {
+    "reference": guided_euler_step_reference,
+    "triton": guided_euler_step_triton,
+    "cuda": guided_euler_step_cuda,
+}
 
 
 def guided_euler_step(

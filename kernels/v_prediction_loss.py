@@ -11,9 +11,11 @@ Source: arXiv 2602.03139, the student's first step (L_div), with z = z_K and t =
 import torch
 from torch import Tensor
 
-from dpdmd.kernels import _checks
+from dpdmd.kernels import _checks, _squared_loss
 from dpdmd.kernels._formula import column, sample_sum, widen
-from dpdmd.kernels._reduction import reduce
+from dpdmd.kernels._reduction import Loss, attach, factor_now, from_reference
+from dpdmd.kernels._tile import joined, split
+from dpdmd.kernels._triton import jit, register, tl
 from dpdmd.kernels.backend import choose
 
 
@@ -26,7 +28,45 @@ def v_prediction_loss_reference(
     return sample_sum(residual * residual), 2 * residual
 
 
-IMPLEMENTATIONS = {"reference": v_prediction_loss_reference}
+@jit
+def _residual(v, noise, z, start, t):
+    return v - tl.div_rn(noise - z, start - t), 1.0
+
+
+def _launch(
+    v: Tensor, noise: Tensor, z: Tensor, t: Tensor | None, remaining: float, reduction: str
+) -> tuple[Tensor, Tensor]:
+    # start - t in the kernel: 1 - t for a tensor; for a float it was computed in float64.
+    start, t = (remaining, 0.0) if t is None else (1.0, t)
+    return _squared_loss.squared_loss(_residual, v, noise, z, (start, 0), joined(*split(t)), reduction)
+
+
+_v_prediction_loss = register(
+    "v_prediction_loss_triton(Tensor v, Tensor noise, Tensor z, Tensor? t, float remaining, str reduction) "
+    "-> (Tensor, Tensor)",
+    _launch,
+    lambda v, noise, z, t, remaining, reduction: _squared_loss.fake(v, reduction),
+)
+
+
+def v_prediction_loss_triton(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    t, remaining = (t, 1.0) if isinstance(t, Tensor) else (None, float(1 - t))
+    return *_v_prediction_loss(v, noise, z, t, remaining, reduction), factor_now(v, reduction)[1]
+
+
+def v_prediction_loss_cuda(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    return _squared_loss.velocity_loss_cuda(v, noise, z, t, reduction)
+
+
+IMPLEMENTATIONS = {
+    "reference": from_reference(v_prediction_loss_reference),
+    "triton": v_prediction_loss_triton,
+    "cuda": v_prediction_loss_cuda,
+}
 
 
 def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *, reduction: str = "mean") -> Tensor:
@@ -51,6 +91,4 @@ def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *,
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
 
     run = choose("v_prediction_loss", IMPLEMENTATIONS, v.device, arithmetic)
-    with torch.no_grad():
-        sums, direction = run(v, noise, z, t, arithmetic)
-    return reduce(sums, direction, v, reduction)
+    return attach(v, run(v, noise, z, t, arithmetic, reduction=reduction))

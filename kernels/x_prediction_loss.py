@@ -12,9 +12,11 @@ steps.
 import torch
 from torch import Tensor
 
-from dpdmd.kernels import _checks
+from dpdmd.kernels import _checks, _cuda, _layout, _squared_loss
 from dpdmd.kernels._formula import column, sample_sum, widen
-from dpdmd.kernels._reduction import reduce
+from dpdmd.kernels._reduction import Loss, attach, factor, factor_now, from_reference
+from dpdmd.kernels._tile import joined, split
+from dpdmd.kernels._triton import jit, register, tl  # noqa: F401 (the interpreter wants tl where a kernel is)
 from dpdmd.kernels.backend import choose
 
 
@@ -28,7 +30,59 @@ def x_prediction_loss_reference(
     return sample_sum(residual * residual), 2 * b * residual
 
 
-IMPLEMENTATIONS = {"reference": x_prediction_loss_reference}
+@jit
+def _residual(prediction, x_t, x0_target, a, b):
+    return a * x_t + b * prediction - x0_target, b
+
+
+def _launch(
+    prediction: Tensor,
+    x_t: Tensor,
+    a: Tensor | None,
+    a_value: float,
+    b: Tensor | None,
+    b_value: float,
+    x0_target: Tensor,
+    reduction: str,
+) -> tuple[Tensor, Tensor]:
+    a, b = joined(a, a_value), joined(b, b_value)
+    return _squared_loss.squared_loss(_residual, prediction, x_t, x0_target, a, b, reduction)
+
+
+_x_prediction_loss = register(
+    "x_prediction_loss_triton(Tensor prediction, Tensor x_t, Tensor? a, float a_value, Tensor? b, float b_value, "
+    "Tensor x0_target, str reduction) -> (Tensor, Tensor)",
+    _launch,
+    lambda prediction, x_t, a, a_value, b, b_value, x0_target, reduction: _squared_loss.fake(prediction, reduction),
+)
+
+
+def x_prediction_loss_triton(
+    prediction: Tensor, x_t: Tensor, to_x0: tuple, x0_target: Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    a, b = to_x0
+    computed = _x_prediction_loss(prediction, x_t, *split(a), *split(b), x0_target, reduction)
+    return *computed, factor_now(prediction, reduction)[1]
+
+
+def x_prediction_loss_cuda(
+    prediction: Tensor, x_t: Tensor, to_x0: tuple, x0_target: Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    prediction, x_t, x0_target = _layout.align(prediction, x_t, x0_target)
+    x_t, x0_target = _cuda.same_dtype(x_t, x0_target)
+    now, rest = factor_now(prediction, reduction)
+    loss, gradient = torch.ops.dpdmd.x_prediction_loss.default(
+        *(prediction, x_t, x0_target, *split(to_x0[0]), *split(to_x0[1])),
+        *(factor(prediction, reduction), now, reduction == "none"),
+    )
+    return loss, gradient, rest
+
+
+IMPLEMENTATIONS = {
+    "reference": from_reference(x_prediction_loss_reference),
+    "triton": x_prediction_loss_triton,
+    "cuda": x_prediction_loss_cuda,
+}
 
 
 def x_prediction_loss(
@@ -57,6 +111,4 @@ def x_prediction_loss(
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
 
     run = choose("x_prediction_loss", IMPLEMENTATIONS, prediction.device, arithmetic)
-    with torch.no_grad():
-        sums, direction = run(prediction, x_t, to_x0, x0_target, arithmetic)
-    return reduce(sums, direction, prediction, reduction)
+    return attach(prediction, run(prediction, x_t, to_x0, x0_target, arithmetic, reduction=reduction))

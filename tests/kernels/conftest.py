@@ -1,10 +1,77 @@
-"""Shared by the tests of the operations: seeded tensors, awkward strides, relative errors, a loss against float64."""
+"""Shared by the tests of the operations: the implementations, seeded tensors, awkward strides, relative errors, a loss
+against float64.
+
+Tests of the fixture `implementation` run on the reference and on each fused implementation: on a CUDA device where
+there is one, otherwise Triton's kernels in its interpreter, and CUDA's not at all.
+"""
+
+import os
 
 import pytest
 import torch
 
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+
+from dpdmd.kernels import _triton, backend, use_backend  # noqa: E402
+
 # The gradient of a loss is rounded twice to its dtype, each time by eps / 2 at most.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "float64: for the reference alone, the one implementation for float64")
+
+
+def pytest_collection_modifyitems(items):
+    """float64 goes to the reference."""
+
+    def served(item):
+        parameters = item.callspec.params if hasattr(item, "callspec") else {}
+        if parameters.get("implementation", "reference") == "reference":
+            return True
+        return not item.get_closest_marker("float64") and parameters.get("dtype") != torch.float64
+
+    items[:] = filter(served, items)
+
+
+@pytest.fixture(params=["reference", "triton", pytest.param("cuda", marks=pytest.mark.gpu)])
+def implementation(request):
+    """Its name. Tensors that the test makes are on the device it runs on."""
+    device = torch.device("cuda" if request.param != "reference" and ON_GPU else "cpu")
+    if request.param == "cuda" and not ON_GPU:
+        pytest.skip("needs a CUDA device")
+    reason = backend.why_not(request.param, device.type, device.index) if request.param != "reference" else ""
+    if reason:
+        pytest.skip(reason)
+    if device.type == "cuda":
+        torch.set_default_device(device)
+    with use_backend(request.param):
+        yield request.param
+    torch.set_default_device(None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_rounds_to_nearest():
+    """As a GPU does. Triton's interpreter cuts the low bits off where it makes bfloat16 of float32."""
+    if not _triton.INTERPRETED:
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    original = interpreter._convert_float
+
+    def convert(values, source, target, rounding_mode):
+        if (source, target) != (language.float32, language.bfloat16):
+            return original(values, source, target, rounding_mode)
+        rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view("uint16")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_convert_float", convert)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -20,8 +87,9 @@ def randn():
     """randn(*shape, seed=0, dtype=torch.float32), the same values each time."""
 
     def make(*shape, seed=0, dtype=torch.float32):
-        generator = torch.Generator().manual_seed(seed)
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+        generator = torch.Generator("cpu").manual_seed(seed)
+        values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return values.to(torch.get_default_device(), dtype)
 
     return make
 
@@ -62,6 +130,18 @@ def restride():
             larger = x.new_full((*x.shape[:-1], 2 * x.shape[-1]), float("nan"))
             larger[..., ::2] = x
             return larger[..., ::2]
+        if layout == "batch_sliced":  # dense samples with others between them
+            larger = x.new_full((2 * x.shape[0], *x.shape[1:]), float("nan"))
+            larger[::2] = x
+            return larger[::2]
+        if layout == "padded":  # dense samples with three elements between them, so that they start anywhere
+            padded = x.new_full((x.shape[0], x[0].numel() + 3), float("nan"))
+            padded[:, :-3] = x.flatten(1)
+            return padded[:, :-3].unflatten(1, x.shape[1:])
+        if layout == "chunked":  # some channels of a larger tensor: dense samples, too
+            larger = x.new_full((x.shape[0], 2 * x.shape[1], *x.shape[2:]), float("nan"))
+            larger[:, x.shape[1] :] = x
+            return larger[:, x.shape[1] :]
         if layout == "expanded":  # one sample for the whole batch, stride 0
             return x[:1].expand_as(x)
         return x

@@ -3,6 +3,8 @@ import torch
 
 from dpdmd.kernels import dmd_loss
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # One element; sizes that fill no vector, warp or block; one dimension only; a latent.
 SHAPES = [(1, 1), (1, 113), (3, 1023), (2, 4097), (5,), (3, 4, 6, 10)]
@@ -82,7 +84,9 @@ def test_reductions(check_loss, inputs, form, reduction):
     check_loss(form, truth, as_flow(inputs((3, 4, 6, 10))), reduction)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "batch_sliced", "padded", "chunked", "expanded"]
+)
 @pytest.mark.parametrize("which", range(5))
 @pytest.mark.parametrize("form", [flow, converted])
 def test_strides(check_loss, inputs, restride, form, which, layout):
@@ -100,7 +104,9 @@ def test_strides(check_loss, inputs, restride, form, which, layout):
     [
         (torch.float32, torch.bfloat16, torch.bfloat16, torch.bfloat16, torch.float32),  # the trainer's
         (torch.bfloat16, torch.float32, torch.float16, torch.float32, torch.bfloat16),
-        (torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float32),  # one float64 makes it float64
+        pytest.param(  # one float64 makes it float64
+            (torch.float32, torch.float64, torch.float32, torch.bfloat16, torch.float32), marks=pytest.mark.float64
+        ),
     ],
 )
 @pytest.mark.parametrize("form", [flow, converted])

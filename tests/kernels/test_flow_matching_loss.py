@@ -3,6 +3,8 @@ import torch
 
 from dpdmd.kernels import flow_matching_loss
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # One element; sizes that fill no vector, warp or block; one dimension only; a latent.
 SHAPES = [(1, 1), (1, 113), (3, 1023), (2, 4097), (5,), (3, 4, 6, 10)]
@@ -27,7 +29,9 @@ def test_reductions(check_loss, randn, reduction):
     check_loss(flow_matching_loss, truth, make(randn, (3, 4, 6, 10)), reduction)
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "batch_sliced", "padded", "chunked", "expanded"]
+)
 @pytest.mark.parametrize("which", range(3))
 def test_strides(check_loss, randn, restride, which, layout):
     inputs = make(randn, (3, 4, 6, 10))
@@ -38,4 +42,9 @@ def test_strides(check_loss, randn, restride, which, layout):
 def test_mixed_dtypes(check_loss, randn):
     v, noise, x = make(randn, (3, 1023))
     check_loss(flow_matching_loss, truth, [v.bfloat16(), noise, x.half()])
+
+
+@pytest.mark.float64
+def test_mixed_with_float64(check_loss, randn):
+    v, noise, x = make(randn, (3, 1023))
     check_loss(flow_matching_loss, truth, [v, noise.double(), x.half()])

@@ -5,6 +5,8 @@ import torch
 
 from dpdmd.kernels import guided_euler_step
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # One element; sizes that fill no vector, warp or block; one dimension only; a latent.
 SHAPES = [(1, 1), (1, 113), (3, 1023), (2, 4097), (5,), (3, 4, 6, 10)]
@@ -37,10 +39,13 @@ def test_against_float64(randn, check_rounded_once, shape, dtype, guidance_scale
     check_rounded_once(got, truth(x, v, t, t_next, uncond, guidance_scale))
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
-def test_strides(randn, restride, check_rounded_once, layout):
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "batch_sliced", "padded", "chunked", "expanded"]
+)
+@pytest.mark.parametrize("which", [(0,), (1,), (2,), (0, 1, 2)])
+def test_strides(randn, restride, check_rounded_once, which, layout):
     x, v, t, t_next, uncond = make(randn, (3, 4, 6, 10))
-    x, v, uncond = (restride(tensor, layout) for tensor in (x, v, uncond))
+    x, v, uncond = (restride(y, layout) if i in which else y for i, y in enumerate((x, v, uncond)))
     got = guided_euler_step(x, v, t, t_next, v_uncond=uncond, guidance_scale=3.5)
     check_rounded_once(got, truth(x, v, t, t_next, uncond, 3.5))
 
@@ -73,6 +78,7 @@ def test_guidance_of_one_does_not_read_the_unconditional_velocity(randn):
     assert torch.equal(guided_euler_step(x, v, t, t_next, v_uncond=uncond), guided_euler_step(x, v, t, t_next))
 
 
+@pytest.mark.float64
 def test_two_steps_of_a_student_gradcheck(randn):
     """The student's rollout: the second velocity depends on the first step, the gradient goes through both."""
     weight = 0.4 * randn(5, 5, seed=3, dtype=torch.float64)
@@ -100,12 +106,22 @@ def test_gradients_against_float64(randn, check_rounded_once, dtype):
         check_rounded_once(got, expected)
 
 
+def test_only_what_requires_a_gradient_receives_one(randn):
+    x, v, t, t_next, uncond = make(randn, (3, 113))
+    v.requires_grad_()
+    guided_euler_step(x, v, t, t_next, v_uncond=uncond, guidance_scale=3.5).sum().backward()
+    torch.testing.assert_close(v.grad, (3.5 * (t_next - t))[:, None].expand(3, 113))
+    assert x.grad is None and uncond.grad is None
+    with torch.no_grad():
+        assert not guided_euler_step(x, v, t, t_next).requires_grad
+
+
 def test_saves_no_activations(randn):
     x, v, t, t_next, uncond = make(randn, (3, 1023))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         guided_euler_step(x.requires_grad_(), v.requires_grad_(), t, t_next, v_uncond=uncond, guidance_scale=3.5)
-    assert sum(tensor.numel() for tensor in saved) <= 3  # the time step of each sample
+    assert sum(tensor.numel() for tensor in saved) <= 6  # the times of each sample
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

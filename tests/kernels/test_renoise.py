@@ -3,6 +3,8 @@ import torch
 
 from dpdmd.kernels import renoise
 
+pytestmark = pytest.mark.usefixtures("implementation")
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 # One element; sizes that fill no vector, warp or block; one dimension only; a latent.
 SHAPES = [(1, 1), (1, 113), (3, 1023), (2, 4097), (5,), (3, 4, 6, 10)]
@@ -10,7 +12,8 @@ SHAPES = [(1, 1), (1, 113), (3, 1023), (2, 4097), (5,), (3, 4, 6, 10)]
 
 def coefficient(shape, dtype, seed):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    return torch.rand(shape[0], generator=torch.Generator().manual_seed(seed), dtype=wide)
+    values = torch.rand(shape[0], generator=torch.Generator("cpu").manual_seed(seed), dtype=wide, device="cpu")
+    return values.to(torch.get_default_device())
 
 
 def truth(x, noise, alpha, sigma):
@@ -36,11 +39,63 @@ def test_alpha_sigma(randn, check_rounded_once, shape, dtype):
     check_rounded_once(renoise(x, noise, (alpha, sigma)), truth(x, noise, alpha, sigma))
 
 
-@pytest.mark.parametrize("layout", ["channels_last", "transposed", "sliced", "expanded"])
-def test_strides(randn, restride, check_rounded_once, layout):
-    x, noise = (restride(randn(3, 4, 6, 10, seed=seed), layout) for seed in (0, 1))
+@pytest.mark.parametrize(
+    "layout", ["channels_last", "transposed", "sliced", "batch_sliced", "padded", "chunked", "expanded"]
+)
+@pytest.mark.parametrize("which", ["x", "noise", "both"])
+def test_strides(randn, restride, check_rounded_once, which, layout):
+    x, noise, upstream = (randn(3, 4, 6, 10, seed=seed) for seed in range(3))
+    x = (restride(x, layout) if which != "noise" else x).requires_grad_()
+    noise = (restride(noise, layout) if which != "x" else noise).requires_grad_()
     t = coefficient((3,), torch.float32, 2)
+    out = renoise(x, noise, t)
+    check_rounded_once(out, truth(x, noise, 1 - t, t))
+    for got, scale in zip(torch.autograd.grad(out, (x, noise), restride(upstream, layout)), (1 - t, t), strict=True):
+        check_rounded_once(got, truth(restride(upstream, layout), upstream, scale, 0 * t))
+
+
+def test_result_keeps_the_memory_order_of_dense_samples(randn):
+    x = randn(2, 4, 6, 10).contiguous(memory_format=torch.channels_last)
+    assert renoise(x, randn(2, 4, 6, 10), 0.5).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("stride", [0, 3])
+def test_strided_times(randn, check_rounded_once, stride):
+    """An expanded scalar and a column of a table."""
+    x, noise = randn(3, 113), randn(3, 113, seed=1)
+    t = torch.tensor(0.3).expand(3) if stride == 0 else torch.linspace(0.1, 0.9, 9).view(3, 3)[:, 1]
+    assert t.stride() == (stride,)
     check_rounded_once(renoise(x, noise, t), truth(x, noise, 1 - t, t))
+    check_rounded_once(renoise(x, noise, (t, 0.5)), truth(x, noise, t, torch.full((3,), 0.5)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (True, True)])
+def test_gradients_go_where_they_are_needed(randn, check_rounded_once, needed, dtype):
+    x, noise, upstream = randn(3, 1023, dtype=dtype), randn(3, 1023, seed=1), randn(3, 1023, seed=2, dtype=dtype)
+    x.requires_grad_(needed[0]), noise.requires_grad_(needed[1])
+    t = coefficient((3,), torch.float32, 2)
+    renoise(x, noise, t).backward(upstream)
+    for tensor, scale, expected in zip((x, noise), (1 - t, t), needed, strict=True):
+        assert (tensor.grad is not None) == expected
+        if expected:
+            assert tensor.grad.dtype == tensor.dtype
+            check_rounded_once(tensor.grad, scale.double()[:, None] * upstream.double())
+
+
+def test_times_written_to_before_the_backward_pass_are_an_error(randn):
+    t = torch.full((3,), 0.5)
+    out = renoise(randn(3, 5), randn(3, 5).requires_grad_(), t)
+    t += 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_second_derivative(randn):
+    x, t = randn(3, 5).requires_grad_(), torch.linspace(0.1, 0.9, 3)
+    (gradient,) = torch.autograd.grad((renoise(x, x, t) ** 2).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.sum(), x)  # of x^2, as alpha + sigma = 1
+    torch.testing.assert_close(second, torch.full_like(x, 2.0))
 
 
 def test_result_has_the_samples_dtype(randn, check_rounded_once):
@@ -66,6 +121,7 @@ def test_ends(randn):
     torch.testing.assert_close(renoise(x, noise, (0.75, 0.25)), renoise(x, noise, 0.25))
 
 
+@pytest.mark.float64
 def test_gradcheck(randn):
     x, noise, t = (randn(*shape, seed=i, dtype=torch.float64) for i, shape in enumerate([(3, 5), (3, 5), (3,)]))
     assert torch.autograd.gradcheck(lambda x, noise: renoise(x, noise, t), (x.requires_grad_(), noise.requires_grad_()))

@@ -1,0 +1,387 @@
+"""The fused operations beside plain PyTorch and torch.compile: right first, then how fast.
+
+    python benchmarks/run.py                                      everything: at most three minutes on a GPU
+    python benchmarks/run.py --op dmd_loss --size video --json mine.json
+    python benchmarks/run.py --baseline benchmarks/results/kernels.json
+    python benchmarks/run.py --plot                               docs/roofline.png, from benchmarks/results/kernels.json
+
+Every implementation is compared with float64 before any is timed; where one fails, no time of that operation and size is
+shown, and the exit status is 1. DPDMD_KERNELS=triton (cuda, reference) restricts ours to one implementation. Without a
+GPU the references run on small sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import accuracy
+import report
+import roofline
+import timing
+import torch
+from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
+
+from dpdmd.kernels import backend, use_backend
+from dpdmd.provenance import provenance
+
+ROOT = Path(__file__).parents[1]
+STORED = ROOT / "benchmarks" / "results" / "kernels.json"
+PICTURE = ROOT / "docs" / "roofline.png"
+PEERS = ("eager", "compile", "none")
+CPU_SIZES = ("sd35-b1", "awkward")
+# Unless --peers asks for it, torch.compile runs on one size bound by launches and one bound by memory, and no longer
+# than this: each compilation takes seconds, and the whole run has three minutes.
+COMPILED_SIZES = ("sd35-b4", "video")
+COMPILE_SECONDS = 60.0
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    size: str
+
+    @property
+    def operation(self) -> Operation:
+        return OPERATIONS[self.name]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return SIZES[self.size]
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.size}"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    name: str
+    peer: bool
+    function: Callable[..., torch.Tensor]
+    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+@dataclass
+class Run:
+    """What to run, and what was found out."""
+
+    device: torch.device
+    ours: tuple[str, ...]
+    peers: tuple[str, ...] | None = None  # None: eager everywhere, torch.compile on COMPILED_SIZES
+    copy_tb_s: float = math.nan
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
+    compile_seconds: float = 0.0
+
+
+def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str]]:
+    """Those of ours that DPDMD_KERNELS allows and that run here, and why the others do not. UsageError where the one
+    that it asks for does not."""
+    try:
+        asked = backend.requested()
+    except ValueError as error:
+        raise report.UsageError(error) from None
+    if asked == "reference" or (asked == "auto" and device.type == "cpu"):
+        return ("reference",), []
+    candidates = backend.FASTEST_FIRST if asked == "auto" else (asked,)
+    reasons = {name: backend.why_not(name, device.type, device.index) for name in candidates}
+    found = tuple(name for name in candidates if not reasons[name])
+    if asked != "auto" and not found:
+        raise report.UsageError(f"{backend.ENVIRONMENT_VARIABLE}={asked} cannot be had: {reasons[asked]}")
+    return found or ("reference",), [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+def implementations(run: Run, case: Case) -> list[Implementation]:
+    """Ours first, then the peers."""
+    existing = importlib.import_module(f"dpdmd.kernels.{case.operation.module}").IMPLEMENTATIONS
+    ours = [name for name in run.ours if name in existing] or ["reference"]
+    found = [Implementation(name, False, case.operation.ours, lambda name=name: use_backend(name)) for name in ours]
+    if run.peers is None or "eager" in run.peers:
+        found.append(Implementation("eager", True, case.operation.peer))
+    if _compile_wanted(run, case):
+        torch._dynamo.reset()  # what was compiled for another size would count towards the limit of recompilations
+        found.append(Implementation("compile", True, torch.compile(case.operation.peer, dynamic=False)))
+    return found
+
+
+def _compile_wanted(run: Run, case: Case) -> bool:
+    if run.peers is not None:
+        return "compile" in run.peers
+    if run.device.type == "cpu" or case.size not in COMPILED_SIZES:
+        return False
+    if run.compile_seconds > COMPILE_SECONDS:
+        run.left_out.append(
+            f"{case}, compile: compiling has had its {COMPILE_SECONDS:.0f} s; --peers compile runs it all the same"
+        )
+        return False
+    return True
+
+
+def run_case(run: Run, case: Case) -> None:
+    """One operation at one size: checked, then timed."""
+    count = sets_needed(case.operation, case.shape, timing.cache_bytes(run.device))
+    sets = [make_inputs(case.operation, case.shape, run.device, seed) for seed in range(count)]
+    found = implementations(run, case)
+    checks, problems = check_all(run, case, found, sets[0])
+    if problems:
+        run.failures += [f"{case}, {name}: {problem}" for name, problem in problems.items()]
+        return
+    found = [each for each in found if each.name in checks]
+    run.rows += make_rows(run, case, found, checks, time_all(run, case, found, sets))
+
+
+def check_all(
+    run: Run, case: Case, found: list[Implementation], inputs: Inputs
+) -> tuple[dict[str, accuracy.Check], dict[str, str]]:
+    """Each one's check, and the problem of each that has one. A peer that cannot run here is in neither."""
+    outcomes, problems = {}, {}
+    for each in found:
+        begin = time.perf_counter()
+        try:
+            # Ours get memory full of NaN. The peers' memory is torch's affair, and the switch would compile them twice.
+            with each.context(), contextlib.nullcontext() if each.peer else accuracy.poisoned_memory():
+                outcomes[each.name] = accuracy.run_once(case.operation, each.function, inputs)
+        except Exception as error:  # whatever it is, the other figures should not go with it
+            problem = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
+            if each.peer:
+                run.left_out.append(f"{case}, {each.name}: {problem}")
+            else:
+                problems[each.name] = problem
+        if each.name == "compile":
+            run.compile_seconds += time.perf_counter() - begin
+    drawn = {each.name for each in found if each.peer} & set(outcomes) if case.operation.random_peer else set()
+    fixed = {name: outcome for name, outcome in outcomes.items() if name not in drawn}
+    checks = accuracy.check(case.operation, inputs, fixed)
+    checks |= {name: accuracy.check_moments(inputs, outcomes[name][1]) for name in drawn}
+    problems |= {name: each.problem for name, each in checks.items() if each.problem}
+    return checks, problems
+
+
+def time_all(
+    run: Run, case: Case, found: list[Implementation], sets: list[Inputs]
+) -> dict[str, dict[str, timing.Time]]:
+    """Every way of calling, every implementation: times[way][implementation]."""
+    cuda = run.device.type == "cuda"
+    ways = ["forward"]
+    if case.operation.loss:
+        ways += ["forward_backward", *(["forward_backward_one_thread"] if cuda else [])]
+    times = {}
+    for way in ways:
+        subjects = {each.name: _subject(each, way) for each in found}
+        times[way] = timing.in_turns(subjects, sets)
+    for way in ways if cuda else []:
+        if not way.endswith("one_thread"):  # a graph's replay has no thread to hand anything to
+            times[f"gpu_{way}"] = _time_graphs(run, case, found, way, sets)
+    return times
+
+
+def _subject(implementation: Implementation, way: str) -> timing.Subject:
+    function = implementation.function
+
+    def forward(inputs: Inputs) -> None:
+        function(*inputs)
+
+    def forward_backward(inputs: Inputs) -> None:
+        inputs[0].grad = None
+        function(*inputs).backward()
+
+    @contextlib.contextmanager
+    def one_thread():
+        with implementation.context(), torch.autograd.set_multithreading_enabled(False):
+            yield
+
+    if way == "forward":
+        return timing.Subject(forward, implementation.context)
+    around = one_thread if way.endswith("one_thread") else implementation.context
+    return timing.Subject(forward_backward, around)
+
+
+def _time_graphs(
+    run: Run, case: Case, found: list[Implementation], way: str, sets: list[Inputs]
+) -> dict[str, timing.Time]:
+    times = {}
+    for each in found:
+        try:
+            times[each.name] = timing.on_gpu_alone(_subject(each, way), sets)
+        except RuntimeError as error:
+            run.left_out.append(f"{case}, {each.name}, GPU time alone: {str(error).partition(os.linesep)[0]}")
+        for inputs in sets:  # a gradient made by a graph lives in the graph's memory
+            inputs[0].grad = None
+    return times
+
+
+def make_rows(
+    run: Run,
+    case: Case,
+    found: list[Implementation],
+    checks: dict[str, accuracy.Check],
+    times: dict[str, dict[str, timing.Time]],
+) -> list[dict[str, Any]]:
+    elements = math.prod(case.shape)
+    moved = case.operation.bytes(elements)
+    peers = [each.name for each in found if each.peer]
+    rows = []
+    for each in found:
+        own = {way: by_name[each.name] for way, by_name in times.items() if each.name in by_name}
+        tb_s = {way: moved / taken.median_us / 1e6 for way, taken in own.items()}
+        ratios = {
+            peer: {way: times[way][peer].median_us / own[way].median_us for way in own if peer in times[way]}
+            for peer in peers
+            if not each.peer
+        }
+        rows.append(
+            {
+                "operation": case.name,
+                "size": case.size,
+                "implementation": each.name,
+                "peer": each.peer,
+                "shape": list(case.shape),
+                "elements": elements,
+                "bytes": moved,
+                "bytes_counted": case.operation.bytes_counted(),
+                "error": checks[each.name].json(),
+                "times": {way: taken.json() for way, taken in own.items()},
+                "tb_s": tb_s,
+                "share_of_copy": {way: achieved / run.copy_tb_s for way, achieved in tb_s.items()},
+                "ratios": ratios,  # the peer's time over this one's
+            }
+        )
+    return rows
+
+
+def measure(args: argparse.Namespace) -> int:
+    begin = time.perf_counter()
+    console = report.make_console()
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    source = provenance(shlex.join(["python", "benchmarks/run.py", *args.argv]))
+    baseline = None
+    if args.baseline:  # refused now rather than after three minutes
+        baseline = report.read_run(args.baseline)
+        report.refuse_other_machine(baseline, source["machine"]["gpu"], args.baseline)
+    if args.json:
+        report.refuse_unwritable(args.json)
+    ours, missing = our_implementations(device)
+    run = Run(device, ours, args.peers, timing.copy_bandwidth(device), left_out=missing)
+    if device.type == "cpu":
+        console.print(report.CPU_NOTE)
+    sizes = args.size or (CPU_SIZES if device.type == "cpu" else SIZES)
+    for case in (Case(name, size) for name in args.op or OPERATIONS for size in sizes):
+        print(f"{time.perf_counter() - begin:6.1f} s  {case}", file=sys.stderr, flush=True)
+        run_case(run, case)
+    cancellation = accuracy.cancellation(device) if "dmd_loss" in (args.op or OPERATIONS) else []
+    result = {
+        **source,
+        "device": device.type,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "copy_tb_s": run.copy_tb_s,
+        "cache_bytes": timing.cache_bytes(device),
+        "limits": {"result": accuracy.RESULT_LIMIT, "loss": accuracy.LOSS_LIMIT},
+        "rows": run.rows,
+        "cancellation": cancellation,
+        "failures": run.failures,
+        "left_out": run.left_out,
+        "seconds": time.perf_counter() - begin,
+    }
+    tell(console, result, baseline, args.baseline)
+    if args.json:
+        report.write_run(args.json, result)
+    return 1 if run.failures else 0
+
+
+def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path: Path | None) -> None:
+    report.print_tables(console, result)
+    machine = result["machine"]["gpu"] or "CPU"
+    console.print(f"{machine}: a large copy moves {result['copy_tb_s']:.3f} TB/s. {result['seconds']:.0f} s in all.")
+    if result["rows"]:
+        console.print(f"The same measurement made twice differs by {report.noise(result['rows']):.1%} (median).")
+    for each in result["left_out"]:
+        console.print(f"left out: {each}", markup=False)
+    if baseline is not None:
+        report.print_comparison(console, result, baseline, path)
+    if result["device"] == "cpu":
+        console.print(report.CPU_NOTE)
+    for each in result["failures"]:
+        console.print(f"FAILED, and not timed: {each}", markup=False, style="bold red")
+
+
+def plot(files: list[Path], output: Path) -> int:
+    results = [report.read_run(path) for path in files or [STORED]]
+    for path, result in zip(files or [STORED], results, strict=True):
+        if not result["machine"]["gpu"]:
+            raise report.UsageError(
+                f"{path} was measured on a CPU, which says nothing of a GPU: there is nothing to draw"
+            )
+    try:
+        roofline.draw(results, output)
+    except ImportError as error:
+        raise report.UsageError(f"--plot needs matplotlib (pip install -e '.[eval]'): {error}") from None
+    print(f"{output}: drawn")
+    return 0
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=OPERATIONS, help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument(
+        "--size",
+        nargs="+",
+        metavar="NAME",
+        choices=SIZES,
+        help=f"of {', '.join(SIZES)}; without a GPU {' and '.join(CPU_SIZES)} unless named",
+    )
+    parser.add_argument(
+        "--peers",
+        nargs="+",
+        metavar="NAME",
+        choices=PEERS,
+        help=f"of {', '.join(PEERS)}; by default eager on every size and, on a GPU, compile on {', '.join(COMPILED_SIZES)} "
+        f"for as long as {COMPILE_SECONDS:.0f} s of compiling last",
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write all numbers, with machine, versions and commit"
+    )
+    parser.add_argument(
+        "--baseline",
+        type=Path,
+        metavar="FILE",
+        help="a file that --json wrote on the same GPU: print what got slower than it by more than the spread (the larger "
+        "of both runs'). For reading, not for a gate: the exit status stays what it is",
+    )
+    parser.add_argument(
+        "--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; draw files that --json wrote"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=PICTURE, metavar="PNG", help="where --plot draws (docs/roofline.png)"
+    )
+    args = parser.parse_args(argv)
+    if args.peers and "none" in args.peers and len(args.peers) > 1:
+        parser.error(f"--peers got {' '.join(args.peers)}: none stands alone")
+    args.peers = tuple(args.peers) if args.peers else None
+    args.argv = sys.argv[1:] if argv is None else argv
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        return plot(args.plot, args.output) if args.plot is not None else measure(args)
+    except report.UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

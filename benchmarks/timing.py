@@ -1,0 +1,170 @@
+"""How time is taken: the same way for ours and for the peers.
+
+The ordinary way is a clock around a batch of calls, the device synchronised before and after, each call on the next
+set of inputs. Batches are long enough (2 ms) that synchronising is under 1 % of them. Implementations take turns, in
+two rounds, and both rounds go into median and spread: so the spread holds what the machine does in between. GPU time
+alone is a CUDA graph of the same calls, replayed, with events around the replays.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import gc
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+SECONDS = 0.05  # for one implementation called one way, both rounds together
+GPU_SECONDS = 0.02
+BATCH_SECONDS = 0.002
+ROUNDS = 2
+FEWEST_BATCHES = 3  # a round
+COPY_BYTES = 2**30  # far above any cache: 20 times H100's
+CPU_COPY_BYTES = 2**26
+
+Call = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Time:
+    """Microseconds a call. spread: the interquartile range over batches."""
+
+    median_us: float
+    spread_us: float
+    batches: int
+    calls_a_batch: int
+    rounds_us: list[float]  # the median of each round
+
+    def json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something to time: `call` takes one set of inputs, inside the context that `around` makes."""
+
+    call: Call
+    around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+
+
+def _batch(call: Call, sets: Iterator[Any], calls: int) -> float:
+    """Seconds for `calls` calls."""
+    synchronize()
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call(next(sets))
+    synchronize()
+    return time.perf_counter() - begin
+
+
+def _calls_a_batch(call: Call, sets: Iterator[Any]) -> int:
+    """Doubles a batch until it is long enough to judge by; that is the warm-up, too."""
+    calls = 1
+    _batch(call, sets, 2)
+    while True:
+        seconds = _batch(call, sets, calls)
+        if seconds > BATCH_SECONDS / 2:
+            return max(1, round(calls * BATCH_SECONDS / seconds))
+        calls *= 2
+
+
+def in_turns(subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = SECONDS) -> dict[str, Time]:
+    """Times every subject the ordinary way on rotating sets of inputs."""
+    calls, rounds = {}, {name: [] for name in subjects}
+    rotation = itertools.cycle(sets)
+    for _ in range(ROUNDS):
+        for name, subject in subjects.items():
+            with subject.around(), _no_collection():
+                if name not in calls:
+                    calls[name] = _calls_a_batch(subject.call, rotation)
+                batch = functools.partial(_batch, subject.call, rotation, calls[name])
+                rounds[name].append(_repeat(batch, seconds / ROUNDS))
+    return {name: _summary(rounds[name], calls[name]) for name in subjects}
+
+
+def _repeat(batch: Callable[[], float], seconds: float) -> list[float]:
+    taken, end = [], time.perf_counter() + seconds
+    while len(taken) < FEWEST_BATCHES or time.perf_counter() < end:
+        taken.append(batch())
+    return taken
+
+
+def _summary(rounds: list[list[float]], calls: int) -> Time:
+    rounds = [[seconds / calls * 1e6 for seconds in batches] for batches in rounds]
+    together = [us for batches in rounds for us in batches]
+    lower, _, upper = statistics.quantiles(together, n=4)
+    medians = [statistics.median(batches) for batches in rounds]
+    return Time(statistics.median(together), upper - lower, len(together), calls, medians)
+
+
+def on_gpu_alone(subject: Subject, sets: Sequence[Any], seconds: float = GPU_SECONDS) -> Time:
+    """Times a CUDA graph of one call on each set: what the GPU needs once nobody has to launch anything."""
+    stream = torch.cuda.Stream()
+    graph = torch.cuda.CUDAGraph()
+    # The outer stream context restores the stream where a capture fails, which torch.cuda.graph does not. One thread,
+    # as the engine's device thread would run the backward pass outside this thread's capture.
+    outer = torch.cuda.stream(torch.cuda.current_stream())
+    with outer, subject.around(), torch.autograd.set_multithreading_enabled(False):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what is set up once for a stream is not part of a call
+            for each in sets[:2]:
+                subject.call(each)
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            for each in sets:
+                subject.call(each)
+    return _replays(graph, len(sets), seconds)
+
+
+def _replays(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> Time:
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+    def batch(replays: int) -> float:
+        begin.record()
+        for _ in range(replays):
+            graph.replay()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+    batch(1)
+    replays = max(1, round(BATCH_SECONDS / batch(1)))
+    rounds = [_repeat(lambda: batch(replays), seconds / ROUNDS) for _ in range(ROUNDS)]
+    return _summary(rounds, replays * calls)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """The machine's own ceiling in TB/s: a large copy in its memory, counting the bytes read and the bytes written."""
+    size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
+    source = torch.randn(size // 4, device=device)  # zeros can be faster to copy than data
+    target = torch.empty_like(source)
+    batch = functools.partial(_batch, lambda _: target.copy_(source), itertools.repeat(None), 10)
+    batch()
+    seconds = statistics.median(batch() for _ in range(7)) / 10
+    return 2 * size / seconds / 1e12
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The last-level cache that rotating inputs have to outgrow."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    return 2**20  # CPU figures say nothing, so they need not take long

@@ -1,0 +1,107 @@
+// What ops.cpp hands to the kernels: plain structs and one launch function an operation. No torch, no CUDA headers.
+#pragma once
+
+#include <cstdint>
+
+namespace dpdmd {
+
+enum class Dtype : int { float32, float16, bfloat16 };
+
+inline int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
+
+// A tensor as (B, N): the N elements of a sample dense in memory, samples `stride` elements apart (0: the same one).
+struct Rows {
+  void* data = nullptr;
+  int64_t stride = 0;
+  Dtype dtype = Dtype::float32;
+};
+
+// A number for each sample, (B,) float32 at `values`, or one for all.
+struct Coefficient {
+  const float* values = nullptr;
+  int64_t stride = 0;
+  float value = 0;
+};
+
+// Whole 16-byte vectors can be read and written: sizes, strides and addresses allow it.
+struct Shape {
+  int64_t batch = 0;
+  int64_t size = 0;  // elements of a sample
+  bool vectors = false;
+};
+
+// The losses write the gradient times `gradient_factor` and the sum of the losses times `loss_factor`: one sum, or one
+// a sample. `scratch` holds what `..._scratch` says, in floats.
+struct Reduction {
+  float gradient_factor = 1;
+  double loss_factor = 1;
+  bool per_sample = false;
+  float* loss = nullptr;
+  float* scratch = nullptr;
+};
+
+enum class Normalizer : int { velocity, teacher, sample, none };  // velocity: the flow's, without to_x0
+
+struct DmdLoss {
+  Shape shape;
+  Rows teacher, critic, uncond, x_t, x, gradient;  // uncond.data null: no guidance; x, x_t null where not read
+  float guidance_scale = 1;
+  Coefficient a, b;
+  Normalizer normalizer = Normalizer::velocity;
+  Reduction reduction;
+};
+
+// velocity: p - (y - z) / (start - t);  otherwise  a y + b p - z
+struct SquaredLoss {
+  Shape shape;
+  Rows p, y, z, gradient;
+  bool velocity = true;
+  float start = 1;
+  Coefficient t, a, b;
+  Reduction reduction;
+};
+
+struct Renoise {
+  Shape shape;
+  Rows x, noise, result;  // noise.data null: drawn by Philox from `key`
+  uint64_t key = 0;
+  bool flow = true;  // alpha = 1 - sigma
+  Coefficient alpha, sigma;
+};
+
+struct GuidedEulerStep {
+  Shape shape;
+  Rows x, v, uncond, result;
+  float guidance_scale = 1;
+  Coefficient t, t_next;
+};
+
+// result = (to - from) factor y
+struct Multiply {
+  Shape shape;
+  Rows y, result;
+  Coefficient from, to;
+  float factor = 1;
+};
+
+// gradient *= upstream rest, in place
+struct Scale {
+  Shape shape;
+  Rows gradient;
+  const float* upstream = nullptr;
+  int64_t upstream_stride = 0;
+  float rest = 1;
+};
+
+int64_t dmd_loss_scratch(const DmdLoss&);
+int64_t squared_loss_scratch(const SquaredLoss&);
+
+// All launch on `stream`, a cudaStream_t of the current device, and throw std::runtime_error where CUDA refuses.
+void launch(const DmdLoss&, void* stream);
+void launch(const SquaredLoss&, void* stream);
+void launch(const Renoise&, void* stream);
+void launch(const GuidedEulerStep&, void* stream);
+void launch(const Multiply&, void* stream);
+void launch(const Scale&, void* stream);
+
+}  // namespace dpdmd

@@ -1,0 +1,97 @@
+"""The library that csrc/ compiles to: found, built at first use where it is missing, loaded, and its operations made
+known to torch.compile."""
+
+import fcntl
+import functools
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels import _build, _layout
+
+_LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
+
+
+@functools.cache
+def missing(device_type: str, index: int | None) -> str:
+    """Why the CUDA kernels do not run on a device, and how to get them; "" where they do."""
+    if device_type != "cuda" or not torch.version.cuda:
+        return f"the CUDA kernels need tensors on an NVIDIA GPU, and these are on {device_type}"
+    if torch.cuda.get_device_capability(index) < (8, 0):
+        return "the CUDA kernels need a GPU of compute capability 8.0 or newer"
+    return load()
+
+
+@functools.cache
+def load() -> str:
+    """Loads the library; "" or what keeps it from being loaded."""
+    path = find()
+    if path is None:
+        if reason := _build.unable():
+            return f"csrc/ is not compiled, and {reason}. pip install --no-build-isolation compiles it where nvcc is"
+        try:
+            path = _build_once(_cache())
+        except (OSError, RuntimeError) as error:
+            warnings.warn(f"dpdmd runs without its CUDA kernels: {error}", RuntimeWarning, stacklevel=2)
+            return str(error)
+    torch.ops.load_library(path)
+    for name, fake in FAKES.items():
+        _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+        torch.library.register_fake(f"dpdmd::{name}", fake, lib=_LIBRARY)
+    return ""
+
+
+def find() -> Path | None:
+    """The library compiled from the sources at hand: beside this file (setup.py) or in the user's cache."""
+    for folder in (Path(__file__).resolve().parent, _cache()):
+        path = folder / _build.file_name()
+        if path.exists():
+            return path
+    return None
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpdmd"
+
+
+def _build_once(folder: Path) -> Path:
+    """Of several processes, one compiles and the others wait."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / _build.file_name()
+        if not path.exists():
+            print(
+                f"dpdmd: compiling the CUDA kernels into {folder}, once (about a minute)", file=sys.stderr, flush=True
+            )
+            _build.build(folder)
+        return path
+
+
+def same_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, in float32 where their dtypes differ: what the kernels are compiled for."""
+    dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+    if len(dtypes) < 2:
+        return list(tensors)
+    return [None if tensor is None else tensor.float() for tensor in tensors]
+
+
+def _fake_loss(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    per_sample = arguments[-1]
+    loss = x.new_empty(x.shape[:1] if per_sample else (), dtype=torch.float32)
+    return loss, _layout.empty_like(x, x.dtype)
+
+
+FAKES = {
+    "dmd_loss": _fake_loss,
+    "velocity_loss": _fake_loss,
+    "x_prediction_loss": _fake_loss,
+    "renoise": lambda x, *arguments: _layout.empty_like(x, x.dtype),
+    "guided_euler_step": lambda x, *arguments: _layout.empty_like(x, x.dtype),
+    "multiply": lambda x, *arguments: _layout.empty_like(x, arguments[-1]),
+    "scale_": lambda *arguments: None,
+}

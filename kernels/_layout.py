@@ -1,0 +1,50 @@
+"""Tensors (B, ...) as the fused kernels walk them: N elements a sample, dense in memory, in an order that all tensors
+share; any stride from sample to sample.
+
+So channels-last tensors, slices of a batch, chunks of channels and a sample expanded to a batch are read where they
+are, as long as the tensors of a call agree. What does not agree with the first is copied.
+"""
+
+import torch
+from torch import Tensor
+
+
+def align(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+    """The same values, each sample dense and in the memory order of `first` (or contiguous, where first's samples are
+    not dense). None stays None."""
+    tensors = [first, *others]
+    for tensor in tensors:
+        if tensor is not None and not tensor.is_contiguous():
+            break
+    else:
+        return tensors
+    if not _dense(first):
+        tensors[0] = first = first.contiguous()
+    order = _order(first)
+    for i, tensor in enumerate(others, start=1):
+        if tensor is not None and _order(tensor) != order:
+            tensors[i] = empty_like(first, tensor.dtype).copy_(tensor)
+    return tensors
+
+
+def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor of x's shape and memory order (contiguous where x's samples are not dense), whose
+    samples follow one another: what `align` makes of `x` walks along it."""
+    if x.is_contiguous() or not _dense(x):
+        return torch.empty(x.shape, dtype=dtype, device=x.device)
+    strides = (x.shape[1:].numel(), *x.stride()[1:])
+    return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
+
+
+def _order(x: Tensor) -> list[tuple[int, int]]:
+    """(stride, size) of each dimension within a sample; one of size 1 may have any stride."""
+    return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]
+
+
+def _dense(x: Tensor) -> bool:
+    expected = 1
+    for stride, size in sorted(_order(x)):
+        if stride != expected:
+            return False
+        expected *= size
+    return True

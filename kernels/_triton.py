@@ -1,0 +1,125 @@
+"""What every Triton kernel needs of its surroundings: whether it can run, a launch that costs little, and its
+registration with torch.library."""
+
+import functools
+import types
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+    from triton import jit, knobs
+
+    INTERPRETED = bool(knobs.runtime.interpret)  # as read when the kernels are made, from TRITON_INTERPRET
+except ImportError:  # the modules with kernels must import all the same
+    triton = None
+    tl = types.SimpleNamespace(constexpr=None, int64=None)
+    INTERPRETED = False
+
+    def jit(function):
+        return function
+
+
+_LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
+
+
+@functools.cache
+def missing(device_type: str, index: int | None) -> str:
+    """Why Triton kernels do not run on a device, and how to get them; "" where they do."""
+    if triton is None:
+        return "Triton is not installed (pip install triton, in the version that this torch wants)"
+    if INTERPRETED and device_type in ("cpu", "cuda"):
+        return ""
+    if device_type == "cpu":
+        return "on CPU tensors Triton kernels run in its interpreter only (TRITON_INTERPRET=1 before the import)"
+    if device_type != "cuda":
+        return f"the Triton kernels serve CUDA devices, and the tensors are on {device_type}"
+    if torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
+    return ""
+
+
+class Kernel:
+    """A Triton kernel on a one-dimensional grid, made from a function by `@kernel`.
+
+    Its parameters are tensors (or None), floats, integers annotated tl.int64, and last the tl.constexpr ones; all are
+    passed by position. Triton specialises on dtypes, on which pointers are multiples of 16 bytes, and on the
+    constants; never on an integer's or a float's value, so no change of those compiles again.
+
+    Triton's own launch binds and inspects the arguments each time, 19 us on an H100's host. Here the compiled kernel
+    is found under a key of what it was specialised on, and launched by the call that Triton ends in: 8 us.
+    """
+
+    def __init__(self, function: Callable, num_warps: int):
+        kinds = function.__annotations__
+        integers = [name for name, kind in kinds.items() if kind is tl.int64]
+        self._jit = triton.jit(function, do_not_specialize=integers)
+        self._num_warps = num_warps
+        self._num_varying = function.__code__.co_argcount - sum(kind is tl.constexpr for kind in kinds.values())
+        self._compiled = {}
+
+    def __call__(self, programs: int, *arguments) -> None:
+        if INTERPRETED:
+            self._jit[(programs,)](*arguments)
+            return
+        device = next(argument for argument in arguments if isinstance(argument, Tensor)).get_device()
+        if device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(programs, *arguments)
+            return
+        varying = self._num_varying
+        key = (
+            device,
+            arguments[varying:],
+            *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else type(a) for a in arguments[:varying]],
+        )
+        launch = self._compiled.get(key)
+        if launch is None or _hooked():
+            self._compiled[key] = _launch_of(self._jit[(programs,)](*arguments, num_warps=self._num_warps))
+            return
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        run, function, metadata = launch
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+
+def _launch_of(compiled) -> tuple | None:
+    """What Triton's launch ends in; None where this version of Triton has it elsewhere."""
+    try:
+        return compiled.run, compiled.function, compiled.packed_metadata
+    except AttributeError:
+        return None
+
+
+def _hooked() -> bool:
+    """Whether a profiler listens to launches, which the short way does not tell it."""
+    for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
+        if hook is not None and getattr(hook, "calls", True):
+            return True
+    return False
+
+
+def kernel(num_warps: int) -> Callable[[Callable], Kernel]:
+    """Makes a Triton function a `Kernel`; without Triton it stays as it is, never to be called."""
+    if triton is None:
+        return lambda function: function
+    return lambda function: Kernel(function, num_warps)
+
+
+def register(schema: str, function: Callable, fake: Callable) -> Callable:
+    """Registers `function` as dpdmd::<schema> and returns what to call: the function itself, or the registered
+    operation under torch.compile, which cannot look into it. (The dispatcher and back costs 5 us a call on H100.)"""
+    name = _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, function, "CUDA")
+    _LIBRARY.impl(name, function, "CPU")
+    _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"dpdmd::{name}", fake, lib=_LIBRARY)
+    operation = getattr(torch.ops.dpdmd, name).default
+
+    @functools.wraps(function)
+    def call(*arguments):
+        return (operation if torch.compiler.is_compiling() else function)(*arguments)
+
+    return call
