@@ -87,4 +87,8 @@ def _rules() -> str:
 
 
 if __name__ == "__main__":
-    print(build(Path(__file__).resolve().parent))
+    here = Path(__file__).resolve().parent
+    built = build(here)
+    for stale in set(here.glob("_ops_*.so")) - {built}:
+        stale.unlink()
+    print(built)

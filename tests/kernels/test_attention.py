@@ -63,7 +63,7 @@ def check(randn, relative_error):
             if right.norm() < 1e-9:  # one key: its weight is 1, so q and k receive nothing
                 assert one.norm() < 1e-2
                 continue
-            floor = torch.finfo(one.dtype).eps
+            floor = torch.finfo(one.dtype).eps * (4 if one.dtype == torch.float64 else 1)  # there the truth rounds, too
             assert relative_error(one, right) < max(2 * relative_error(peer, right), floor)
 
     return against_truth

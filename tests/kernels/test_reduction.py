@@ -9,7 +9,8 @@ pytestmark = pytest.mark.usefixtures("implementation")
 
 
 def times(x):
-    return torch.linspace(0.1, 0.8, x.shape[0], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return torch.linspace(0.1, 0.8, x.shape[0], dtype=dtype, device=x.device)
 
 
 def dmd_flow(x, other, another, **options):

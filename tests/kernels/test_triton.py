@@ -1,5 +1,6 @@
 """What concerns the Triton kernels alone: registration, layouts, launches; and on a GPU sizes, streams and graphs."""
 
+import os
 import subprocess
 import sys
 
@@ -140,7 +141,8 @@ print(*sorted(compiled))
 
 def test_kernels_compile_for_hopper_and_read_16_bytes_at_a_time(tmp_path):
     """On any machine: the compiler needs no GPU, and the interpreter does not mind what the compiler refuses."""
-    environment = {"PATH": "", "PYTHONPATH": __file__.rpartition("/")[0], "HOME": str(tmp_path)}
+    path = os.pathsep.join([__file__.rpartition("/")[0], *sys.path[1:]])
+    environment = {"PATH": "", "PYTHONPATH": path, "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [
