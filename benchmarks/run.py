@@ -286,6 +286,7 @@ def measure(args: argparse.Namespace) -> int:
         "dtype": str(DTYPE).removeprefix("torch."),
         "copy_tb_s": run.copy_tb_s,
         "cache_bytes": timing.cache_bytes(device),
+        "engine_floor": {way: taken.json() for way, taken in timing.engine_floor(device).items()},
         "limits": {"result": accuracy.RESULT_LIMIT, "loss": accuracy.LOSS_LIMIT},
         "rows": run.rows,
         "cancellation": cancellation,
@@ -303,6 +304,11 @@ def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path:
     report.print_tables(console, result)
     machine = result["machine"]["gpu"] or "CPU"
     console.print(f"{machine}: a large copy moves {result['copy_tb_s']:.3f} TB/s. {result['seconds']:.0f} s in all.")
+    floor = {way: taken["median_us"] for way, taken in result["engine_floor"].items()}
+    console.print(
+        f"Forward and backward of an autograd function with nothing in it: {floor['forward_backward']:.0f} us, "
+        f"{floor['forward_backward_one_thread']:.0f} us in one thread. No loss can be faster."
+    )
     if result["rows"]:
         console.print(f"The same measurement made twice differs by {report.noise(result['rows']):.1%} (median).")
     for each in result["left_out"]:

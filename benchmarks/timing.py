@@ -1,7 +1,7 @@
 """How time is taken: the same way for ours and for the peers.
 
 The ordinary way is a clock around a batch of calls, the device synchronised before and after, each call on the next
-set of inputs. Batches are long enough (2 ms) that synchronising is under 1 % of them. Implementations take turns, in
+set of inputs. Batches are long enough (10 ms) that synchronising is under 1 % of them. Implementations take turns, in
 two rounds, and both rounds go into median and spread: so the spread holds what the machine does in between. GPU time
 alone is a CUDA graph of the same calls, replayed, with events around the replays.
 """
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-SECONDS = 0.05  # for one implementation called one way, both rounds together
+SECONDS = 0.08  # for one implementation called one way, both rounds together
 GPU_SECONDS = 0.02
-BATCH_SECONDS = 0.002
+BATCH_SECONDS = 0.01
 ROUNDS = 2
 FEWEST_BATCHES = 3  # a round
 COPY_BYTES = 2**30  # far above any cache: 20 times H100's
@@ -150,6 +150,34 @@ def _replays(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> Time:
     replays = max(1, round(BATCH_SECONDS / batch(1)))
     rounds = [_repeat(lambda: batch(replays), seconds / ROUNDS) for _ in range(ROUNDS)]
     return _summary(rounds, replays * calls)
+
+
+class _Nothing(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, loss, gradient):
+        ctx.save_for_backward(gradient)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, upstream):
+        return ctx.saved_tensors[0], None, None
+
+
+def engine_floor(device: torch.device) -> dict[str, Time]:
+    """What forward and backward of a loss cost before it does anything: an autograd function of one kernel, forward,
+    on 64 elements. By way of calling, as the losses' times."""
+    x = torch.randn(64, device=device, requires_grad=True)
+    loss, gradient = torch.zeros((), device=device), torch.randn(64, device=device)
+
+    def call(_) -> None:
+        x.grad = None
+        _Nothing.apply(x, loss, gradient).backward()
+
+    one_thread = functools.partial(torch.autograd.set_multithreading_enabled, False)
+    times = {}
+    for way, around in (("forward_backward", contextlib.nullcontext), ("forward_backward_one_thread", one_thread)):
+        times |= in_turns({way: Subject(call, around)}, [None])
+    return times
 
 
 def copy_bandwidth(device: torch.device) -> float:

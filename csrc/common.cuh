@@ -17,16 +17,20 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("dpdmd: ") + what + ": " + cudaGetErrorString(error));
 }
 
+constexpr int kMostDevices = 64;
+
 struct Device {
-  int multiprocessors, shared_memory, capability;  // of the current device; shared memory a block may ask for, in bytes
+  int index, multiprocessors, capability;
+  int shared_memory;  // bytes that a block may ask for
 };
 
+// The current device.
+
 inline const Device& device() {
-  constexpr int kMost = 64;
-  static Device known[kMost] = {};  // benign race: every thread writes the same
+  static Device known[kMostDevices] = {};  // benign race: every thread writes the same
   int index = 0;
   check(cudaGetDevice(&index), "cudaGetDevice");
-  if (index >= kMost) throw std::runtime_error("dpdmd: device index above 63");
+  if (index >= kMostDevices) throw std::runtime_error("dpdmd: device index above 63");
   Device& device = known[index];
   if (device.capability == 0) {
     int major = 0, minor = 0;
@@ -34,6 +38,7 @@ inline const Device& device() {
     check(cudaDeviceGetAttribute(&device.shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "attribute");
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "attribute");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "attribute");
+    device.index = index;
     device.capability = 10 * major + minor;
   }
   return device;

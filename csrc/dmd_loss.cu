@@ -25,6 +25,7 @@ namespace {
 
 constexpr int kThreads = 512;
 constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first
+constexpr int kStaticShared = 1024;  // bytes of shared memory left for sums
 
 // How the blocks are dealt out: `groups` of `blocks`; group i takes the samples i, i + groups, ... A row is kThreads
 // vectors, one a thread. Each block keeps `rows` rows of a sample; what is left is in `pieces` of 32 kBatch vectors.
@@ -272,7 +273,7 @@ Plan plan_of(const DmdLoss& p) {
   const Device& gpu = device();
   const int width = p.shape.vectors ? kWidth : 1;
   const int64_t vectors = p.shape.size / width, rows = ceil_div(vectors, kThreads);
-  auto fit = [&](int kept) { return (gpu.shared_memory - 1024) / (kThreads * width * kept); };  // 1024: the static part
+  auto fit = [&](int kept) { return (gpu.shared_memory - kStaticShared) / (kThreads * width * kept); };
 
   // Blocks that a sample would take in a cluster: no more than fit beside those of the other samples.
   const int most = gpu.capability / 10 == 9 || gpu.capability / 10 == 10 ? 16 : 8;
@@ -307,12 +308,13 @@ template <typename T, int V, bool Velocity, bool Cluster, typename Kept>
 void launch_planned(const DmdLoss& p, const Plan& plan, float* losses, const Meeting& meeting, cudaStream_t stream) {
   auto* kernel = &dmd_loss_kernel<T, V, Velocity, Cluster, Kept>;
   const size_t shared = size_t(plan.rows) * kThreads * V * sizeof(Kept);
-  if (shared > 32 * 1024)
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), "shared memory");
-  if (plan.blocks > 8)
-    if constexpr (Cluster)
-      check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cluster of 16");
-
+  static bool allowed[kMostDevices] = {};  // once a device: each of the two takes a microsecond
+  if (!allowed[device().index]) {
+    const int most = device().shared_memory - kStaticShared;
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");
+    if (Cluster) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "clusters");
+    allowed[device().index] = true;
+  }
   cudaLaunchAttribute attribute;
   if (Cluster) {
     attribute.id = cudaLaunchAttributeClusterDimension;

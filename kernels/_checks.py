@@ -15,19 +15,21 @@ REDUCTIONS = ("mean", "sum", "none")
 def tensors(**arguments: Tensor | None) -> torch.dtype:
     """Floating tensors (B, ...) of the first one's shape and device; None is passed over. Returns the dtype of the
     arithmetic: float64 where any tensor has it, else float32."""
-    (first, like), *_ = arguments.items()
-    arithmetic = torch.float32
-    for name, value in arguments.items():
-        if value is None and name != first:
+    (first, like), *others = arguments.items()
+    floating(first, like)
+    shape, device = like.shape, like.device
+    arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
+    for name, value in others:
+        if value is None:
             continue
         floating(name, value)
         if value.dtype == torch.float64:
             arithmetic = torch.float64
-        if value.shape != like.shape:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs {first}'s shape {tuple(like.shape)}")
-        if value.device != like.device:
-            raise ValueError(f"{name} is on {value.device}; it needs to be on {first}'s device {like.device}")
-    if like.ndim == 0:
+        if value.shape != shape:
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs {first}'s shape {tuple(shape)}")
+        if value.device != device:
+            raise ValueError(f"{name} is on {value.device}; it needs to be on {first}'s device {device}")
+    if not shape:
         raise ValueError(f"{first} has shape (); it needs a batch dimension: (B, ...)")
     return arithmetic
 
