@@ -99,11 +99,12 @@ template <typename T> struct Pack<T, 1> {
   __device__ void narrow(const float (&y)[1]) { value = T(y[0]); }
 };
 
-// Where and how something is read. Once: not again, so it is the first to leave the L2 cache.
-enum class From { memory, once, shared };
+// Where and how something is read. Passing: as the first to leave the L2 cache, so that something else stays; a tenth
+// slower over large tensors. Written: by another block of this kernel.
+enum class From { memory, passing, written, shared };
 
 // Elements [V i, V i + V) of a sample.
-template <typename T, int V, From Place = From::once> __device__ Pack<T, V> load(const T* sample, int64_t i) {
+template <typename T, int V, From Place = From::memory> __device__ Pack<T, V> load(const T* sample, int64_t i) {
   Pack<T, V> pack;
   if constexpr (V == 1) {
     pack.value = sample[i];
@@ -112,8 +113,9 @@ template <typename T, int V, From Place = From::once> __device__ Pack<T, V> load
 #pragma unroll
     for (int k = 0; k < pack.kWords / 4; ++k) {
       uint4 four;
-      if constexpr (Place == From::memory) four = __ldcg(source + k);
-      if constexpr (Place == From::once) four = __ldcs(source + k);
+      if constexpr (Place == From::memory) four = __ldg(source + k);
+      if constexpr (Place == From::passing) four = __ldcs(source + k);
+      if constexpr (Place == From::written) four = __ldcg(source + k);
       if constexpr (Place == From::shared) four = source[k];
       pack.words[4 * k] = four.x, pack.words[4 * k + 1] = four.y;
       pack.words[4 * k + 2] = four.z, pack.words[4 * k + 3] = four.w;

@@ -66,11 +66,12 @@ template <typename T, int V, bool Velocity> struct Formula {
 
   __device__ bool x_t_at_hand() const { return p.x_t.data && p.x_t.dtype == p.teacher.dtype; }
 
+  // The L2 cache is for d.
   __device__ void read(Inputs& in, int64_t i) const {
-    in.teacher = load<T, V>(sample_of<T>(p.teacher, sample), i);
-    in.critic = load<T, V>(sample_of<T>(p.critic, sample), i);
-    if (p.uncond.data) in.uncond = load<T, V>(sample_of<T>(p.uncond, sample), i);
-    if (!Velocity && x_t_at_hand()) in.x_t = load<T, V>(sample_of<T>(p.x_t, sample), i);
+    in.teacher = load<T, V, From::passing>(sample_of<T>(p.teacher, sample), i);
+    in.critic = load<T, V, From::passing>(sample_of<T>(p.critic, sample), i);
+    if (p.uncond.data) in.uncond = load<T, V, From::passing>(sample_of<T>(p.uncond, sample), i);
+    if (!Velocity && x_t_at_hand()) in.x_t = load<T, V, From::passing>(sample_of<T>(p.x_t, sample), i);
   }
 
   // d, from the inputs at vector i.
@@ -197,7 +198,8 @@ __global__ void __launch_bounds__(kThreads, 1)
     for (int row = 0; row < plan.rows; row += kBatch) {
 #pragma unroll
       for (int k = 0; k < kBatch; ++k)
-        if (const int64_t i = first + (row + k) * step; row + k < plan.rows && i < vectors) formula.read(in[k], i);
+        if (const int64_t i = first + (row + k) * step; row + k < plan.rows && i < vectors)
+          formula.read(in[k], i);
 #pragma unroll
       for (int k = 0; k < kBatch; ++k)
         if (const int64_t i = first + (row + k) * step; row + k < plan.rows && i < vectors) {
@@ -243,7 +245,7 @@ __global__ void __launch_bounds__(kThreads, 1)
 #pragma unroll
       for (int k = 0; k < kBatch; ++k)
         if (const int64_t i = begin + k * step; gradient_holds_d && i < vectors)
-          pack[k] = load<Kept, V, From::memory>(sample_of<Kept>(p.gradient, sample), i);
+          pack[k] = load<Kept, V, From::written>(sample_of<Kept>(p.gradient, sample), i);
 #pragma unroll
       for (int k = 0; k < kBatch; ++k)
         if (const int64_t i = begin + k * step; i < vectors) {

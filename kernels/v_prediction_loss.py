@@ -69,24 +69,32 @@ IMPLEMENTATIONS = {
 }
 
 
+def _in_range(t: float | Tensor) -> bool:
+    if not isinstance(t, Tensor):
+        return 0 <= t < 1
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(((t >= 0) & (t < 1)).all())
+
+
 def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *, reduction: str = "mean") -> Tensor:
     """mean |v - (noise - z) / (1 - t)|^2.
 
     v (B, ...): the student's velocity at time 1, the only input that receives a gradient.
     noise (B, ...): the initial noise.  z (B, ...): where the teacher's rollout from that noise stands at time t.
-    t: a float or (B,) float32, in [0, 1). A float is checked. A tensor is not, as a GPU would have to wait: 1 gives
-        a loss that is not finite.
+    t: a float or (B,) float32, in [0, 1). Checked on the CPU; on a GPU that would mean waiting for it, and a time of
+        1 gives a loss that is not finite.
     reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
 
     Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
     are float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a float t
-    outside [0, 1).
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a t outside
+    [0, 1).
     """
     arithmetic = _checks.tensors(v=v, noise=noise, z=z)
     _checks.per_sample("t", t, v, arithmetic)
-    if not isinstance(t, Tensor) and not 0 <= t < 1:
+    if not _in_range(t):
         raise ValueError(f"t is {t}; it needs to be in [0, 1), as the target divides by 1 - t")
     _checks.one_of("reduction", reduction, _checks.REDUCTIONS)
 

@@ -226,6 +226,7 @@ def test_teacher_of_zeros_gives_zero(randn):
         ({"to_x0": (1.0, -0.5)}, "to_x0 needs x_t, the renoised sample that the networks saw, and got None"),
         ({"normalizer": "sample"}, r"normalizer='sample' needs to_x0 = \(a, b\) and got None"),
         ({"normalizer": "none"}, "normalizer='none' needs to_x0"),
+        ({"normalizer": -1}, "normalizer is -1; it needs to be one of 'teacher', 'sample', 'none'"),
         ({"normalizer": "critic"}, "normalizer is 'critic'; it needs to be one of 'teacher', 'sample', 'none'"),
         ({"reduction": "max"}, "reduction is 'max'; it needs to be one of 'mean', 'sum', 'none'"),
     ],

@@ -74,3 +74,11 @@ def test_the_straight_line_is_the_minimum(randn):
 def test_time_outside_its_range(randn, t):
     with pytest.raises(ValueError, match=rf"t is {t}; it needs to be in \[0, 1\), as the target divides by 1 - t"):
         v_prediction_loss(randn(2, 5), randn(2, 5), randn(2, 5), t)
+
+
+@pytest.mark.parametrize("t", [1.0, -0.1, float("nan")])
+def test_time_that_a_cpu_tensor_shows_to_be_impossible(randn, t):
+    with pytest.raises(
+        ValueError, match=r"^t is tensor\(.*; it needs to be in \[0, 1\), as the target divides by 1 - t"
+    ):
+        v_prediction_loss(randn(2, 5), randn(2, 5), randn(2, 5), torch.tensor([0.5, t]))
