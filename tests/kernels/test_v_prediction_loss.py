@@ -81,4 +81,4 @@ def test_time_that_a_cpu_tensor_shows_to_be_impossible(randn, t):
     with pytest.raises(
         ValueError, match=r"^t is tensor\(.*; it needs to be in \[0, 1\), as the target divides by 1 - t"
     ):
-        v_prediction_loss(randn(2, 5), randn(2, 5), randn(2, 5), torch.tensor([0.5, t]))
+        v_prediction_loss(*[randn(2, 5).cpu()] * 3, torch.tensor([0.5, t], device="cpu"))
