@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a GPU the Triton kernels are made for Triton's interpreter, which it wants to know when it is imported: so here,
+# before any test module imports dpdmd. Processes that tests start should not inherit it.
+with pytest.MonkeyPatch.context() as patch:
+    if not torch.cuda.is_available():
+        patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+    import dpdmd.kernels  # noqa: F401
 
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"
 CLIP_LENGTH = 16  # tokens; the published encoders have 77

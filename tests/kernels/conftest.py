@@ -5,16 +5,12 @@ Tests of the fixture `implementation` run on the reference and on each fused imp
 there is one, otherwise Triton's kernels in its interpreter, and CUDA's not at all.
 """
 
-import os
-
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported
+from dpdmd.kernels import _triton, backend, use_backend
 
-from dpdmd.kernels import _triton, backend, use_backend  # noqa: E402
+ON_GPU = torch.cuda.is_available()
 
 # The gradient of a loss is rounded twice to its dtype, each time by eps / 2 at most.
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
@@ -50,6 +46,15 @@ def implementation(request):
     with use_backend(request.param):
         yield request.param
     torch.set_default_device(None)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def triton_interprets():
+    """What Triton reads besides, when it runs a kernel that tests/conftest.py had made for its interpreter."""
+    with pytest.MonkeyPatch.context() as patch:
+        if _triton.INTERPRETED:
+            patch.setenv("TRITON_INTERPRET", "1")
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
