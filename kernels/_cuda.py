@@ -34,7 +34,7 @@ def load() -> str:
         if reason := _build.unable():
             return f"csrc/ is not compiled, and {reason}. pip install --no-build-isolation compiles it where nvcc is"
         try:
-            path = _build_once(_cache())
+            path = _build_once(cache_folder())
         except (OSError, RuntimeError) as error:
             warnings.warn(f"dpdmd runs without its CUDA kernels: {error}", RuntimeWarning, stacklevel=2)
             return str(error)
@@ -47,14 +47,14 @@ def load() -> str:
 
 def find() -> Path | None:
     """The library compiled from the sources at hand: beside this file (setup.py) or in the user's cache."""
-    for folder in (Path(__file__).resolve().parent, _cache()):
+    for folder in (Path(__file__).resolve().parent, cache_folder()):
         path = folder / _build.file_name()
         if path.exists():
             return path
     return None
 
 
-def _cache() -> Path:
+def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dpdmd"
 
 

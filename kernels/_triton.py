@@ -12,10 +12,11 @@ try:
     import triton
     import triton.language as tl
     from triton import jit, knobs
+    from triton.tools.tensor_descriptor import TensorDescriptor
 
     INTERPRETED = bool(knobs.runtime.interpret)  # as read when the kernels are made, from TRITON_INTERPRET
 except ImportError:  # the modules with kernels must import all the same
-    triton = None
+    triton = TensorDescriptor = None
     tl = types.SimpleNamespace(constexpr=None, int64=None)
     INTERPRETED = False
 
@@ -45,19 +46,19 @@ def missing(device_type: str, index: int | None) -> str:
 class Kernel:
     """A Triton kernel on a one-dimensional grid, made from a function by `@kernel`.
 
-    Its parameters are tensors (or None), floats, integers annotated tl.int64, and last the tl.constexpr ones; all are
-    passed by position. Triton specialises on dtypes, on which pointers are multiples of 16 bytes, and on the
-    constants; never on an integer's or a float's value, so no change of those compiles again.
+    Its parameters are tensors (or None), tensor descriptors, floats, integers annotated tl.int64, and last the
+    tl.constexpr ones; all are passed by position. Triton specialises on dtypes, on which pointers are multiples of 16
+    bytes, and on the constants; never on an integer's or a float's value, so no change of those compiles again.
 
     Triton's own launch binds and inspects the arguments each time, 19 us on an H100's host. Here the compiled kernel
     is found under a key of what it was specialised on, and launched by the call that Triton ends in: 8 us.
     """
 
-    def __init__(self, function: Callable, num_warps: int):
+    def __init__(self, function: Callable, num_warps: int, num_stages: int | None = None):
         kinds = function.__annotations__
         integers = [name for name, kind in kinds.items() if kind is tl.int64]
         self._jit = triton.jit(function, do_not_specialize=integers)
-        self._num_warps = num_warps
+        self._options = {"num_warps": num_warps} | ({"num_stages": num_stages} if num_stages else {})
         self._num_varying = function.__code__.co_argcount - sum(kind is tl.constexpr for kind in kinds.values())
         self._compiled = {}
 
@@ -65,7 +66,7 @@ class Kernel:
         if INTERPRETED:
             self._jit[(programs,)](*arguments)
             return
-        device = next(argument for argument in arguments if isinstance(argument, Tensor)).get_device()
+        device = next(argument for argument in map(_memory, arguments) if argument is not None).get_device()
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(programs, *arguments)
@@ -74,15 +75,26 @@ class Kernel:
         key = (
             device,
             arguments[varying:],
-            *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else type(a) for a in arguments[:varying]],
+            *[(a.dtype, a.data_ptr() % 16) if isinstance(a, Tensor) else _kind(a) for a in arguments[:varying]],
         )
         launch = self._compiled.get(key)
         if launch is None or _hooked():
-            self._compiled[key] = _launch_of(self._jit[(programs,)](*arguments, num_warps=self._num_warps))
+            self._compiled[key] = _launch_of(self._jit[(programs,)](*arguments, **self._options))
             return
         stream = torch._C._cuda_getCurrentRawStream(device)
         run, function, metadata = launch
         run(programs, 1, 1, stream, function, metadata, None, None, None, *arguments)
+
+
+def _memory(argument) -> Tensor | None:
+    return argument if isinstance(argument, Tensor) else getattr(argument, "base", None)
+
+
+def _kind(argument):
+    """What Triton specialises on, in an argument that is no tensor: a descriptor's dtype and block, else the type."""
+    if type(argument) is TensorDescriptor:
+        return argument.base.dtype, *argument.block_shape
+    return type(argument)
 
 
 def _launch_of(compiled) -> tuple | None:
@@ -101,11 +113,11 @@ def _hooked() -> bool:
     return False
 
 
-def kernel(num_warps: int) -> Callable[[Callable], Kernel]:
+def kernel(num_warps: int, num_stages: int | None = None) -> Callable[[Callable], Kernel]:
     """Makes a Triton function a `Kernel`; without Triton it stays as it is, never to be called."""
     if triton is None:
         return lambda function: function
-    return lambda function: Kernel(function, num_warps)
+    return lambda function: Kernel(function, num_warps, num_stages)
 
 
 def register(schema: str, function: Callable, fake: Callable) -> Callable:

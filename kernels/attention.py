@@ -2,7 +2,8 @@
 
     o = softmax(scale q k^T) v      for each sample and head; scale = 1 / sqrt(D) unless given
 
-Source: arXiv 1706.03762, equation 1.
+Source: arXiv 1706.03762, equation 1. The Triton kernels are in _attention.py, what is fastest where in
+_attention_choice.py.
 """
 
 import math
@@ -12,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpdmd.kernels import _checks
-from dpdmd.kernels.backend import requested
+from dpdmd.kernels import _attention, _attention_choice, _checks
+from dpdmd.kernels.backend import requested, why_not
 
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -21,8 +22,10 @@ SDPA_BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-BACKENDS = ("auto", "reference", "sdpa", *SDPA_BACKENDS, "xformers")
-# Left to itself torch puts flash (FA2) first: 306 TFLOP/s forward at D = 64 on Hopper, where cuDNN gives 459.
+TRITON = ("triton", "triton+cudnn")
+BACKENDS = ("auto", "reference", *TRITON, "sdpa", *SDPA_BACKENDS, "xformers")
+# Where the Triton kernels do not serve. Left to itself torch puts flash (FA2) first: 306 TFLOP/s forward at D = 64 on
+# Hopper, where cuDNN gives 459.
 FASTEST_FIRST = list(SDPA_BACKENDS.values())
 
 
@@ -34,17 +37,63 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v.to(arithmetic)).to(q.dtype)
 
 
+class _Attention(torch.autograd.Function):
+    """Forward in Triton; backward in Triton, or in cuDNN, which is not bitwise repeatable."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, scale, backend):
+        o, lse = _attention.forward(q, k, v, scale)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.scale, ctx.backend = scale, backend
+        return o
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, do):
+        if ctx.backend == "triton":
+            gradients = _attention.backward(do, *ctx.saved_tensors, ctx.scale)
+        else:
+            gradients = _cudnn_backward(do, *ctx.saved_tensors, ctx.scale)
+        return *gradients, None, None
+
+
+def _cudnn_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    lse = _attention.natural(lse, q.shape[1])
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+    heads_first = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]
+    gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        *heads_first, lse, seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False, scale=scale
+    )
+    return tuple(gradient.transpose(1, 2) for gradient in gradients)
+
+
+def _triton_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return _Attention.apply(q, k, v, scale, backend)
+    return _attention.forward(q, k, v, scale)[0]
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """softmax(scale q k^T) v, non-causal, forward and backward. Returns (B, S, H, D) in q's dtype.
 
     q (B, S, H, D); k, v (B, T, H, D), T of at least 1: one dtype of float32, float16, bfloat16 and float64, any
-        strides, any batch. Nothing is copied on the way: the kernels see transposed views.
+        strides, any batch. Nothing is copied on the way: the kernels see views. (The Triton kernels copy a tensor
+        whose rows of D are not dense and 16-byte aligned.)
     scale: a float; None means 1 / sqrt(D).
-    backend: "auto": on CUDA the first of cuDNN, flash, efficient and math that serves the tensors, elsewhere what
-        torch picks, and the reference for empty tensors. "reference"; "sdpa" (torch picks); "cudnn", "flash",
-        "efficient", "math" (that one or an error); "xformers" (its memory_efficient_attention, where installed).
+    backend: "auto": on CUDA the fastest there is for these shapes on this GPU, forward and backward together where
+        gradients are wanted; measured beforehand on H100 and H200, elsewhere at first use (docs/transformer.md). Under
+        torch.use_deterministic_algorithms, the fastest whose results repeat bit for bit. On other devices what torch
+        picks, and the reference for empty tensors. DPDMD_ATTENTION in the environment names another one for "auto".
+        "triton": our kernels, float16 and bfloat16, D up to 128; they repeat bit for bit. "triton+cudnn": forward that,
+        backward cuDNN's. "reference"; "sdpa" (torch picks); "cudnn", "flash", "efficient", "math" (that one or an
+        error); "xformers" (its memory_efficient_attention, where installed).
         DPDMD_KERNELS=reference and use_backend("reference") make "auto" the reference; their other values do not
         concern attention.
+
+    Saved for backward: q, k, v, the output and a float32 per query and head, with every backend but the reference and
+    math.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and an unknown backend, RuntimeError for a
     backend that is not to be had for these tensors on this machine.
@@ -52,13 +101,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     _check(q, k, v, scale, backend)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
-    if backend == "auto" and requested() == "reference":
-        backend = "reference"
+    if backend == "auto":
+        backend = "reference" if requested() == "reference" else _attention_choice.overridden(BACKENDS)
     if backend == "reference" or q.numel() == 0:  # not every kernel takes an empty tensor
         return attention_reference(q, k, v, scale)
+    if backend == "auto" and q.device.type == "cuda" and not _why_not_triton(q, k, scale):
+        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        backend = _attention_choice.fastest(
+            attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), bool(training)
+        )
+    if backend in TRITON:
+        reason = _why_not_triton(q, k, scale)
+        if reason:
+            raise RuntimeError(
+                f"backend={backend!r} does not serve these tensors: {reason}; 'auto' takes one that does"
+            )
+        return _triton_attention(q, k, v, scale, backend)
     if backend == "xformers":
         return _xformers(q, k, v, scale)
     return _sdpa(q, k, v, scale, backend)
+
+
+def _why_not_triton(q: Tensor, k: Tensor, scale: float) -> str:
+    return why_not("triton", q.device.type, q.device.index) or _attention.why_not(q, k, scale)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:

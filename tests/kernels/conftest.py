@@ -58,8 +58,8 @@ def triton_interprets():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_rounds_to_nearest():
-    """As a GPU does. Triton's interpreter cuts the low bits off where it makes bfloat16 of float32."""
+def interpreter_does_as_a_gpu_with_bfloat16():
+    """Triton's interpreter cuts the low bits off where it makes bfloat16 of float32, and cannot multiply matrices of it."""
     if not _triton.INTERPRETED:
         yield
         return
@@ -74,8 +74,15 @@ def interpreter_rounds_to_nearest():
         rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)
         return rounded.view(torch.int16).numpy().view("uint16")
 
+    def dot(self, a, b, d, *options):
+        """Of bfloat16, which the interpreter keeps as the bits of integers and multiplies as such."""
+        a, b = (self.cast_impl(x, language.float32) if x.dtype.scalar == language.bfloat16 else x for x in (a, b))
+        return create_dot(self, a, b, d, *options)
+
+    create_dot = interpreter.InterpreterBuilder.create_dot
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(interpreter, "_convert_float", convert)
+        patch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
         yield
 
 

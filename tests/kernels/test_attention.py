@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from dpdmd.kernels import attention, use_backend
+from dpdmd.kernels import backend as backends
 from dpdmd.kernels.attention import attention_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -203,7 +204,7 @@ def test_shape_errors(q, k, v, message):
 def test_option_errors():
     q = torch.zeros(1, 2, 1, 8)
     with pytest.raises(
-        ValueError, match="backend is 'fast'; it needs to be one of 'auto', 'reference', 'sdpa', 'cudnn'"
+        ValueError, match="backend is 'fast'; it needs to be one of 'auto', 'reference', 'triton', 'triton\\+cudnn'"
     ):
         attention(q, q, q, backend="fast")
     with pytest.raises(TypeError, match="scale is a str; it needs to be a float"):
@@ -222,8 +223,124 @@ def test_dtype_errors():
         attention(q, [1.0], q)
 
 
+ON_GPU = torch.cuda.is_available()
+REASON = backends.why_not("triton", "cuda" if ON_GPU else "cpu", 0 if ON_GPU else None)
+INTERPRETED_OR_GPU = pytest.mark.skipif(bool(REASON), reason=REASON)
+
+
+@pytest.fixture
+def check_triton(check):
+    def against_truth(inputs, scale=None, backend="triton"):
+        inputs = [tensor.cuda() if ON_GPU else tensor for tensor in inputs]
+        check(lambda *qkv, scale: attention(*qkv, scale=scale, backend=backend), inputs, scale)
+
+    return against_truth
+
+
+@INTERPRETED_OR_GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 1, 1, 1, 8),  # one token; a head narrower than a block
+        (2, 63, 65, 3, 16),  # around a tile, S and T differ
+        (1, 64, 128, 2, 64),  # whole tiles only
+        (2, 130, 70, 1, 96),  # a head dimension that is no power of two; a row of lse with a whole tile of padding
+        (1, 129, 257, 1, 128),  # the tiles of a large head
+    ],
+)
+def test_triton(check_triton, make, shape, dtype):
+    check_triton(make(shape, dtype))
+
+
+@INTERPRETED_OR_GPU
+def test_triton_strides(check_triton, randn):
+    """Slices of one projection; heads first in memory; rows that are not dense, not aligned, or all the same are copied."""
+    dtype = torch.float16
+    check_triton(randn(2, 33, 3, 2, 16, dtype=dtype).unbind(dim=2))
+    check_triton([randn(2, 2, 33, 16, seed=seed, dtype=dtype).transpose(1, 2) for seed in range(3)])
+    check_triton([randn(2, 33, 2, 32, seed=seed, dtype=dtype)[..., ::2] for seed in range(3)])
+    check_triton([randn(2, 33, 2, 17, seed=seed, dtype=dtype)[..., 1:] for seed in range(3)])
+    check_triton([randn(1, 33, 2, 16, seed=seed, dtype=dtype).expand(2, 33, 2, 16) for seed in range(3)])
+
+
+@INTERPRETED_OR_GPU
+@pytest.mark.parametrize("scale", [0.01, 3.0])
+def test_triton_scale(check_triton, make, scale):
+    check_triton(make((1, 9, 70, 2, 16), torch.float16), scale)
+
+
+@INTERPRETED_OR_GPU
+def test_triton_weights_that_pass_the_range_of_exp(make, relative_error):
+    """Logits of -400 to 400: the keys beyond the end, with logits of 0, must not matter even where they would be infinite."""
+    ones, k, v = (tensor.cuda() if ON_GPU else tensor for tensor in make((1, 9, 70, 1, 16), torch.float16))
+    ones = torch.ones_like(ones)
+    for q in (20 * ones, -20 * ones):
+        inputs = [q.requires_grad_(), (1 + 0.01 * k).requires_grad_(), v.requires_grad_()]
+        out = attention(*inputs, scale=1.0, backend="triton")
+        expected = attention_reference(*inputs, scale=1.0)
+        torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-2)
+        upstream = v[:, :9].detach()
+        got, right = (torch.autograd.grad(o, inputs, upstream) for o in (out, expected))
+        assert all(gradient.isfinite().all() for gradient in got)
+        assert relative_error(got[1], right[1]) < 1e-2 and relative_error(got[2], right[2]) < 1e-2
+
+
+@INTERPRETED_OR_GPU
+def test_triton_repeats_and_compiles(make):
+    inputs = [tensor.cuda() if ON_GPU else tensor for tensor in make((2, 113, 70, 2, 16), torch.bfloat16)]
+    for tensor in inputs:
+        tensor.requires_grad_()
+
+    def everything(function):
+        out = function(*inputs, backend="triton")
+        return [out, *torch.autograd.grad(out.square().sum(), inputs)]
+
+    torch._dynamo.reset()
+    first = everything(attention)
+    for run in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        for got, expected in zip(everything(run), first, strict=True):
+            assert torch.equal(got, expected)
+
+
+@INTERPRETED_OR_GPU
+def test_triton_operations(make):
+    """As torch.library wants them: schema, fake, no hidden aliasing."""
+    q, k, v = (tensor.cuda() if ON_GPU else tensor for tensor in make((1, 5, 7, 2, 16), torch.float16))
+    forward, backward = (getattr(torch.ops.dpdmd, f"attention_{way}_triton").default for way in ("forward", "backward"))
+    o, lse = forward(q, k, v, 0.25)
+    tests = ("test_schema", "test_faketensor")
+    torch.library.opcheck(forward, (q, k, v, 0.25), test_utils=tests)
+    torch.library.opcheck(backward, (o, q, k, v, o, lse, 0.25), test_utils=tests)
+
+
+@INTERPRETED_OR_GPU
+@pytest.mark.parametrize(
+    ("shape", "dtype", "scale", "message"),
+    [
+        ((1, 2, 2, 1, 8), torch.float32, None, "of float16 or bfloat16, and q has torch.float32"),
+        ((1, 2, 2, 1, 256), torch.float16, None, "heads of up to 128, in multiples of 8, and q's have 256"),
+        ((1, 2, 2, 1, 12), torch.float16, None, "heads of up to 128, in multiples of 8, and q's have 12"),
+        ((1, 2, 2, 1, 8), torch.float16, -1.0, "needs a scale above 0, and got -1.0"),
+    ],
+)
+def test_triton_errors(make, shape, dtype, scale, message):
+    inputs = [tensor.cuda() if ON_GPU else tensor for tensor in make(shape, dtype)]
+    with pytest.raises(RuntimeError, match=f"backend='triton' does not serve these tensors: .*{message}.*'auto'"):
+        attention(*inputs, scale=scale, backend="triton")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "triton+cudnn", "cudnn"])
+@pytest.mark.parametrize("shape", [(2, 4429, 4429, 4, 64), (1, 4608, 4608, 3, 128), (1, 1000, 777, 3, 96)])
+def test_large_on_cuda(check, make, shape, backend):
+    inputs = [tensor.cuda() for tensor in make(shape, torch.bfloat16)]
+    check(lambda *qkv, scale: attention(*qkv, scale=scale, backend=backend), inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["auto", "reference", "sdpa", "cudnn", "flash", "efficient", "math"])
 @pytest.mark.parametrize("shape", [(1, 129, 129, 2, 64), (2, 333, 1024, 3, 128)])
 def test_on_cuda(check, make, shape, backend):

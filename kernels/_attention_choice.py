@@ -1,0 +1,158 @@
+"""Which attention kernel is the fastest for a shape on this GPU: measured, not guessed.
+
+Times for H100 and H200 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such a
+machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
+cache. A time is of one forward pass ("forward"), or of a forward and a backward pass ("training").
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from dpdmd.kernels._cuda import cache_folder
+
+ENVIRONMENT_VARIABLE = "DPDMD_ATTENTION"
+SHIPPED = Path(__file__).with_name("attention_times.json")
+CANDIDATES = ("triton", "triton+cudnn", "cudnn", "flash")
+REPEATABLE = ("triton", "flash")  # flash: torch takes its deterministic backward pass then
+TIE = 1.03  # a repeatable kernel is taken where another is not faster by more
+HEAD_DIMS = (16, 32, 64, 96, 128)
+LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
+
+Times = dict[str, dict[str, float]]  # "forward" or "training" -> backend -> us
+NOTHING_KNOWN: Times = {"forward": {}, "training": {}}
+
+
+def overridden(allowed: tuple[str, ...]) -> str:
+    """What "auto" stands for by the environment: "auto" itself, unless DPDMD_ATTENTION says otherwise."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in allowed:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} in the environment; it takes one of {', '.join(allowed)}")
+    return name
+
+
+def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, num_keys: int, training: bool) -> str:
+    """The backend for `attention` to take on CUDA device `index`: one of CANDIDATES, or "auto" for torch's kernels in
+    the usual order where nothing is known and nothing can be measured now."""
+    times = times_for(attention, index, head_dim, math.sqrt(num_queries * num_keys))
+    return pick(times["training" if training else "forward"], torch.are_deterministic_algorithms_enabled())
+
+
+# torch.compile runs it while tracing.
+fastest._dynamo_marked_constant = True
+
+
+def pick(times: dict[str, float], deterministic: bool) -> str:
+    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs no more than
+    a tie."""
+    if not times:
+        return "auto"
+    repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
+    winner = min(times, key=times.get)
+    if not repeatable:
+        return winner
+    best = min(repeatable, key=repeatable.get)
+    return best if deterministic or repeatable[best] <= TIE * times[winner] else winner
+
+
+def times_for(attention: Callable, index: int, head_dim: int, length: float) -> Times:
+    """The times known for this head dimension, rounded up, and the nearest length, after measuring where that is due."""
+    shipped = _shipped(_gpu(index))
+    if shipped:
+        return nearest(shipped, head_dim, length)
+    if torch.cuda.is_current_stream_capturing():
+        return NOTHING_KNOWN
+    length = min(LENGTHS, key=lambda known: abs(math.log(known / length)))
+    return _measured(attention, index, _head_dim(head_dim), length)
+
+
+def nearest(table: dict[str, Times], head_dim: int, length: float) -> Times:
+    """The entry of the table ("D,S" -> times) for this head dimension, rounded up, and the nearest length."""
+    lengths = [int(key.split(",")[1]) for key in table if key.startswith(f"{_head_dim(head_dim)},")]
+    if not lengths:
+        return NOTHING_KNOWN
+    length = min(lengths, key=lambda known: abs(math.log(known / length)))
+    return table[f"{_head_dim(head_dim)},{length}"]
+
+
+def _head_dim(head_dim: int) -> int:
+    return next((known for known in HEAD_DIMS if known >= head_dim), HEAD_DIMS[-1])
+
+
+@functools.cache
+def _gpu(index: int) -> str:
+    """As the table has it ("H100"), or the device's full name."""
+    name = torch.cuda.get_device_name(index)
+    return next((known for known in json.loads(SHIPPED.read_text()) if known in name), name)
+
+
+@functools.cache
+def _shipped(gpu: str) -> dict[str, Times]:
+    return json.loads(SHIPPED.read_text()).get(gpu, {})
+
+
+@functools.cache
+def _measured(attention: Callable, index: int, head_dim: int, length: int) -> Times:
+    """From the user's cache, or measured now and kept there."""
+    file = cache_folder() / "attention" / f"{_gpu(index).replace(' ', '_')}-torch{torch.__version__}.json"
+    table = json.loads(file.read_text()) if file.exists() else {}
+    key = f"{head_dim},{length}"
+    if key not in table:
+        table[key] = measure(attention, index, head_dim, length)
+        with contextlib.suppress(OSError):  # a home that cannot be written to: the next process measures again
+            _write(file, table)
+    return table[key]
+
+
+def _write(file: Path, table: dict) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as whole:
+        json.dump(table, whole, indent=1)
+    os.replace(whole.name, file)
+
+
+def measure(attention: Callable, index: int, head_dim: int, length: int) -> Times:
+    """us of each candidate that serves, in bfloat16, with about as many tokens as a training batch has."""
+    with torch.cuda.device(index), torch.enable_grad():
+        shape = (max(1, min(16, 16384 // length)), length, 24, head_dim)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        upstream = torch.randn_like(q)
+        times = {"forward": {}, "training": {}}
+        for backend in CANDIDATES:
+
+            def forward(backend=backend):
+                with torch.no_grad():
+                    attention(q, k, v, backend=backend)
+
+            def training(backend=backend):
+                torch.autograd.grad(attention(q, k, v, backend=backend), (q, k, v), upstream)
+
+            for name, run in (("forward", forward), ("training", training)):
+                if name == "forward" and backend == "triton+cudnn":
+                    continue
+                try:
+                    times[name][backend] = _time(run)
+                except Exception:  # it does not serve this GPU, for instance for want of shared memory
+                    torch.cuda.synchronize()
+        return times
+
+
+def _time(run, repeats: int = 7) -> float:
+    for _ in range(2):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return round(1e3 * statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), 1)
