@@ -58,8 +58,9 @@ def triton_interprets():
 
 
 @pytest.fixture(scope="session", autouse=True)
-def interpreter_does_as_a_gpu_with_bfloat16():
-    """Triton's interpreter cuts the low bits off where it makes bfloat16 of float32, and cannot multiply matrices of it."""
+def interpreter_does_as_a_gpu():
+    """Triton's interpreter cuts the low bits off where it makes bfloat16 or e4m3 of float32, and cannot multiply
+    matrices of bfloat16."""
     if not _triton.INTERPRETED:
         yield
         return
@@ -69,6 +70,9 @@ def interpreter_does_as_a_gpu_with_bfloat16():
     original = interpreter._convert_float
 
     def convert(values, source, target, rounding_mode):
+        if (source, target) == (language.float32, language.float8e4nv):
+            saturated = torch.from_numpy(values.copy()).clamp(-448, 448)
+            return saturated.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
         if (source, target) != (language.float32, language.bfloat16):
             return original(values, source, target, rounding_mode)
         rounded = torch.from_numpy(values.copy()).to(torch.bfloat16)

@@ -287,6 +287,18 @@ def test_triton_weights_that_pass_the_range_of_exp(make, relative_error):
 
 
 @INTERPRETED_OR_GPU
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("at", [0, 100, 149])
+def test_triton_late_maximum(check_triton, make, dtype, at):
+    """A key among the first tile's, in a later one, or in the last that is not full, whose logits pass all others' by
+    far more than a float32 can tell apart, for every other query."""
+    q, k, v = make((1, 70, 150, 1, 16), dtype)
+    k[:, at] = 60 * q[:, 1]
+    q[:, ::2] = q[:, 1:2]
+    check_triton([q, k, v], scale=1.0)
+
+
+@INTERPRETED_OR_GPU
 def test_triton_repeats_and_compiles(make):
     inputs = [tensor.cuda() if ON_GPU else tensor for tensor in make((2, 113, 70, 2, 16), torch.bfloat16)]
     for tensor in inputs:

@@ -1,0 +1,386 @@
+"""What the fused forward passes of diffusers' transformer blocks share: which modules they may go round, matrix products
+that leave the bias to the operation after them, and weights in FP8.
+
+A bias that the next operation adds costs nothing there, and its gradient falls out of that operation's; added by the
+matrix product, its gradient is a pass of its own over the product's.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from diffusers.models.normalization import AdaLayerNormContinuous
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from dpdmd.kernels.activation import gelu_tanh
+from dpdmd.kernels.adaln_modulate import adaln_modulate
+from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
+from dpdmd.kernels.packed_linear import packed_linear
+from dpdmd.kernels.qk_norm import TokenStream
+
+
+class Like(NamedTuple):
+    """What a module must be for a fused forward to go round it, rather than call it."""
+
+    cls: type  # exactly; NoneType for one that is not there
+    parts: dict[str, "Like"] = {}  # noqa: RUF012  (never written to)
+    demand: Callable[[nn.Module], str] | None = None  # further: what is wrong, "" for nothing
+
+
+def unlike(module: nn.Module | None, like: Like) -> str:
+    """Why the module is not so, to follow its name; "" where it is.
+
+    Blocks ask at every call, as adapters, hooks and attention processors come and go.
+    """
+    if type(module) is not like.cls:
+        return f" is a {type(module).__name__}, not a {like.cls.__name__}"
+    if module is None:
+        return ""
+    if hooked(module):
+        return " has hooks or a forward of its own"
+    reason = unlike_parts(module, like.parts)
+    return reason if reason or like.demand is None else like.demand(module)
+
+
+def unlike_parts(module: nn.Module, parts: dict[str, Like]) -> str:
+    """The same of some of its modules."""
+    modules = module._modules  # reading attributes of a module takes five times as long
+    for name, part in parts.items():
+        reason = unlike(modules.get(name), part)
+        if reason:
+            return f".{name}{reason}"
+    return ""
+
+
+def another_forward(block: nn.Module, cls: type) -> str:
+    """Why a block's class is not right; "" where it is, or is derived from `cls`, as FSDP's are."""
+    same = type(block).forward is cls.forward
+    return "" if same else f"it is a {type(block).__name__}, which has another forward than {cls.__name__}"
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says. DeepSpeed's hooks, which gather the module's parameters,
+    do not count: see `away`."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+        if not all(str(hook.__module__).startswith("deepspeed.") for hooks in kinds for hook in hooks.values()):
+            return True
+    return "forward" in module.__dict__
+
+
+def away(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has the module's parameters elsewhere, and calling it would gather them. In a pass of the engine
+    reading them does, and lets the block gather them from then on; around the engine it does not."""
+    if not module._forward_pre_hooks:
+        return False
+    parameters = [getattr(module, name) for name in module._parameters]
+    return any(parameter.numel() == 0 for parameter in parameters if parameter is not None)
+
+
+def norms_away(attn: nn.Module) -> bool:
+    """Of an attention's norms, whose weights the fused forward reads."""
+    return any(away(norm) for name, norm in attn._modules.items() if name.startswith("norm_"))
+
+
+def plain(*layers: nn.Module) -> bool:
+    """Whether each layer is x W^T + b and nothing else: no LoRA, no quantisation, no hooks."""
+    for layer in layers:
+        # torchao's quantisation leaves the layer its class and changes its weight's.
+        if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) is not nn.Parameter:
+            return False
+        if hooked(layer) or away(layer):
+            return False
+    return True
+
+
+def _weights(norm: nn.LayerNorm) -> str:
+    return " has weights" if norm.elementwise_affine else ""
+
+
+def _dropout(dropout: nn.Dropout) -> str:
+    return f" drops out (p = {dropout.p}, in training)" if dropout.p and dropout.training else ""
+
+
+def _not_tanh(gelu: GELU | nn.GELU) -> str:
+    return "" if gelu.approximate == "tanh" else f" has approximate = {gelu.approximate!r}, not 'tanh'"
+
+
+def unequal_eps(attn: nn.Module) -> str:
+    """For an attention's demand: its norms share one eps, a number."""
+    norms = {
+        name: attn._modules[name]
+        for name in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")
+        if name in attn._modules
+    }
+    for name, norm in norms.items():
+        if norm.eps is None or norm.eps != attn.norm_q.eps:
+            return f".{name} has eps = {norm.eps}; it needs a number, norm_q's"
+    return ""
+
+
+def _not_three(net: nn.ModuleList) -> str:
+    return "" if len(net) == 3 else f" has {len(net)} modules, not 3"
+
+
+NOTHING = Like(type(None))
+SILU = Like(nn.SiLU)
+TANH_GELU = Like(nn.GELU, demand=_not_tanh)
+LAYER_NORM = Like(nn.LayerNorm, demand=_weights)
+NO_DROPOUT = Like(nn.Dropout, demand=_dropout)
+FEED_FORWARD = Like(
+    FeedForward, {"net": Like(nn.ModuleList, {"0": Like(GELU, demand=_not_tanh), "1": NO_DROPOUT}, _not_three)}
+)
+_ADAPTIVE_NORM = {"silu": SILU, "norm": LAYER_NORM}
+
+
+def adaptive_norm(cls: type) -> Like:
+    return Like(cls, _ADAPTIVE_NORM)
+
+
+# Matrix products
+
+
+class Fp8(NamedTuple):
+    """A block's pass in FP8."""
+
+    weights: "Fp8Weights"
+    dtype: torch.dtype  # of what is not quantised
+
+    def product(self, x: Quantized, *layers: nn.Linear, columns: tuple[int, int] | None = None) -> Tensor:
+        return fp8_linear(x, self.weights.of(*layers, columns=columns), dtype=self.dtype)
+
+
+def serves(fp8: Fp8 | None, *layers: nn.Module) -> bool:
+    """Whether the products with these layers run in FP8, so that their input is quantised where it is made."""
+    return fp8 is not None and plain(*layers)
+
+
+def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -> tuple[Tensor, Tensor | None]:
+    """(x W^T, b): the bias is still to be added. A layer that is not plain is called, and leaves none."""
+    if isinstance(x, Tensor) and serves(fp8, layer):
+        x = quantize_rows(x)
+    if isinstance(x, Quantized):
+        return fp8.product(x, layer), layer.bias
+    if plain(layer):
+        return _rows_linear(x, layer.weight), layer.bias
+    return layer(x), None
+
+
+def product_of_two(
+    layer: nn.Module, a: Tensor, b: Tensor | Quantized, fp8: Fp8 | None = None
+) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | tuple[Tensor | None, None] | None]:
+    """`product` with a and b side by side, where they are not put; in FP8 a pair of products, still to be added up."""
+    width = a.shape[-1]
+    if isinstance(b, Quantized):
+        first = fp8.product(quantize_rows(a), layer, columns=(0, width))
+        second = fp8.product(b, layer, columns=(width, layer.in_features))
+        return (first, second), (layer.bias, None)
+    if plain(layer):
+        return _LinearOfTwo.apply(*_as_autocast(a, b, layer.weight)), layer.bias
+    return layer(torch.cat((a, b), dim=-1)), None
+
+
+def image_stream(attn: nn.Module, x: Tensor | Quantized, head_dim: int, fp8: Fp8 | None = None) -> TokenStream:
+    """The projections of x (B, S, C) by those of an attention's layers that have no `add` in their names."""
+    qkv, bias = _projections((attn.to_q, attn.to_k, attn.to_v), x, head_dim, fp8)
+    return TokenStream(qkv, *_norm_weights(attn.norm_q, attn.norm_k), bias)
+
+
+def text_stream(attn: nn.Module, x: Tensor, head_dim: int) -> TokenStream:
+    """By those that have."""
+    qkv, bias = _projections((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x, head_dim)
+    return TokenStream(qkv, *_norm_weights(attn.norm_added_q, attn.norm_added_k), bias)
+
+
+def _projections(
+    layers: tuple[nn.Module, ...], x: Tensor | Quantized, head_dim: int, fp8: Fp8 | None = None
+) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D) where all layers are plain, else three (B, S, H, D)."""
+    if isinstance(x, Tensor) and not plain(*layers):
+        each = [product(layer, x, fp8) for layer in layers]
+        return tuple(y.unflatten(-1, (-1, head_dim)) for y, _ in each), tuple(bias for _, bias in each)
+    if isinstance(x, Quantized):
+        qkv = fp8.product(x, *layers)
+    else:
+        qkv = packed_linear(x, tuple(layer.weight for layer in layers))
+    return qkv.unflatten(-1, (3, -1, head_dim)), tuple(layer.bias for layer in layers)
+
+
+def _norm_weights(norm_q: nn.Module | None, norm_k: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm_q is None else (norm_q.weight, norm_k.weight)
+
+
+def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -> tuple[Tensor, Tensor | None]:
+    """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
+    activation, _, out = ff.net
+    u = gelu_tanh(*product(activation.proj, x, fp8), quantize=serves(fp8, out))
+    return product(out, u, fp8)
+
+
+def _rows_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x (B, S, K) times weight (N, K) transposed; the samples of x may be apart in memory."""
+    if x.is_contiguous():
+        return F.linear(x, weight)
+    return _RowsLinear.apply(*_as_autocast(x, weight))
+
+
+class _RowsLinear(torch.autograd.Function):
+    # F.linear would copy x to make one matrix of it. A batched product reads the samples where they are.
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return torch.bmm(x, weight.t().expand(len(x), -1, -1))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        # Here x is copied after all: separate products, one a sample, would be rounded before they are summed.
+        dweight = dy.flatten(0, 1).t() @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
+        return dx, dweight
+
+
+class _LinearOfTwo(torch.autograd.Function):
+    # A concatenation would be written, read and kept for the backward pass; slices of the weight would fill two weights
+    # with zeros there and add them up. The price is that the first product is rounded before the second is added.
+    @staticmethod
+    def forward(ctx, a, b, weight):
+        ctx.save_for_backward(a, b, weight)
+        width = a.shape[-1]
+        y = a.flatten(0, -2) @ weight[:, :width].t()
+        return y.addmm_(b.flatten(0, -2), weight[:, width:].t()).view(*a.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        a, b, weight = ctx.saved_tensors
+        width = a.shape[-1]
+        da = dy @ weight[:, :width] if ctx.needs_input_grad[0] else None
+        db = dy @ weight[:, width:] if ctx.needs_input_grad[1] else None
+        dweight = None
+        if ctx.needs_input_grad[2]:
+            rows, a, b = dy.flatten(0, -2).t(), a.flatten(0, -2), b.flatten(0, -2)
+            if torch.compiler.is_compiling():  # it takes no slice for `out`
+                dweight = torch.cat((rows @ a, rows @ b), dim=1)
+            else:
+                dweight = torch.empty_like(weight)
+                torch.mm(rows, a, out=dweight[:, :width])
+                torch.mm(rows, b, out=dweight[:, width:])
+        return da, db, dweight
+
+
+def _as_autocast(*tensors: Tensor) -> list[Tensor]:
+    """As F.linear takes them under autocast, which does not reach into autograd functions."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
+
+
+def split_rows(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """The first `length` rows of joint (B, S, C) and the others, as views."""
+    return _SplitRows.apply(joint, length)
+
+
+class _SplitRows(torch.autograd.Function):
+    # The backward passes of two slices fill two joint buffers and add them up; this one writes one, once.
+    @staticmethod
+    def forward(ctx, joint, length):
+        return joint[:, :length], joint[:, length:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        return torch.cat(upstream, dim=1), None
+
+
+# FP8
+
+
+class Fp8Weights:
+    """The large weights of a block in FP8, made when a pass without gradient first wants them.
+
+    They are made anew where a weight's memory or version says that it changed, and, in a block that is trained, after
+    any optimizer's step: some write past torch's version counters (apex, DeepSpeed), and ZeRO-3 gathers weights into
+    new memory each time. Copies, also pickled ones, start without any.
+    """
+
+    _steps: int | None = None  # of all optimizers of the process, since there are such weights
+
+    def __init__(self):
+        self._kept = {}
+        self._trained = False
+        if Fp8Weights._steps is None:
+            Fp8Weights._steps = 0
+            register_optimizer_step_post_hook(_count_step)
+
+    def __reduce__(self):
+        return Fp8Weights, ()
+
+    def clear(self) -> None:
+        self._kept.clear()
+
+    def note_gradients(self, block: nn.Module) -> None:
+        """In a pass with gradients. A block counts as trained from then on, though its parameters may require
+        gradients only now and then."""
+        self._trained = self._trained or any(parameter.requires_grad for parameter in block.parameters())
+
+    def of(self, *layers: nn.Linear, columns: tuple[int, int] | None = None) -> Quantized:
+        """The layers' weights, stacked, or some columns of them."""
+        weights = [layer.weight for layer in layers]
+        versions = [self._version(weight) for weight in weights]
+        kept, quantized = self._kept.get((layers, columns), (None, None))
+        if kept != versions:
+            stacked = torch.cat(weights).detach() if len(weights) > 1 else weights[0].detach()
+            quantized = quantize_rows(stacked if columns is None else stacked[:, slice(*columns)])
+            self._kept[layers, columns] = versions, quantized
+        return quantized
+
+    def _version(self, weight: Tensor) -> tuple:
+        steps = self._steps if self._trained or weight.requires_grad else None
+        if hasattr(weight, "ds_id") or weight.is_inference():
+            return (steps,)
+        return steps, weight.data_ptr(), weight._version
+
+
+def _count_step(*_) -> None:
+    Fp8Weights._steps += 1
+
+
+def fp8_pass(block: nn.Module, *inputs: Tensor) -> Fp8 | None:
+    """None where the block has no FP8, where torch.compile traces it, and in a pass that has gradients: also in the
+    first one of a reentrant checkpoint, in no_grad mode but on inputs that require them."""
+    weights = block._fp8_weights
+    if weights is None or torch.compiler.is_compiling():
+        return None
+    if any(x.requires_grad for x in inputs):
+        weights.note_gradients(block)
+        return None
+    if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters()):
+        weights.note_gradients(block)
+        return None
+    device = inputs[0].device.type
+    autocast = torch.is_autocast_enabled(device)
+    return Fp8(weights, torch.get_autocast_dtype(device) if autocast else inputs[0].dtype)
+
+
+# The norm after the last block
+
+
+def why_not_norm_out(norm: nn.Module) -> str:
+    """Why it must run as diffusers wrote it; "" where it need not."""
+    return another_forward(norm, AdaLayerNormContinuous) or unlike_parts(norm, _ADAPTIVE_NORM).removeprefix(".")
+
+
+def forward_norm_out(norm: nn.Module, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+    """The fused AdaLayerNormContinuous.forward: x (B, S, C), conditioning_embedding (B, C)."""
+    if why_not_norm_out(norm):
+        return type(norm).forward(norm, x, conditioning_embedding)
+    scale, shift = norm.linear(F.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
+    return adaln_modulate(x, scale, shift, eps=norm.norm.eps)

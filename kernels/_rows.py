@@ -1,0 +1,100 @@
+"""Tensors (..., C) as kernels walk them that work on rows of C elements, dense in memory, and sums down the columns.
+
+Rows follow one another at one stride, or at two: slices of a sequence, as an attention's output for the image alone,
+have one from token to token and another from sample to sample.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels._tile import NUM_WARPS, multiple
+from dpdmd.kernels._triton import jit, kernel, tl
+
+
+class Rows(NamedTuple):
+    """Row r starts at element r // inner * outer_stride + r % inner * stride of `tensor`."""
+
+    tensor: Tensor
+    count: int
+    inner: int
+    outer_stride: int
+    stride: int
+
+    @property
+    def nested(self) -> bool:
+        """Whether there are two strides; where not, row r starts at r * stride."""
+        return self.inner < self.count
+
+    @property
+    def divisible(self) -> bool:
+        """Whether every row starts at a multiple of 16 elements, so that accesses can be 16 bytes wide."""
+        return self.stride % 16 == 0 and (self.outer_stride % 16 == 0 or not self.nested)
+
+
+def rows(x: Tensor) -> Rows:
+    """The rows of x (..., C), C > 0. Copies x where C is not dense, or the rows have more than two strides."""
+    size = x.shape[-1]
+    count = x.numel() // size
+    if not x.is_contiguous():
+        levels = _levels(x)
+        if levels is not None:
+            (_, outer_stride), (inner, stride) = levels
+            return Rows(x, count, inner, outer_stride, stride)
+        x = x.contiguous()
+    return Rows(x, count, count, 0, size)
+
+
+def _levels(x: Tensor) -> list[tuple[int, int]] | None:
+    """(size, stride) of the outer and of the inner dimension of x's rows; None where two do not describe them."""
+    if x.stride(-1) != 1 and x.shape[-1] != 1:
+        return None
+    levels = []
+    for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):
+        if size == 1:
+            continue
+        if levels and levels[-1][1] == size * stride:
+            levels[-1] = (levels[-1][0] * size, stride)
+        else:
+            levels.append((size, stride))
+    if len(levels) > 2:
+        return None
+    return [(1, 0)] * (2 - len(levels)) + levels
+
+
+@jit
+def row_starts(rows, inner, outer_stride, stride, NESTED: tl.constexpr, DIVISIBLE: tl.constexpr):
+    """Where the rows (int64) of a `Rows` start."""
+    if NESTED:
+        starts = rows // inner * multiple(outer_stride, DIVISIBLE) + rows % inner * multiple(stride, DIVISIBLE)
+    else:  # a 64-bit division takes as long as the rest of an elementwise kernel
+        starts = rows * multiple(stride, DIVISIBLE)
+    return starts
+
+
+@kernel(NUM_WARPS)
+def _column_sums_kernel(
+    partial_ptr,
+    out_ptr,
+    count: tl.int64,
+    columns: tl.int64,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    lanes = tl.program_id(0).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, count, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        mask = (rows < count)[:, None] & (lanes < columns)[None, :]
+        sums += tl.load(partial_ptr + rows[:, None] * columns + lanes[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + lanes, tl.sum(sums, 0).to(out_ptr.dtype.element_ty), mask=lanes < columns)
+
+
+def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
+    """partial (P, C) float32, contiguous, to (C,): the sums in a fixed order, rounded once to `dtype`."""
+    count, columns = partial.shape
+    out = torch.empty(columns, dtype=dtype, device=partial.device)
+    # 32 columns are 128 bytes, the least that is read at once; so few that a vector of 6144 makes 192 programs.
+    _column_sums_kernel(-(-columns // 32), partial, out, count, columns, 128, 32)
+    return out

@@ -1,0 +1,56 @@
+"""Fused transformers in two real DeepSpeed processes under ZeRO-3, with this project's leaf blocks and without."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).parent / "drivers" / "fuse_zero3.py"
+
+
+@pytest.fixture(scope="module")
+def results():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
+    done = subprocess.run([*launcher, str(DRIVER)], capture_output=True, text=True, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.distributed
+def test_outputs_and_gradients_are_the_stock_modules(results):
+    """Fused before and after DeepSpeed is initialised, leaves or hooks on every module, with recomputation and without:
+    in float32, chains of two passes, before and after an update."""
+    assert len(results) == 7
+    for case, result in results.items():
+        assert result["output"] < 1e-5 and result["gradient"] < 1e-5, case
+        assert result["stock"] == 0, f"{case}: it must be the fused forwards that ran"
+
+
+@pytest.mark.distributed
+def test_weights_are_given_back(results):
+    for case, result in results.items():
+        assert result["kept"] == 0, case
+
+
+@pytest.mark.distributed
+def test_blocks_by_themselves(results):
+    """Without leaves, outside a pass of the model, nothing gathers what a block reads of its modules: they are called."""
+    for case, result in results.items():
+        assert result["around"] < 1e-5, case
+
+
+@pytest.mark.distributed
+def test_fp8_follows_the_updates(results):
+    """Passes without gradient are those of the same weights on one process, quantised anew after each update."""
+    for case, result in results.items():
+        assert result["no_grad"] < 1e-5, case
+        assert (result["fp8"] > 1e-3) == ("fp8" in case), case
