@@ -4,10 +4,10 @@
     dv = p^T do         dp = do v^T          ds = p (dp - delta)     delta = sum_D o do, a row
     dq = scale ds k     dk = scale ds^T q
 
-A program of the forward pass has a tile of queries and passes over the keys with a running maximum and sum
-(arXiv 2205.14135). The backward pass makes s twice, once for a tile of queries (dq) and once for a tile of keys (dk,
-dv): 7 products where one kernel that adds its dq by atomics makes 5, but each runs half as fast again (H100: 600 and
-550 TFLOP/s against 310), and dq's sum has a fixed order.
+A program of the forward pass has a tile of queries and passes over the keys (arXiv 2205.14135). The backward pass makes
+s twice, once for a tile of queries (dq) and once for a tile of keys (dk, dv): 7 products where one kernel that adds its
+dq by atomics makes 5, but each runs twice as fast (H100: 600 and 550 TFLOP/s against 300), and dq's sum has a fixed
+order.
 
 q, o (B, S, H, D) and k, v (B, T, H, D) are read through tensor descriptors: any strides of tokens and heads, and any
 lengths and D, as a descriptor reads zeros beyond the end. float16 and bfloat16; sums in float32.
@@ -25,6 +25,10 @@ from dpdmd.kernels._triton import Kernel, TensorDescriptor, jit, register, tl, t
 
 _LOG2_E = math.log2(math.e)
 PADDING = 128  # queries; a multiple of every tile
+# The largest sum of a row's weights, relative to the maximum over its first keys, with which the weights and their
+# products with v are still in range: weights are rounded to the inputs' dtype.
+LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}
+_LANES = 4  # threads that share a row of a product's result on Hopper
 
 
 @jit
@@ -46,17 +50,28 @@ def _write(tensor, sample, first, head, value, TILE: tl.constexpr, BLOCK_D: tl.c
 
 
 @jit
-def _forward_step(acc, total, maximum, q, k, v, left, scale, TILE_T: tl.constexpr, MASK: tl.constexpr):
-    """acc and total are relative to 2^maximum. `left` keys are there from this tile's first on."""
-    s = tl.dot(q, k.T)
+def _fixed_step(
+    acc, total, reference, q, k, v, left, scale, TILE_T: tl.constexpr, MASK: tl.constexpr, LANES: tl.constexpr
+):
+    """acc and total (TILE_S, LANES) are relative to 2^reference. `left` keys are there from this tile's first on.
+
+    A row's sum stays in pieces, one for each of the threads that hold it: they are added up once, after the loop."""
+    p = tl.exp2(tl.dot(q, k.T) * scale - reference[:, None])
     if MASK:
-        s = tl.where((tl.arange(0, TILE_T) < left)[None, :], s, float("-inf"))
-    new_maximum = tl.maximum(maximum, tl.max(s, 1) * scale)
-    p = tl.exp2(s * scale - new_maximum[:, None])
+        p = tl.where((tl.arange(0, TILE_T) < left)[None, :], p, 0.0)
+    total += tl.sum(tl.sum(tl.reshape(p, [p.shape[0], TILE_T // (2 * LANES), LANES, 2]), 3), 1)
+    return tl.dot(p.to(v.dtype), v, acc), total
+
+
+@jit
+def _online_step(acc, total, maximum, q, k, v, left, scale, TILE_T: tl.constexpr):
+    """As `_fixed_step`, relative to the maximum so far, which may grow."""
+    s = tl.where((tl.arange(0, TILE_T) < left)[None, :], tl.dot(q, k.T) * scale, float("-inf"))
+    new_maximum = tl.maximum(maximum, tl.max(s, 1))
+    p = tl.exp2(s - new_maximum[:, None])
     shrink = tl.exp2(maximum - new_maximum)
     total = total * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None])
-    return acc, total, new_maximum
+    return tl.dot(p.to(v.dtype), v, acc * shrink[:, None]), total, new_maximum
 
 
 def _forward_kernel(
@@ -66,32 +81,50 @@ def _forward_kernel(
     o_desc,
     lse_ptr,
     scale,
+    limit,
     H: tl.int64,
     S: tl.int64,
     T: tl.int64,
     P: tl.int64,
     tiles: tl.int64,
+    LANES: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale: above 0, times log2(e)."""
+    """scale: times log2(e).
+
+    A row's weights are made relative to its maximum over the first tile of keys, which no later key changes. A running
+    maximum would cost a third of the time (the maximum, the rescaling, and waiting for both), and what it protects from
+    is a logit that passes the first tile's by log2(limit), 64 or more in float32's exponents. Where that happened, the
+    tile is done again with it."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_S
     T = T.to(tl.int32)
     q = _read(q_desc, sample, first, head, TILE_S, BLOCK_D)
+    k = _read(k_desc, sample, 0, head, TILE_T, BLOCK_D)
+    s = tl.where((tl.arange(0, TILE_T) < T)[None, :], tl.dot(q, k.T), float("-inf"))
+    maximum = tl.max(s, 1) * scale
     acc = tl.zeros([TILE_S, BLOCK_D], tl.float32)
-    total = tl.zeros([TILE_S], tl.float32)
-    maximum = tl.full([TILE_S], float("-inf"), tl.float32)
+    totals = tl.zeros([TILE_S, LANES], tl.float32)
     whole = T // TILE_T * TILE_T
     for t in range(0, whole, TILE_T):
         k = _read(k_desc, sample, t, head, TILE_T, BLOCK_D)
         v = _read(v_desc, sample, t, head, TILE_T, BLOCK_D)
-        acc, total, maximum = _forward_step(acc, total, maximum, q, k, v, T - t, scale, TILE_T, False)
+        acc, totals = _fixed_step(acc, totals, maximum, q, k, v, T - t, scale, TILE_T, False, LANES)
     if whole < T:
         k = _read(k_desc, sample, whole, head, TILE_T, BLOCK_D)
         v = _read(v_desc, sample, whole, head, TILE_T, BLOCK_D)
-        acc, total, maximum = _forward_step(acc, total, maximum, q, k, v, T - whole, scale, TILE_T, True)
+        acc, totals = _fixed_step(acc, totals, maximum, q, k, v, T - whole, scale, TILE_T, True, LANES)
+    total = tl.sum(totals, 1)
+    if tl.sum((total <= limit).to(tl.int32), 0) < TILE_S:  # or is not a number
+        acc = tl.zeros([TILE_S, BLOCK_D], tl.float32)
+        total = tl.zeros([TILE_S], tl.float32)
+        maximum = tl.full([TILE_S], float("-inf"), tl.float32)
+        for t in range(0, T, TILE_T):
+            k = _read(k_desc, sample, t, head, TILE_T, BLOCK_D)
+            v = _read(v_desc, sample, t, head, TILE_T, BLOCK_D)
+            acc, total, maximum = _online_step(acc, total, maximum, q, k, v, T - t, scale, TILE_T)
     _write(o_desc, sample, first, head, acc / total[:, None], TILE_S, BLOCK_D)
     rows = first + tl.arange(0, TILE_S)
     lse = tl.where(rows < S, maximum + tl.log2(total), float("inf"))
@@ -167,20 +200,23 @@ def _dkv_kernel(
     factor,
     H: tl.int64,
     S: tl.int64,
+    T: tl.int64,
     P: tl.int64,
     tiles: tl.int64,
     TILE_S: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys along the rows of s and p, so that p^T do and ds^T q take them from registers. No mask is needed: rows of
-    keys beyond the end are not written, and queries beyond it have weights of 0."""
+    """Keys along the rows of s and p, so that p^T do and ds^T q take them from registers. Queries beyond the end have
+    weights of 0 by their lse. Keys beyond it need no mask, as their rows are not written; with one, though, the kernel
+    for D = 128 takes 1.7 ms where it takes 2.2 without (H100): the compiler orders the products otherwise."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_T
     k = _read(k_desc, sample, first, head, TILE_T, BLOCK_D)
     v = _read(v_desc, sample, first, head, TILE_T, BLOCK_D)
     dk = tl.zeros([TILE_T, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_T, BLOCK_D], tl.float32)
+    beyond = (first + tl.arange(0, TILE_T) >= T)[:, None]
     lse_ptr += row * tl.multiple_of(P, TILE_S)
     delta_ptr += row * tl.multiple_of(P, TILE_S)
     for s in range(0, S.to(tl.int32), TILE_S):
@@ -190,7 +226,7 @@ def _dkv_kernel(
         delta = tl.load(delta_ptr + s + tl.arange(0, TILE_S))
         st = tl.dot(k, q.T)
         dpt = tl.dot(v, do.T)
-        pt = tl.exp2(st * scale - lse[None, :])
+        pt = tl.where(beyond, 0.0, tl.exp2(st * scale - lse[None, :]))
         dv = tl.dot(pt.to(q.dtype), do, dv)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(q.dtype), q, dk)
@@ -201,9 +237,9 @@ def _dkv_kernel(
 # (TILE_S, TILE_T, warps, stages) by BLOCK_D, measured on H100 (docs/tuning-log.md).
 _SMALL, _NARROW = (64, 64, 4, 3), (32, 64, 4, 3)
 _TILES = {
-    "forward": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: (128, 128, 8, 3)},
+    "forward": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: (64, 32, 4, 3)},
     "dq": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: _SMALL},
-    "dkv": {16: _NARROW, 32: _NARROW, 64: _NARROW, 128: (16, 64, 4, 4)},
+    "dkv": {16: _NARROW, 32: _NARROW, 64: _NARROW, 128: _NARROW},
 }
 MAX_HEAD_DIM = 128
 
@@ -258,8 +294,8 @@ def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tens
         _describe(_readable(q), tile_s, block_d),
         *(_describe(_readable(tensor), tile_t, block_d) for tensor in (k, v)),
         _describe(o, tile_s, block_d),
-        *(lse, scale * _LOG2_E, H, S, k.shape[1], lse.shape[2], tiles),
-        *(tile_s, tile_t, block_d),
+        *(lse, scale * _LOG2_E, LIMITS[q.dtype], H, S, k.shape[1], lse.shape[2], tiles),
+        *(_LANES, tile_s, tile_t, block_d),
     )
     return o, lse
 
@@ -292,7 +328,7 @@ def _launch_backward(
         B * H * tiles,
         *(*described((q,), tile_s), *described((k, v), tile_t), *described((do,), tile_s)),
         *described((dk, dv), tile_t),
-        *(lse, delta, *scales, H, S, P, tiles),
+        *(lse, delta, *scales, H, S, T, P, tiles),
         *(tile_s, tile_t, block_d),
     )
     return dq, dk, dv
