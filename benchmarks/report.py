@@ -1,4 +1,5 @@
-"""What a run says: one table for each operation, the cancellation table, and what got slower than a stored run."""
+"""What a run says: a table for each loss and sampler step, the cancellation table, those of the transformer (grids.py),
+and what got slower than a stored run."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import grids
+from grids import time_us
 from operations import OPERATIONS
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +22,11 @@ WAYS = {  # what the tables call them
     "forward_backward_one_thread": "one thread us",
     "gpu_forward": "gpu us forward",
     "gpu_forward_backward": "gpu us fwd + bwd",
+    "backward": "backward us",
+    "gpu_backward": "gpu us backward",
+    "training": "training us",
+    "training_forward": "training, forward us",
+    "training_backward": "training, backward us",
 }
 EXPLANATION = """\
 us: microseconds a call, median ± interquartile range, called the ordinary way; "one thread": without handing the backward
@@ -26,6 +34,10 @@ pass to the engine's device thread (torch.autograd.set_multithreading_enabled(Fa
 of the same calls. TB/s: the title's bytes over fwd + bwd of a loss, over forward otherwise; "of copy": the share of this
 machine's copy bandwidth. "takes": the peer's time over this row's, called the ordinary way. error: relative to float64
 of the same inputs."""
+TRANSFORMER_EXPLANATION = """\
+Of a block's operations TB/s and the peers' times are those of the GPU alone, where there is one. saved: what autograd
+keeps for the backward pass beside the inputs. peak, kept: memory beside parameters and inputs, at its highest and between
+forward and backward. differs by: relative difference of output and gradients from the stock module's in bfloat16."""
 CANCELLATION = {
     "ours_x_float32": "ours, x float32",
     "ours_x_bfloat16": "ours, x bfloat16",
@@ -57,7 +69,13 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
             console.print(_operation_table(operation, rows))
     if result["cancellation"]:
         console.print(_cancellation_table(result["cancellation"]))
-    console.print(EXPLANATION)
+    if result["rows"]:
+        console.print(EXPLANATION)
+    found = grids.grids(result)
+    for grid in found:
+        console.print(grid.rich())
+    if found:
+        console.print(TRANSFORMER_EXPLANATION)
 
 
 def _operation_table(operation: str, rows: list[dict[str, Any]]) -> Table:
@@ -81,7 +99,7 @@ def _operation_table(operation: str, rows: list[dict[str, Any]]) -> Table:
         cells = [f"{row['bytes'] / 1e6:.1f}", _error(row["error"]), _scientific(row["error"]["loss"])][
             : 1 + len(errors)
         ]
-        cells += [_time(row["times"].get(way)) for way in ways]
+        cells += [time_us(row["times"].get(way)) for way in ways]
         cells += [_bandwidth(row, way) for way in bandwidths]
         cells += [_ratio(row["ratios"].get(peer, {}).get(headline(operation))) for peer in peers]
         table.add_row(first, row["implementation"], *cells, style="dim" if row["peer"] else None)
@@ -104,13 +122,6 @@ def _ratio(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}x"
 
 
-def _time(time: dict[str, Any] | None) -> str:
-    if time is None:
-        return ""
-    digits = 0 if time["median_us"] >= 1000 else 1
-    return f"{time['median_us']:.{digits}f} ± {time['spread_us']:.{digits}f}"
-
-
 def _cancellation_table(rows: list[dict[str, Any]]) -> Table:
     title = (
         "dmd_loss: relative error of the gradient where teacher and critic nearly agree, from the same bfloat16 tensors"
@@ -124,7 +135,13 @@ def _cancellation_table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def noise(rows: list[dict[str, Any]]) -> float:
+def timed_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of every kind of measurement; files from before there were blocks have but the first."""
+    rows = [row for kind in ("rows", "blocks", "attention", "transformer") for row in result.get(kind) or []]
+    return [row for row in rows if "times" in row]
+
+
+def noise(rows: list[dict[str, Any]]) -> float | None:
     """How far the two rounds of one measurement lie apart, the ordinary way: the median over all of them."""
     apart = sorted(
         abs(time["rounds_us"][0] - time["rounds_us"][-1]) / time["median_us"]
@@ -132,7 +149,13 @@ def noise(rows: list[dict[str, Any]]) -> float:
         for way, time in row["times"].items()
         if not way.startswith("gpu")
     )
-    return apart[len(apart) // 2]
+    return apart[len(apart) // 2] if apart else None
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The transformer's tables, for docs/."""
+    source = f"{result['machine']['gpu'] or 'CPU'}, torch {result['packages']['torch']}, `{result['command']}`"
+    return "\n\n".join([source, *(grid.markdown() for grid in grids.grids(result))])
 
 
 def refuse_unwritable(path: Path) -> None:
@@ -189,12 +212,16 @@ def refuse_other_machine(baseline: dict[str, Any], gpu: str | None, path: Path) 
 
 def _pairs(result: dict[str, Any], baseline: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
     """What was timed in both runs: its name, the time stored, the time now."""
-    stored = {(row["operation"], row["size"], row["implementation"]): row["times"] for row in baseline["rows"]}
-    for row in result["rows"]:
-        key = row["operation"], row["size"], row["implementation"]
+    stored = {(*_key(row), way): time for row in timed_rows(baseline) for way, time in row["times"].items()}
+    for row in timed_rows(result):
         for way, now in row["times"].items():
-            if way in stored.get(key, {}):
-                yield f"{' '.join(key)}, {WAYS[way].replace(' us', '')}", stored[key][way], now
+            before = stored.get((*_key(row), way))
+            if before:
+                yield f"{' '.join(_key(row))}, {WAYS[way].replace(' us', '')}", before, now
+
+
+def _key(row: dict[str, Any]) -> tuple[str, str, str]:
+    return row["operation"], row["size"], row["implementation"]
 
 
 def compared(result: dict[str, Any], baseline: dict[str, Any]) -> int:

@@ -1,35 +1,50 @@
 """The fused operations beside plain PyTorch and torch.compile: right first, then how fast.
 
-    python benchmarks/run.py                                      everything: at most three minutes on a GPU
+    python benchmarks/run.py                                      every operation: some ten minutes on a GPU
+    python benchmarks/run.py --op losses --json benchmarks/results/kernels.json       at most three
+    python benchmarks/run.py --op blocks attention                the operations of a transformer: some seven
     python benchmarks/run.py --op dmd_loss --size video --json mine.json
+    python benchmarks/run.py --op transformer --part forward      a whole transformer, part by part: each some minutes
     python benchmarks/run.py --baseline benchmarks/results/kernels.json
     python benchmarks/run.py --plot                               docs/roofline.png, from benchmarks/results/kernels.json
+    python benchmarks/run.py --op transformer --plot              docs/transformer.png, from .../results/transformer.json
+    python benchmarks/run.py --markdown benchmarks/results/transformer.json
 
-Every implementation is compared with float64 before any is timed; where one fails, no time of that operation and size is
-shown, and the exit status is 1. DPDMD_KERNELS=triton (cuda, reference) restricts ours to one implementation. Without a
-GPU the references run on small sizes.
+Every implementation is compared with float64 (attention with float32, whole transformers with the stock module) before
+any is timed; where one fails, no time of that operation and size is shown, and the exit status is 1. The file of --json
+is written after every operation, so that a run that is cut off has what it found. DPDMD_KERNELS=triton (cuda,
+reference) restricts ours to one implementation. Without a GPU the references run on small sizes.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib
 import math
 import os
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import accuracy
+import attention_rates
+import block_operations
+import block_rates
+import gpu_time
+import grids
+import networks
 import report
 import roofline
 import timing
 import torch
+import transformer
+from block_operations import BLOCK_OPERATIONS
 from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
 
 from dpdmd.kernels import backend, use_backend
@@ -38,7 +53,12 @@ from dpdmd.provenance import provenance
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results" / "kernels.json"
 PICTURE = ROOT / "docs" / "roofline.png"
+STORED_TRANSFORMER = ROOT / "benchmarks" / "results" / "transformer.json"
+PICTURE_TRANSFORMER = ROOT / "docs" / "transformer.png"
 PEERS = ("eager", "compile", "none")
+GROUPS = {"losses": tuple(OPERATIONS), "blocks": tuple(BLOCK_OPERATIONS)}  # losses: with the sampler's steps
+CHOICES = (*OPERATIONS, *BLOCK_OPERATIONS, *GROUPS, "attention", "transformer")
+KNOWN_SIZES = tuple(dict.fromkeys([*SIZES, *block_operations.SIZES, *attention_rates.SIZES, *networks.NETWORKS]))
 CPU_SIZES = ("sd35-b1", "awkward")
 # Unless --peers asks for it, torch.compile runs on one size bound by launches and one bound by memory, and no longer
 # than this: each compilation takes seconds, and the whole run has three minutes.
@@ -79,10 +99,16 @@ class Run:
     ours: tuple[str, ...]
     peers: tuple[str, ...] | None = None  # None: eager everywhere, torch.compile on COMPILED_SIZES
     copy_tb_s: float = math.nan
-    rows: list[dict[str, Any]] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)  # losses and sampler steps
+    blocks: list[dict[str, Any]] = field(default_factory=list)
+    attention: list[dict[str, Any]] = field(default_factory=list)
+    transformer: list[dict[str, Any]] = field(default_factory=list)
+    cancellation: list[dict[str, Any]] = field(default_factory=list)
+    engine_floor: dict[str, dict[str, Any]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
     compile_seconds: float = 0.0
+    block_compile_seconds: float = 0.0
 
 
 def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str]]:
@@ -260,6 +286,55 @@ def make_rows(
     return rows
 
 
+Step = tuple[str, Callable[[], None]]  # what a log calls it, and what it does
+
+
+def plan(run: Run, args: argparse.Namespace, note: Callable[[dict[str, Any]], None]) -> list[Step]:
+    """Everything that was asked for, in order. UsageError for a size that an operation does not have."""
+    cpu = run.device.type == "cpu"
+    named = [each for name in args.op or () for each in GROUPS.get(name, (name,))]
+    names = list(dict.fromkeys(named)) or [*OPERATIONS, *BLOCK_OPERATIONS, "attention"]
+    steps: list[Step] = []
+
+    def sizes_of(name: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
+        sizes = [size for size in args.size or default if size in known]
+        if not sizes and named:
+            raise report.UsageError(f"--size {' '.join(args.size)}: {name} has {', '.join(known)}")
+        return sizes
+
+    for name in names:
+        if name in OPERATIONS:
+            cases = [Case(name, size) for size in sizes_of(name, tuple(SIZES), CPU_SIZES if cpu else tuple(SIZES))]
+            steps += [(str(case), functools.partial(run_case, run, case)) for case in cases]
+        elif name in BLOCK_OPERATIONS:
+            known = BLOCK_OPERATIONS[name].sizes
+            default = [size for size in known if (size == "awkward") == cpu]
+            cases = [block_rates.Case(name, size) for size in sizes_of(name, known, default)]
+            steps += [(str(case), functools.partial(block_rates.run_case, run, case)) for case in cases]
+        elif name == "attention":
+            known = tuple(attention_rates.SIZES)
+            default = attention_rates.CPU_SIZES if cpu else [size for size in known if size != "awkward"]
+            steps += [
+                (f"attention {size}", functools.partial(attention_rates.run_size, run, size))
+                for size in sizes_of(name, known, default)
+            ]
+        else:
+            (size,) = sizes_of(name, tuple(networks.NETWORKS), ("small" if cpu else "full",))[:1]
+            state = transformer.State(run, size, args.batch, args.variant, note)
+            steps += [
+                (f"transformer {part}", functools.partial(transformer.run_part, state, part)) for part in args.part
+            ]
+    if "dmd_loss" in names:
+        steps.append(("cancellation", lambda: run.cancellation.extend(accuracy.cancellation(run.device))))
+    if set(names) & set(OPERATIONS):
+        steps.append(("the engine's floor", lambda: run.engine_floor.update(_engine_floor(run.device))))
+    return steps
+
+
+def _engine_floor(device: torch.device) -> dict[str, dict[str, Any]]:
+    return {way: taken.json() for way, taken in timing.engine_floor(device).items()}
+
+
 def measure(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     console = report.make_console()
@@ -272,28 +347,46 @@ def measure(args: argparse.Namespace) -> int:
     if args.json:
         report.refuse_unwritable(args.json)
     ours, missing = our_implementations(device)
-    run = Run(device, ours, args.peers, timing.copy_bandwidth(device), left_out=missing)
+    run = Run(device, ours, args.peers, left_out=missing)
+
+    def collect() -> dict[str, Any]:
+        return {
+            **source,
+            "device": device.type,
+            "dtype": str(DTYPE).removeprefix("torch."),
+            "copy_tb_s": run.copy_tb_s,
+            "cache_bytes": timing.cache_bytes(device),
+            "engine_floor": run.engine_floor,
+            "limits": {"result": accuracy.RESULT_LIMIT, "loss": accuracy.LOSS_LIMIT},
+            "rows": run.rows,
+            "blocks": run.blocks,
+            "attention": run.attention,
+            "transformer": run.transformer,
+            "cancellation": run.cancellation,
+            "failures": run.failures,
+            "left_out": run.left_out,
+            "seconds": time.perf_counter() - begin,
+        }
+
+    def note(row: dict[str, Any]) -> None:
+        if row.get("group") in (None, "output", "all gradients"):  # of the others there are fifty
+            print(f"  {grids.line(row)}", file=sys.stderr, flush=True)
+        if args.json:
+            report.write_run(args.json, collect())
+
+    steps = plan(run, args, note)
+    run.copy_tb_s = timing.copy_bandwidth(device)
     if device.type == "cpu":
         console.print(report.CPU_NOTE)
-    sizes = args.size or (CPU_SIZES if device.type == "cpu" else SIZES)
-    for case in (Case(name, size) for name in args.op or OPERATIONS for size in sizes):
-        print(f"{time.perf_counter() - begin:6.1f} s  {case}", file=sys.stderr, flush=True)
-        run_case(run, case)
-    cancellation = accuracy.cancellation(device) if "dmd_loss" in (args.op or OPERATIONS) else []
-    result = {
-        **source,
-        "device": device.type,
-        "dtype": str(DTYPE).removeprefix("torch."),
-        "copy_tb_s": run.copy_tb_s,
-        "cache_bytes": timing.cache_bytes(device),
-        "engine_floor": {way: taken.json() for way, taken in timing.engine_floor(device).items()},
-        "limits": {"result": accuracy.RESULT_LIMIT, "loss": accuracy.LOSS_LIMIT},
-        "rows": run.rows,
-        "cancellation": cancellation,
-        "failures": run.failures,
-        "left_out": run.left_out,
-        "seconds": time.perf_counter() - begin,
-    }
+    for name, step in steps:
+        print(f"{time.perf_counter() - begin:6.1f} s  {name}", file=sys.stderr, flush=True)
+        known = len(run.blocks), len(run.attention)
+        step()
+        for row in (*run.blocks[known[0] :], *run.attention[known[1] :]):
+            print(f"  {grids.line(row)}", file=sys.stderr, flush=True)
+        if args.json:
+            report.write_run(args.json, collect())
+    result = collect()
     tell(console, result, baseline, args.baseline)
     if args.json:
         report.write_run(args.json, result)
@@ -305,12 +398,14 @@ def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path:
     machine = result["machine"]["gpu"] or "CPU"
     console.print(f"{machine}: a large copy moves {result['copy_tb_s']:.3f} TB/s. {result['seconds']:.0f} s in all.")
     floor = {way: taken["median_us"] for way, taken in result["engine_floor"].items()}
-    console.print(
-        f"Forward and backward of an autograd function with nothing in it: {floor['forward_backward']:.0f} us, "
-        f"{floor['forward_backward_one_thread']:.0f} us in one thread. No loss can be faster."
-    )
-    if result["rows"]:
-        console.print(f"The same measurement made twice differs by {report.noise(result['rows']):.1%} (median).")
+    if floor:
+        console.print(
+            f"Forward and backward of an autograd function with nothing in it: {floor['forward_backward']:.0f} us, "
+            f"{floor['forward_backward_one_thread']:.0f} us in one thread. No loss can be faster."
+        )
+    noise = report.noise(report.timed_rows(result))
+    if noise is not None:
+        console.print(f"The same measurement made twice differs by {noise:.1%} (median).")
     for each in result["left_out"]:
         console.print(f"left out: {each}", markup=False)
     if baseline is not None:
@@ -321,40 +416,70 @@ def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path:
         console.print(f"FAILED, and not timed: {each}", markup=False, style="bold red")
 
 
-def plot(files: list[Path], output: Path) -> int:
-    results = [report.read_run(path) for path in files or [STORED]]
-    for path, result in zip(files or [STORED], results, strict=True):
-        if not result["machine"]["gpu"]:
-            raise report.UsageError(
-                f"{path} was measured on a CPU, which says nothing of a GPU: there is nothing to draw"
-            )
+def plot(files: list[Path], output: Path | None, of_transformer: bool) -> int:
+    """A roofline of the operations, or a transformer's time by kind of kernel."""
+    stored, picture = (STORED_TRANSFORMER, PICTURE_TRANSFORMER) if of_transformer else (STORED, PICTURE)
+    output = output or picture
+    results = _read(files or [stored])
+    if of_transformer and not gpu_time.broken_down(results):
+        raise report.UsageError(
+            f"{' '.join(map(str, files or [stored]))}: nothing there is broken down; --op transformer --part breakdown does it"
+        )
     try:
-        roofline.draw(results, output)
+        (gpu_time if of_transformer else roofline).draw(results, output)
     except ImportError as error:
         raise report.UsageError(f"--plot needs matplotlib (pip install -e '.[eval]'): {error}") from None
     print(f"{output}: drawn")
     return 0
 
 
+def _read(files: list[Path]) -> list[dict[str, Any]]:
+    results = [report.read_run(path) for path in files]
+    for path, result in zip(files, results, strict=True):
+        if not result["machine"]["gpu"]:
+            raise report.UsageError(
+                f"{path} was measured on a CPU, which says nothing of a GPU: there is nothing to draw"
+            )
+    return results
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", metavar="NAME", choices=OPERATIONS, help=f"of {', '.join(OPERATIONS)}")
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=CHOICES, help=f"of {', '.join(CHOICES)}")
     parser.add_argument(
         "--size",
         nargs="+",
         metavar="NAME",
-        choices=SIZES,
-        help=f"of {', '.join(SIZES)}; without a GPU {' and '.join(CPU_SIZES)} unless named",
+        choices=KNOWN_SIZES,
+        help=f"of {', '.join(KNOWN_SIZES)}, as far as an operation has them; without a GPU the small ones unless named",
+    )
+    parser.add_argument(
+        "--part",
+        nargs="+",
+        metavar="NAME",
+        choices=(*transformer.PARTS, "all"),
+        help=f"of the transformer: of {', '.join(transformer.PARTS)}, all",
+    )
+    parser.add_argument(
+        "--batch", nargs="+", type=_positive, metavar="N", help=f"of the transformer, instead of {transformer.BATCHES}"
+    )
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        metavar="NAME",
+        choices=networks.VARIANTS,
+        help=f"of the transformer: of {', '.join(networks.VARIANTS)}; without a GPU nothing is compiled unless named",
     )
     parser.add_argument(
         "--peers",
         nargs="+",
         metavar="NAME",
         choices=PEERS,
-        help=f"of {', '.join(PEERS)}; by default eager on every size and, on a GPU, compile on {', '.join(COMPILED_SIZES)} "
-        f"for as long as {COMPILE_SECONDS:.0f} s of compiling last",
+        help=f"of {', '.join(PEERS)}; by default eager on every size and, on a GPU, compile: of losses on "
+        f"{', '.join(COMPILED_SIZES)} for as long as {COMPILE_SECONDS:.0f} s of compiling last, of blocks "
+        f"{block_rates.COMPILE_SECONDS:.0f} s",
     )
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="write all numbers, with machine, versions and commit"
@@ -370,20 +495,45 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; draw files that --json wrote"
     )
     parser.add_argument(
-        "--output", type=Path, default=PICTURE, metavar="PNG", help="where --plot draws (docs/roofline.png)"
+        "--output", type=Path, metavar="PNG", help="where --plot draws (docs/roofline.png, docs/transformer.png)"
+    )
+    parser.add_argument(
+        "--markdown",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="measure nothing; print the transformer's tables of files that --json wrote",
     )
     args = parser.parse_args(argv)
     if args.peers and "none" in args.peers and len(args.peers) > 1:
         parser.error(f"--peers got {' '.join(args.peers)}: none stands alone")
     args.peers = tuple(args.peers) if args.peers else None
+    of_transformer = [name for name in ("part", "batch", "variant") if getattr(args, name)]
+    if of_transformer and "transformer" not in (args.op or ()):
+        parser.error(f"--{of_transformer[0]} is of --op transformer")
+    args.part = [part for part in transformer.PARTS if not args.part or part in args.part or "all" in args.part]
+    args.batch = tuple(args.batch) if args.batch else None
+    args.variant = tuple(args.variant) if args.variant else None
     args.argv = sys.argv[1:] if argv is None else argv
     return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; a batch needs a sample at least")
+    return value
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        return plot(args.plot, args.output) if args.plot is not None else measure(args)
+        if args.markdown:
+            print("\n\n".join(report.markdown(report.read_run(path)) for path in args.markdown))
+            return 0
+        if args.plot is not None:
+            return plot(args.plot, args.output, "transformer" in (args.op or ()))
+        return measure(args)
     except report.UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

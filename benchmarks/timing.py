@@ -3,7 +3,8 @@
 The ordinary way is a clock around a batch of calls, the device synchronised before and after, each call on the next
 set of inputs. Batches are long enough (10 ms) that synchronising is under 1 % of them. Implementations take turns, in
 two rounds, and both rounds go into median and spread: so the spread holds what the machine does in between. GPU time
-alone is a CUDA graph of the same calls, replayed, with events around the replays.
+alone is a CUDA graph of the same calls, replayed, with events around the replays. Whole networks, whose calls take
+longer than a batch, are timed call by call.
 """
 
 from __future__ import annotations
@@ -47,10 +48,15 @@ class Time:
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to time: `call` takes one set of inputs, inside the context that `around` makes."""
+    """Something to time: `call` takes what `prepare` made of one set of inputs, inside the context that `around` makes.
+
+    prepare: runs once for each set, in the same context and on the stream of the calls, and is not timed: a backward
+        pass prepares its forward pass.
+    """
 
     call: Call
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    prepare: Call = lambda inputs: inputs
 
 
 def synchronize() -> None:
@@ -90,16 +96,16 @@ def _calls_a_batch(call: Call, sets: Iterator[Any]) -> int:
 
 def in_turns(subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = SECONDS) -> dict[str, Time]:
     """Times every subject the ordinary way on rotating sets of inputs."""
-    calls, rounds = {}, {name: [] for name in subjects}
-    rotation = itertools.cycle(sets)
+    calls, rotations, rounds = {}, {}, {name: [] for name in subjects}
     for _ in range(ROUNDS):
         for name, subject in subjects.items():
             with subject.around(), _no_collection():
                 if name not in calls:
-                    calls[name] = _calls_a_batch(subject.call, rotation)
-                batch = functools.partial(_batch, subject.call, rotation, calls[name])
+                    rotations[name] = itertools.cycle([subject.prepare(each) for each in sets])
+                    calls[name] = _calls_a_batch(subject.call, rotations[name])
+                batch = functools.partial(_batch, subject.call, rotations[name], calls[name])
                 rounds[name].append(_repeat(batch, seconds / ROUNDS))
-    return {name: _summary(rounds[name], calls[name]) for name in subjects}
+    return {name: summary(rounds[name], calls[name]) for name in subjects}
 
 
 def _repeat(batch: Callable[[], float], seconds: float) -> list[float]:
@@ -109,7 +115,8 @@ def _repeat(batch: Callable[[], float], seconds: float) -> list[float]:
     return taken
 
 
-def _summary(rounds: list[list[float]], calls: int) -> Time:
+def summary(rounds: list[list[float]], calls: int = 1) -> Time:
+    """rounds: seconds of each batch of so many calls, by round."""
     rounds = [[seconds / calls * 1e6 for seconds in batches] for batches in rounds]
     together = [us for batches in rounds for us in batches]
     lower, _, upper = statistics.quantiles(together, n=4)
@@ -119,6 +126,38 @@ def _summary(rounds: list[list[float]], calls: int) -> Time:
 
 def on_gpu_alone(subject: Subject, sets: Sequence[Any], seconds: float = GPU_SECONDS) -> Time:
     """Times a CUDA graph of one call on each set: what the GPU needs once nobody has to launch anything."""
+    graph = _capture(subject, sets)
+    replays = _replays_a_batch(graph)
+    rounds = [_repeat(lambda: _replay(graph, replays), seconds / ROUNDS) for _ in range(ROUNDS)]
+    return summary(rounds, replays * len(sets))
+
+
+def on_gpu_in_turns(
+    subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = GPU_SECONDS
+) -> tuple[dict[str, Time], dict[str, str]]:
+    """The same for several subjects that take turns, as a GPU at its power limit slows down whoever comes later; and the
+    reason of each that cannot be captured."""
+    graphs, reasons = {}, {}
+    for name, subject in subjects.items():
+        try:
+            graphs[name] = _capture(subject, sets)
+        except RuntimeError as error:
+            reasons[name] = str(error).partition("\n")[0]
+    replays = {name: _replays_a_batch(graph) for name, graph in graphs.items()}
+    rounds = {name: [] for name in graphs}
+    for _ in range(ROUNDS):
+        for name, graph in graphs.items():
+            rounds[name].append(_repeat(functools.partial(_replay, graph, replays[name]), seconds / ROUNDS))
+    return {name: summary(rounds[name], replays[name] * len(sets)) for name in graphs}, reasons
+
+
+@dataclass(frozen=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    prepared: list[Any]  # which the graph reads: alive as long as it is
+
+
+def _capture(subject: Subject, sets: Sequence[Any]) -> _Graph:
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
     # The outer stream context restores the stream where a capture fails, which torch.cuda.graph does not. One thread,
@@ -127,29 +166,32 @@ def on_gpu_alone(subject: Subject, sets: Sequence[Any], seconds: float = GPU_SEC
     with outer, subject.around(), torch.autograd.set_multithreading_enabled(False):
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # what is set up once for a stream is not part of a call
-            for each in sets[:2]:
+            prepared = [subject.prepare(each) for each in sets]
+            for each in prepared[:2]:
                 subject.call(each)
+        results = []
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-            for each in sets:
-                subject.call(each)
-    return _replays(graph, len(sets), seconds)
+            for each in prepared:
+                # Kept until the capture ends, so that no call writes where the last one did and finds it in the cache.
+                results.append(subject.call(each))
+    return _Graph(graph, prepared)
 
 
-def _replays(graph: torch.cuda.CUDAGraph, calls: int, seconds: float) -> Time:
+def _replay(captured: _Graph, replays: int) -> float:
+    """Seconds for so many replays."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(replays):
+        captured.graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
-    def batch(replays: int) -> float:
-        begin.record()
-        for _ in range(replays):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
 
-    batch(1)
-    replays = max(1, round(BATCH_SECONDS / batch(1)))
-    rounds = [_repeat(lambda: batch(replays), seconds / ROUNDS) for _ in range(ROUNDS)]
-    return _summary(rounds, replays * calls)
+def _replays_a_batch(captured: _Graph) -> int:
+    """After the first replay, which is the warm-up."""
+    _replay(captured, 1)
+    return max(1, round(BATCH_SECONDS / _replay(captured, 1)))
 
 
 class _Nothing(torch.autograd.Function):

@@ -1,0 +1,200 @@
+"""Whole diffusers transformers to measure: configurations, random weights, inputs, and the variants of one network.
+
+Variants share one network's weights, in place: stock ("eager"), stock with torch.compile on each block ("compiled"),
+with the fused operations ("fused"), and with FP8 where there is no gradient besides ("fused_fp8").
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd.kernels.fuse_transformer import fuse_transformer, unfuse_transformer
+
+# The last takes minutes to compile: a run that is cut off has the others.
+VARIANTS = ("eager", "fused", "fused_fp8", "compiled")
+PEERS = ("eager", "compiled")
+BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+COMPILE = {"dynamic": False}
+RECOMPILE_LIMIT = 64  # blocks share code, and each kind of block, batch and mode of gradients is a graph of it
+
+Inputs = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    model_class: str  # in diffusers
+    config: dict[str, Any]
+    side: int  # of the latents; the image's tokens are two latents a side
+    text: int  # tokens
+
+
+NETWORKS = {
+    "full": {
+        # stabilityai/stable-diffusion-3.5-medium, 1024 x 1024: 2.24 billion parameters
+        "sd35": Network(
+            "SD3Transformer2DModel",
+            {
+                "sample_size": 128,
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "num_layers": 24,
+                "attention_head_dim": 64,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 4096,
+                "caption_projection_dim": 1536,
+                "pooled_projection_dim": 2048,
+                "pos_embed_max_size": 384,
+                "dual_attention_layers": tuple(range(13)),
+                "qk_norm": "rms_norm",
+            },
+            side=128,
+            text=333,
+        ),
+        # FLUX.1 with 4 of its 19 double blocks and 8 of its 38 single ones, 1024 x 1024
+        "flux": Network(
+            "FluxTransformer2DModel",
+            {
+                "in_channels": 64,
+                "num_layers": 4,
+                "num_single_layers": 8,
+                "attention_head_dim": 128,
+                "num_attention_heads": 24,
+                "joint_attention_dim": 4096,
+                "pooled_projection_dim": 768,
+                "guidance_embeds": True,
+                "axes_dims_rope": (16, 56, 56),
+            },
+            side=128,
+            text=512,
+        ),
+    },
+    # The same in miniature, to try the benchmark without a GPU.
+    "small": {
+        "sd35": Network(
+            "SD3Transformer2DModel",
+            {
+                "sample_size": 8,
+                "patch_size": 2,
+                "in_channels": 16,
+                "out_channels": 16,
+                "num_layers": 4,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 48,
+                "caption_projection_dim": 32,
+                "pooled_projection_dim": 24,
+                "pos_embed_max_size": 8,
+                "dual_attention_layers": (0, 1),
+                "qk_norm": "rms_norm",
+            },
+            side=8,
+            text=5,
+        ),
+        "flux": Network(
+            "FluxTransformer2DModel",
+            {
+                "in_channels": 64,
+                "num_layers": 2,
+                "num_single_layers": 2,
+                "attention_head_dim": 16,
+                "num_attention_heads": 2,
+                "joint_attention_dim": 48,
+                "pooled_projection_dim": 24,
+                "guidance_embeds": True,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            side=8,
+            text=5,
+        ),
+    },
+}
+
+
+def build(network: Network, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Random weights, the same at every call on a device. Those of the norms are not all 1, or their gradients would
+    lack a factor."""
+    import diffusers
+
+    diffusers.logging.set_verbosity_error()  # it warns whoever changes a model's dtype
+    generator = torch.Generator(device).manual_seed(1)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
+        torch.manual_seed(0)
+        model = getattr(diffusers, network.model_class)(**network.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1 and name.endswith(".weight"):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator, device=device)
+    return model.to(device, dtype).eval()
+
+
+def make_inputs(
+    network: Network, batch: int, device: torch.device, dtype: torch.dtype, seed: int = 2
+) -> tuple[Inputs, Tensor]:
+    """The forward pass's arguments, and a tensor of its result's shape: an upstream gradient, or a target."""
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+    config = network.config
+    times = 0.05 + 0.9 * torch.rand(batch, generator=generator, device=device)
+    inputs = {
+        "encoder_hidden_states": randn(batch, network.text, config["joint_attention_dim"]),
+        "pooled_projections": randn(batch, config["pooled_projection_dim"]),
+        "return_dict": False,
+    }
+    if network.model_class == "SD3Transformer2DModel":
+        latents = randn(batch, config["in_channels"], network.side, network.side)
+        inputs |= {"hidden_states": latents, "timestep": 1000 * times}
+    else:
+        side = network.side // 2
+        rows, columns = torch.meshgrid(*2 * [torch.arange(side, device=device, dtype=torch.float32)], indexing="ij")
+        latents = randn(batch, side * side, config["in_channels"])
+        inputs |= {
+            "hidden_states": latents,
+            "timestep": times.to(dtype),
+            "guidance": torch.full_like(times, 3.5).to(dtype),
+            "img_ids": torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1),
+            "txt_ids": torch.zeros(network.text, 3, device=device),
+        }
+    return inputs, randn(*latents.shape)
+
+
+def in_float32(inputs: Inputs) -> Inputs:
+    return {name: value.float() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+
+
+@contextlib.contextmanager
+def as_variant(model: nn.Module, variant: str) -> Iterator[None]:
+    """The model as this variant, inside the block."""
+    if variant == "eager":
+        yield
+    elif variant == "compiled":
+        blocks = [module for module in model.modules() if type(module).__name__ in BLOCKS]
+        with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+            for block in blocks:
+                block.compile(**COMPILE)
+            try:
+                yield
+            finally:
+                for block in blocks:  # what was compiled is found again: it belongs to the code
+                    block._compiled_call_impl = None
+    else:
+        fuse_transformer(model, fp8="no_grad" if variant == "fused_fp8" else None, verbose=False)
+        try:
+            yield
+        finally:
+            unfuse_transformer(model)
+
+
+def graphs_and_breaks() -> tuple[int, int]:
+    """How many graphs torch.compile has made in this process, and how often it had to break one."""
+    counters = torch._dynamo.utils.counters
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
