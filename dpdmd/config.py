@@ -62,6 +62,12 @@ class ModelConfig(_Section):
         "auto",
         description="Arithmetic of the networks; bfloat16 keeps float32 masters. auto: bfloat16 on CUDA, else float32.",
     )
+    fuse: bool = Field(
+        True, description="On a GPU: the fused operations in the transformers' blocks (dpdmd.kernels.fuse_transformer)."
+    )
+    fp8: Literal["off", "no_grad"] = Field(
+        "off", description="no_grad: FP8 matrix products in passes without gradient (with fuse, on a GPU that has FP8)."
+    )
 
 
 class PromptsConfig(_Section):
@@ -220,6 +226,10 @@ class Config(_Section):
             raise ValueError(
                 f"run.sample_every = {self.run.sample_every} with model.random_init = true: without the pipeline's VAE "
                 "there are no pictures to show; set run.sample_every=0"
+            )
+        if model.fp8 != "off" and not model.fuse:
+            raise ValueError(
+                f"model.fp8 = {model.fp8} is of the fused operations: set model.fuse=true or model.fp8=off"
             )
         if self.prompts.file is None and model.pipeline != "demo":
             raise ValueError(

@@ -22,7 +22,12 @@ import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, nn
 
-from dpdmd.config import Config, ConfigError, EngineConfig, OptimizerConfig, merged
+from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
+from dpdmd.kernels import fuse_transformer
+from dpdmd.kernels.backend import why_not
+from dpdmd.kernels.fuse_transformer import FusionReport
+
+FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,14 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError, before anything is loaded, for a device, DeepSpeed file or optimizer that is not to be had."""
+    """Raises ConfigError, before anything is loaded, for a device, DeepSpeed file, optimizer or arithmetic that is not to
+    be had."""
     device = resolve_device(config.engine.device)
+    if config.model.fp8 != "off" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+        raise ConfigError(
+            f"model.fp8 = {config.model.fp8}: FP8 products need a GPU of compute capability 8.9 or newer, and this "
+            f"machine's device is {torch.cuda.get_device_name() if device == 'cuda' else device}; model.fp8=off would run"
+        )
     if config.engine.deepspeed is not None:
         read_deepspeed(config.engine.deepspeed)
     for optimizer in (config.student_optimizer, config.critic_optimizer):
@@ -146,6 +157,8 @@ class Network:
         self.updates = 0
         self._dtype = next(module.parameters()).dtype
         module.requires_grad_(self.trained)
+        # Before the hooks and the recomputation below, which go around the forward that they find.
+        self.fusion = fuse(module, config.model, world.device)
         blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
         self._leaves = [_LeafBlock(block) for block in blocks] if self.stage == 3 else []
         if self.trained and config.engine.checkpointing:
@@ -170,12 +183,12 @@ class Network:
         return self._predict(self.engine, x, t, cond, self._dtype)
 
     def describe(self) -> str:
-        """One line for the log: size, precision, ZeRO stage, optimizer."""
+        """For the log: size, precision, ZeRO stage, optimizer; and what is fused, with what is not and why."""
         optimizer = type(self.engine.basic_optimizer).__name__ if self.trained else "frozen"
         dtype = str(self._dtype).removeprefix("torch.")
-        return (
-            f"{self.role}: {self.num_parameters / 1e6:.1f} M parameters, {dtype}, ZeRO stage {self.stage}, {optimizer}"
-        )
+        size = f"{self.num_parameters / 1e6:.1f} M parameters"
+        line = f"{self.role}: {size}, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+        return line if self.fusion is None else f"{line}; {self.fusion}"
 
     @property
     def num_parameters(self) -> int:
@@ -234,6 +247,13 @@ class Network:
                 if main:
                     state[name] = value.detach().to("cpu", copy=True)
         return state if main else None
+
+
+def fuse(module: nn.Module, config: ModelConfig, device: torch.device) -> FusionReport | None:
+    """The transformer's blocks with fused operations, in place, where they are wanted; None where not."""
+    if not config.fuse or device.type not in FUSED_ON or why_not("triton", device.type, device.index):
+        return None
+    return fuse_transformer(module, fp8=None if config.fp8 == "off" else config.fp8, verbose=False)
 
 
 class _LeafBlock:

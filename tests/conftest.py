@@ -15,6 +15,17 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")
     import dpdmd.kernels  # noqa: F401
 
+
+@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
+def pytest_collection_modifyitems(items):
+    """For pytest-xdist's workers: a file's tests stay together, as they share what is slow to make, and tests that start
+    processes of their own run one after the other, on one port. Those come first, since they take longest."""
+    for item in items:
+        group = "distributed" if item.get_closest_marker("distributed") else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=lambda item: not item.get_closest_marker("distributed"))
+
+
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"
 CLIP_LENGTH = 16  # tokens; the published encoders have 77
 

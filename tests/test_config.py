@@ -44,6 +44,7 @@ def test_shipped_files_are_valid_and_read_back(file, tmp_path):
         ("engine.zero.teacher=2", "engine.zero.teacher = 2: input should be 0 or 3"),
         ("student_optimizer.lr=fast", "student_optimizer.lr = 'fast': input should be a valid number"),
         ("model.pipeline=/some/where", "measures the demo's picture world, but model.pipeline = '/some/where'"),
+        ("model.fp8=yes", "model.fp8 = .*: input should be 'off' or 'no_grad'"),
         ("distill.anchor", "override 'distill.anchor': the form is section.key=value"),
         ("distill.anchor.deeper.still=3", "distill.anchor = .*: input should be a valid integer"),
         ("distill.anchor=[", "override 'distill.anchor=\\[': the value is not YAML"),
@@ -57,6 +58,11 @@ def test_bad_settings_are_named(override, message):
 def test_prompts_are_needed_for_any_other_pipeline():
     with pytest.raises(ConfigError, match=r"prompts\.file is not set"):
         parse_config({"model": {"pipeline": "some/model"}})
+
+
+def test_fp8_is_of_the_fused_operations():
+    with pytest.raises(ConfigError, match=r"model\.fp8 = no_grad is of the fused operations: set model\.fuse=true or"):
+        load_config(None, ["model.fuse=false", "model.fp8=no_grad"])
 
 
 def test_every_problem_is_reported_at_once():

@@ -14,7 +14,9 @@ import torch
 from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
     build_optimizer,
+    check,
     deepspeed_settings,
+    fuse,
     learning_rate,
     read_deepspeed,
     resolve_device,
@@ -41,8 +43,9 @@ def results():
 @pytest.mark.distributed
 def test_gradients_are_those_of_the_plain_module(results):
     """Two processes, chains of forward passes, leaf modules, accumulation, checkpointing: the same full gradient."""
-    assert len(results) == 15
+    assert len(results) == 17
     for case, result in results.items():
+        assert result["fused"] == (3 if "fused True" in case else 0), case  # two blocks and the last norm
         # bfloat16: sums of three passes in another order; a wrong reduction is off by its whole size.
         assert result["gradient_error"] < (5e-3 if "bfloat16" in case else 1e-6), case
         assert result["applied"], case
@@ -85,6 +88,21 @@ def test_bad_deepspeed_file(tmp_path, content, message):
         file.write_text(content)
     with pytest.raises(ConfigError, match=f"engine.deepspeed = .*ds.json': {message}"):
         read_deepspeed(str(file))
+
+
+def test_fp8_where_there_is_none(monkeypatch):
+    config = load_config(None, ["model.fp8=no_grad", "engine.device=cpu"])
+    with pytest.raises(
+        ConfigError, match=r"model\.fp8 = no_grad: FP8 products need a GPU .* device is cpu; model.fp8=off"
+    ):
+        check(config)
+
+
+def test_fused_on_a_gpu_only():
+    """Where it is wanted; on a CPU the reference of each operation would be no gain."""
+    config = load_config(None).model
+    assert config.fuse and fuse(torch.nn.Identity(), config, torch.device("cpu")) is None
+    assert fuse(torch.nn.Identity(), config.model_copy(update={"fuse": False}), torch.device("cuda")) is None
 
 
 def test_device_and_dtype():

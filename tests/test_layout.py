@@ -40,7 +40,7 @@ ALLOWED = {
     "config": set(),
     "diffusion": {"kernels"},
     "distill": {"config", "diffusion", "kernels"},
-    "engine": {"config"},
+    "engine": {"config", "kernels"},
     "prompts": {"config"},
     "backbones": {"backbones", "config", "diffusion", "demo"},
     "journal": {"config"},

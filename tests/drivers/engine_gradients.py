@@ -68,10 +68,14 @@ def chain_loss(network, shard):
 def main():
     world = None
     results = {}
-    cases = [(stage, "float32", a, c) for stage, a, c in itertools.product((0, 1, 2, 3), (1, 2), (False,))]
-    cases += [(3, "float32", 1, True), (3, "float32", 2, True), (2, "float32", 1, True)]
-    cases += [(stage, "bfloat16", 1, False) for stage in (0, 1, 2, 3)]
-    for stage, dtype_name, accumulation, checkpointing in cases:
+    cases = [(stage, "float32", a, c, False) for stage, a, c in itertools.product((0, 1, 2, 3), (1, 2), (False,))]
+    cases += [(3, "float32", 1, True, False), (3, "float32", 2, True, False), (2, "float32", 1, True, False)]
+    cases += [(stage, "bfloat16", 1, False, False) for stage in (0, 1, 2, 3)]
+    cases += [(3, "float32", 2, checkpointing, True) for checkpointing in (False, True)]
+    for stage, dtype_name, accumulation, checkpointing, fused in cases:
+        # The fused operations' reference, as the trainer fuses on a GPU only.
+        engine.FUSED_ON = ("cpu",) if fused else ()
+        engine.why_not = lambda *device: ""
         config = parse_config(
             {
                 "prompts": {"file": "unused"},
@@ -118,7 +122,10 @@ def main():
         for micro_batch in range(accumulation):
             student.backward(chain_loss(student, micro_batch))
             recovered = student.step()
-        results[f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}"] = {
+        results[
+            f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}"
+        ] = {
+            "fused": student.fusion is not None and sum(student.fusion.replaced.values()),
             "gradient_error": (difference / size) ** 0.5,
             "norm_error": norm_error,
             "applied": step.applied,
