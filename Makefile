@@ -21,9 +21,8 @@ $(VENV)/installed: pyproject.toml setup.py constraints.txt
 demo: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" deepspeed --num_accelerators $(PROCESSES) dpdmd/train.py run.output_dir=$(OUT)
 
-# A worker for each core, with a thread each. Tests that start processes of their own run one after the other, and first.
 test: install
-	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q -n auto --dist loadgroup --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PATH="$(CURDIR)/$(BIN):$$PATH" python -m pytest -q
 
 lint: install
 	$(BIN)/ruff check .
