@@ -16,6 +16,7 @@ h is rounded to residual's dtype before it is normalised: that is what the backw
 again, and reads h, the upstream gradients and, where a gate needs a gradient, y, each once.
 """
 
+import functools
 import itertools
 
 import torch
@@ -397,15 +398,21 @@ def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
     """The tensors, (B, S, C) or (B, C), as the kernels walk them: channels dense, and one stride for all from sample
     to sample and from token to token. Those are returned, too. Where strides disagree, what is not contiguous is
     copied. None stays None."""
-    there = [tensor for tensor in tensors if tensor is not None]
-    if not there:
-        return tensors, 0, 0
-    shape, strides = there[0].shape, there[0].stride()
-    if not all(tensor.is_contiguous() for tensor in there):
-        if strides[-1] == 1 and all(tensor.stride() == strides for tensor in there):
+    like = strides = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if like is None:
+            like, strides = tensor, tensor.stride()
+        elif tensor.stride() != strides:
+            break
+    else:
+        if like is None:
+            return tensors, 0, 0
+        if strides[-1] == 1 and not like.is_contiguous():
             return tensors, strides[0], strides[1]
-        tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    return tensors, shape[1:].numel(), shape[2:].numel()  # a dimension of size 1 may have any stride
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return tensors, like.shape[1:].numel(), like.shape[2:].numel()  # a dimension of size 1 may have any stride
 
 
 def _divisible(C: int, *strides: int) -> bool:
@@ -463,7 +470,7 @@ def _launch(
 
 
 def _empty_gradients(
-    h, gates, ys, biases, scales, shifts, dh, douts, y_dtype, rms, eps, residual, gate, y, bias, modulation
+    h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, residual, gate, y, bias, modulation
 ) -> list[Tensor]:
     """What is wanted of the gradients of residual, gates, ys, biases, scales and shifts."""
     like = dh if h is None else h
@@ -475,7 +482,7 @@ def _empty_gradients(
     if bias:
         gradients += [_like(tensor) for tensor in biases if tensor is not None]
     if modulation:
-        gradients += [_like(tensor) for tensor in (*scales, *shifts)]
+        gradients += [_like(tensor, vector_dtype) for tensor in (*scales, *scales)]
     return gradients
 
 
@@ -499,10 +506,10 @@ def _launch_backward(
     ys: list[Tensor],
     biases: list[Tensor | None],
     scales: list[Tensor],
-    shifts: list[Tensor],
     dh: Tensor | None,
     douts: list[Tensor],
     y_dtype: torch.dtype | None,
+    vector_dtype: torch.dtype | None,
     rms: bool,
     eps: float,
     residual: bool,
@@ -511,9 +518,10 @@ def _launch_backward(
     bias: bool,
     modulation: bool,
 ) -> list[Tensor]:
-    """ys for the gates' gradients alone. Without scales the gradient of h is dh, and h is None."""
+    """ys for the gates' gradients alone. Without scales the gradient of h is dh, and h is None. Gradients of ys are made
+    in y_dtype, those of scales and shifts in vector_dtype."""
     wanted = residual, gate, y, bias, modulation
-    gradients = _empty_gradients(h, gates, ys, biases, scales, shifts, dh, douts, y_dtype, rms, eps, *wanted)
+    gradients = _empty_gradients(h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, *wanted)
     like = dh if h is None else h
     if like.numel() == 0 or not gradients:
         return [gradient.zero_() for gradient in gradients]
@@ -562,7 +570,7 @@ _forward_operation = register(
 )
 _backward_operation = register(
     "adaln_backward_triton(Tensor? h, Tensor[] gates, Tensor[] ys, Tensor?[] biases, Tensor[] scales, "
-    "Tensor[] shifts, Tensor? dh, Tensor[] douts, ScalarType? y_dtype, bool rms, float eps, "
+    "Tensor? dh, Tensor[] douts, ScalarType? y_dtype, ScalarType? vector_dtype, bool rms, float eps, "
     "bool residual, bool gate, bool y, bool bias, bool modulation) -> Tensor[]",
     _launch_backward,
     _empty_gradients,
@@ -577,13 +585,13 @@ class _Adaln(torch.autograd.Function):
         results = _forward_operation(residual, gates, ys, biases, scales, shifts, rms, eps, False)
         ctx.set_materialize_grads(False)
         ctx.rms, ctx.eps, ctx.K, ctx.J = rms, eps, K, J
-        # One dtype for both, which holds what either needs: autograd rounds further where they differ.
-        ctx.y_dtype = torch.promote_types(ys[0].dtype, ys[-1].dtype) if ys else None
+        # One dtype for all of a kind, which holds what each needs: autograd rounds further where they differ.
+        ctx.y_dtype, ctx.vector_dtype = _promoted(*ys), _promoted(*scales, *shifts)
         if K and not any(ctx.needs_input_grad[4 : 5 + 3 * K]):
             ctx.mark_non_differentiable(results[0])
         h = None if J == 0 else results[0] if K else residual
         ctx.save_for_backward(
-            h, *gates, *biases, *scales, *shifts, *(ys if any(ctx.needs_input_grad[5 : 5 + K]) else ())
+            h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[5 : 5 + K]) else ())
         )
         return tuple(results)
 
@@ -592,17 +600,18 @@ class _Adaln(torch.autograd.Function):
     def backward(ctx, *upstream):
         K, J = ctx.K, ctx.J
         h, *saved = ctx.saved_tensors
-        gates, biases, scales, shifts, ys = _split(saved, K, K, J, J, K)
+        gates, biases, scales, ys = _split(saved, K, K, J, K)
         dh, douts = upstream[0] if K else None, upstream[K > 0 :]
         used = [j for j in range(J) if douts[j] is not None]  # not a result that nothing came of
         if dh is None and not used:
             return (None,) * len(ctx.needs_input_grad)
         residual = ctx.needs_input_grad[4]
         gate, y, bias, scale, shift = (any(part) for part in _split(ctx.needs_input_grad[5:], K, K, K, J, J))
-        scales, shifts, douts = ([entries[j] for j in used] for entries in (scales, shifts, douts))
+        scales, douts = ([entries[j] for j in used] for entries in (scales, douts))
         wanted = residual and bool(used), gate, y, bias, (scale or shift) and bool(used)
         gradients = _backward_operation(
-            h if used else None, gates, ys, biases, scales, shifts, dh, douts, ctx.y_dtype, ctx.rms, ctx.eps, *wanted
+            *(h if used else None, gates, ys, biases, scales, dh, douts, ctx.y_dtype, ctx.vector_dtype),
+            *(ctx.rms, ctx.eps, *wanted),
         )
         dresidual, dgates, dys, dbiases, dscales, dshifts = _by_input(gradients, gates, biases, scales, *wanted)
         if residual and not used:
@@ -611,6 +620,12 @@ class _Adaln(torch.autograd.Function):
             [entries[used.index(j)] if j in used else None for j in range(J)] for entries in (dscales, dshifts)
         ]
         return None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype | None:
+    """The dtype that holds what each of them does; None of nothing."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
 def _split(entries: tuple, *counts: int) -> list[tuple]:
@@ -661,6 +676,8 @@ def _check_vectors(
     vectors: dict[str, Tensor], shape: tuple[int, ...], name: str, like: Tensor, arithmetic: torch.dtype
 ) -> torch.dtype:
     """Of shape (B, C), or (C,), for tokens `like`, which the operation calls `name`. Returns the arithmetic."""
+    if _checks.alike(shape, like.device, *vectors.values()):
+        return arithmetic
     for vector, value in vectors.items():
         _checks.floating(vector, value)
         if value.dtype == torch.float64:

@@ -21,7 +21,7 @@ import math
 import torch
 from torch import Tensor
 
-from dpdmd.kernels._triton import Kernel, TensorDescriptor, jit, register, tl, triton
+from dpdmd.kernels._triton import Kernel, descriptor, jit, register, tl, triton
 
 _LOG2_E = math.log2(math.e)
 PADDING = 128  # queries; a multiple of every tile
@@ -203,20 +203,21 @@ def _dkv_kernel(
     T: tl.int64,
     P: tl.int64,
     tiles: tl.int64,
+    MASK: tl.constexpr,
     TILE_S: tl.constexpr,
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Keys along the rows of s and p, so that p^T do and ds^T q take them from registers. Queries beyond the end have
-    weights of 0 by their lse. Keys beyond it need no mask, as their rows are not written; with one, though, the kernel
-    for D = 128 takes 1.7 ms where it takes 2.2 without (H100): the compiler orders the products otherwise."""
+    weights of 0 by their lse. Keys beyond it need no mask, as their rows are not written. Only, with one the compiler
+    orders the products otherwise: for D = 128 1.7 ms with it and 2.2 without, for D = 64 2.2 and 1.7 (H100)."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_T
     k = _read(k_desc, sample, first, head, TILE_T, BLOCK_D)
     v = _read(v_desc, sample, first, head, TILE_T, BLOCK_D)
     dk = tl.zeros([TILE_T, BLOCK_D], tl.float32)
     dv = tl.zeros([TILE_T, BLOCK_D], tl.float32)
-    beyond = (first + tl.arange(0, TILE_T) >= T)[:, None]
+    beyond = (first + tl.arange(0, TILE_T) >= T)[:, None]  # unused without MASK
     lse_ptr += row * tl.multiple_of(P, TILE_S)
     delta_ptr += row * tl.multiple_of(P, TILE_S)
     for s in range(0, S.to(tl.int32), TILE_S):
@@ -226,7 +227,9 @@ def _dkv_kernel(
         delta = tl.load(delta_ptr + s + tl.arange(0, TILE_S))
         st = tl.dot(k, q.T)
         dpt = tl.dot(v, do.T)
-        pt = tl.where(beyond, 0.0, tl.exp2(st * scale - lse[None, :]))
+        pt = tl.exp2(st * scale - lse[None, :])
+        if MASK:
+            pt = tl.where(beyond, 0.0, pt)
         dv = tl.dot(pt.to(q.dtype), do, dv)
         dst = pt * (dpt - delta[None, :])
         dk = tl.dot(dst.to(q.dtype), q, dk)
@@ -245,11 +248,14 @@ MAX_HEAD_DIM = 128
 
 
 @functools.cache
-def _kernel(which: str, block_d: int) -> tuple[Kernel, int, int]:
-    """A kernel for heads of block_d, its TILE_S and TILE_T."""
+def _kernel(which: str, head_dim: int) -> tuple[Kernel, list[int], list[int], tuple[int, int, int]]:
+    """A kernel for such heads; the blocks of its tensor descriptors, along queries and along keys; and TILE_S, TILE_T
+    and BLOCK_D."""
+    block_d = max(16, triton.next_power_of_2(head_dim))
     function = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}[which]
     tile_s, tile_t, num_warps, num_stages = _TILES[which][block_d]
-    return Kernel(function, num_warps, num_stages), tile_s, tile_t
+    of_queries, of_keys = ([1, tile, 1, block_d] for tile in (tile_s, tile_t))
+    return Kernel(function, num_warps, num_stages), of_queries, of_keys, (tile_s, tile_t, block_d)
 
 
 def why_not(q: Tensor, k: Tensor, scale: float) -> str:
@@ -269,13 +275,13 @@ def why_not(q: Tensor, k: Tensor, scale: float) -> str:
 def _readable(tensor: Tensor) -> Tensor:
     """As it is where a tensor descriptor can read it (16-byte aligned rows of dense D), else a contiguous copy."""
     align = 16 // tensor.element_size()
-    strides = tensor.stride()
-    aligned = tensor.data_ptr() % 16 == 0 and all(stride % align == 0 and stride > 0 for stride in strides[:-1])
-    return tensor if aligned and strides[-1] == 1 else tensor.contiguous()
-
-
-def _describe(tensor: Tensor, tile: int, block_d: int):
-    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, tile, 1, block_d])
+    *strides, dense = tensor.stride()
+    if dense != 1 or tensor.data_ptr() % 16:
+        return tensor.contiguous()
+    for stride in strides:
+        if stride <= 0 or stride % align:
+            return tensor.contiguous()
+    return tensor
 
 
 def _padded_rows(q: Tensor) -> Tensor:
@@ -286,16 +292,15 @@ def _padded_rows(q: Tensor) -> Tensor:
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, S, H, D = q.shape
     o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _padded_rows(q)
-    block_d = max(16, triton.next_power_of_2(D))
-    run, tile_s, tile_t = _kernel("forward", block_d)
-    tiles = -(-S // tile_s)
+    run, of_queries, of_keys, tile = _kernel("forward", D)
+    tiles = -(-S // tile[0])
     run(
         B * H * tiles,
-        _describe(_readable(q), tile_s, block_d),
-        *(_describe(_readable(tensor), tile_t, block_d) for tensor in (k, v)),
-        _describe(o, tile_s, block_d),
+        descriptor(_readable(q), of_queries),
+        *(descriptor(_readable(k), of_keys), descriptor(_readable(v), of_keys)),
+        descriptor(o, of_queries),
         *(lse, scale * _LOG2_E, LIMITS[q.dtype], H, S, k.shape[1], lse.shape[2], tiles),
-        *(_LANES, tile_s, tile_t, block_d),
+        *(_LANES, *tile),
     )
     return o, lse
 
@@ -308,28 +313,23 @@ def _launch_backward(
     do, q, k, v, o = map(_readable, (do, q, k, v, o))
     dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
     delta = torch.empty_like(lse)
-    block_d = max(16, triton.next_power_of_2(D))
     P, scales = lse.shape[2], (scale * _LOG2_E, scale)
 
-    def described(tensors, tile):
-        return [_describe(tensor, tile, block_d) for tensor in tensors]
-
-    run, tile_s, tile_t = _kernel("dq", block_d)
-    tiles = -(-S // tile_s)
+    run, of_queries, of_keys, tile = _kernel("dq", D)
+    tiles = -(-S // tile[0])
     run(
         B * H * tiles,
-        *(*described((q,), tile_s), *described((k, v), tile_t), *described((o, do, dq), tile_s)),
-        *(lse, delta, *scales, H, T, P, tiles),
-        *(tile_s, tile_t, block_d),
+        *(descriptor(q, of_queries), descriptor(k, of_keys), descriptor(v, of_keys)),
+        *(descriptor(o, of_queries), descriptor(do, of_queries), descriptor(dq, of_queries)),
+        *(lse, delta, *scales, H, T, P, tiles, *tile),
     )
-    run, tile_s, tile_t = _kernel("dkv", block_d)
-    tiles = -(-T // tile_t)
+    run, of_queries, of_keys, tile = _kernel("dkv", D)
+    tiles = -(-T // tile[1])
     run(
         B * H * tiles,
-        *(*described((q,), tile_s), *described((k, v), tile_t), *described((do,), tile_s)),
-        *described((dk, dv), tile_t),
-        *(lse, delta, *scales, H, S, T, P, tiles),
-        *(tile_s, tile_t, block_d),
+        *(descriptor(q, of_queries), descriptor(k, of_keys), descriptor(v, of_keys), descriptor(do, of_queries)),
+        *(descriptor(dk, of_keys), descriptor(dv, of_keys)),
+        *(lse, delta, *scales, H, S, T, P, tiles, tile[2] == 128, *tile),
     )
     return dq, dk, dv
 

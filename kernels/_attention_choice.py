@@ -40,11 +40,19 @@ def overridden(allowed: tuple[str, ...]) -> str:
     return name
 
 
+_chosen: dict[tuple, str] = {}
+
+
 def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, num_keys: int, training: bool) -> str:
     """The backend for `attention` to take on CUDA device `index`: one of CANDIDATES, or "auto" for torch's kernels in
     the usual order where nothing is known and nothing can be measured now."""
-    times = times_for(attention, index, head_dim, math.sqrt(num_queries * num_keys))
-    return pick(times["training" if training else "forward"], torch.are_deterministic_algorithms_enabled())
+    key = index, head_dim, num_queries, num_keys, training, torch.are_deterministic_algorithms_enabled()
+    if key not in _chosen:
+        times = times_for(attention, index, head_dim, math.sqrt(num_queries * num_keys))
+        if times is NOTHING_KNOWN:  # yet
+            return "auto"
+        _chosen[key] = pick(times["training" if training else "forward"], key[-1])
+    return _chosen[key]
 
 
 # torch.compile runs it while tracing.

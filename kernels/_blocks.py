@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
 from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
+from dpdmd.kernels.linear_gelu import linear_gelu
 from dpdmd.kernels.packed_linear import packed_linear
 from dpdmd.kernels.qk_norm import TokenStream
 
@@ -218,8 +219,14 @@ def _norm_weights(norm_q: nn.Module | None, norm_k: nn.Module | None) -> tuple[T
 def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -> tuple[Tensor, Tensor | None]:
     """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
     activation, _, out = ff.net
-    u = gelu_tanh(*product(activation.proj, x, fp8), quantize=serves(fp8, out))
-    return product(out, u, fp8)
+    return product(out, activated(activation.proj, x, fp8, quantize=serves(fp8, out)), fp8)
+
+
+def activated(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None, quantize: bool) -> Tensor | Quantized:
+    """gelu(x W^T + b)"""
+    if isinstance(x, Tensor) and not serves(fp8, layer) and not quantize and layer.bias is not None and plain(layer):
+        return linear_gelu(x, layer.weight, layer.bias)
+    return gelu_tanh(*product(layer, x, fp8), quantize=quantize)
 
 
 def _rows_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from dpdmd.kernels._blocks import (
     NO_DROPOUT,
     TANH_GELU,
     Like,
+    activated,
     adaptive_norm,
     another_forward,
     feed_forward,
@@ -40,7 +41,6 @@ from dpdmd.kernels._blocks import (
     unequal_eps,
     unlike_parts,
 )
-from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
 from dpdmd.kernels.attention import attention
 from dpdmd.kernels.gated_residual import gated_residual, gated_residual_adaln
@@ -168,7 +168,7 @@ def _single(block: nn.Module, x: Tensor, temb: Tensor, rope: tuple[Tensor, Tenso
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     n = adaln_modulate(x, scale, shift, eps=block.norm.norm.eps, quantize=quantize)
     o = _attend(attn, rope, image_stream(attn, n, attn.head_dim, fp8))
-    u = gelu_tanh(*product(block.proj_mlp, n, fp8), quantize=serves(fp8, block.proj_out))
+    u = activated(block.proj_mlp, n, fp8, quantize=serves(fp8, block.proj_out))
     y, bias = product_of_two(block.proj_out, o, u, fp8)
     if isinstance(y, tuple):
         gate = gate, gate

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_FLOAT32_ARITHMETIC = DTYPES[:3]
 REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -18,6 +19,8 @@ def tensors(**arguments: Tensor | None) -> torch.dtype:
     (first, like), *others = arguments.items()
     floating(first, like)
     shape, device = like.shape, like.device
+    if shape and alike(shape, device, *arguments.values()):
+        return torch.float32
     arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
     for name, value in others:
         if value is None:
@@ -32,6 +35,19 @@ def tensors(**arguments: Tensor | None) -> torch.dtype:
     if not shape:
         raise ValueError(f"{first} has shape (); it needs a batch dimension: (B, ...)")
     return arithmetic
+
+
+def alike(shape: tuple[int, ...], device: torch.device, *values: Tensor | None) -> bool:
+    """Whether all are tensors of this shape and device, None passed over, and the arithmetic is float32: then there is
+    no error to name anything in, and naming takes longer than looking."""
+    for value in values:
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or value.dtype not in _FLOAT32_ARITHMETIC:
+            return False
+        if value.shape != shape or value.device != device:
+            return False
+    return True
 
 
 def floating(name: str, value: Tensor) -> None:

@@ -61,11 +61,13 @@ def test_unknown_gpu_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     for _ in range(2):  # the second time as another process: from the file
         choice._measured.cache_clear()
+        monkeypatch.setattr(choice, "_chosen", {})
         assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
         assert choice.fastest(attention, 0, 64, 4429, 4500, True) == "triton"
         assert choice.fastest(attention, 0, 72, 1, 1, False) == "cudnn"
     choice._measured.cache_clear()
     assert measured == [(64, 4429), (96, 64)]
+    monkeypatch.setattr(choice, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "auto"
 

@@ -161,22 +161,27 @@ def test_eps(inputs, check):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_one_operation_after_the_other(inputs, dtype):
-    """To the bit, as it is the rounded h that is normalised."""
+    """It is the rounded h that is normalised: to the bit in bfloat16, while in float32 compilers may contract the norm's
+    sums differently in the two kernels."""
     tensors = inputs(2, 7, 40, dtype=dtype)
     h, *outs = call(tensors, norm="rms")
     assert torch.equal(h, call(tensors | {"scale": [], "shift": []})[0])
-    assert all(map(torch.equal, outs, adaln_modulate(h, tuple(tensors["scale"]), tuple(tensors["shift"]), norm="rms")))
+    expected = adaln_modulate(h, tuple(tensors["scale"]), tuple(tensors["shift"]), norm="rms")
+    if dtype == torch.float32:
+        torch.testing.assert_close(tuple(outs), expected, rtol=1e-6, atol=1e-6)
+    else:
+        assert all(map(torch.equal, outs, expected))
 
 
-def test_quantized(inputs):
-    """As adaln_modulate quantises; h stays as it is."""
+def test_quantized(inputs, relative_error):
+    """As adaln_modulate quantises, but for values that the last bit of a norm turns over; h stays as it is."""
     tensors = inputs(2, 7, 40, dtype=torch.bfloat16)
     h, *outs = call(tensors, quantize=True)
     assert torch.equal(h, call(tensors)[0])
     expected = adaln_modulate(h, tuple(tensors["scale"]), tuple(tensors["shift"]), quantize=True)
     for got, right in zip(outs, expected, strict=True):
-        assert torch.equal(got.values.view(torch.uint8), right.values.view(torch.uint8))
-        assert torch.equal(got.scale, right.scale)
+        torch.testing.assert_close(got.scale, right.scale, rtol=1e-6, atol=0)
+        assert relative_error(got.values.float() * got.scale, right.values.float() * right.scale) < 0.003
     h, out = call(first(tensors), quantize=True)
     assert out.values.dtype == torch.float8_e4m3fn and out.scale.shape == (2, 7, 1) and h.dtype == torch.bfloat16
 
@@ -374,19 +379,19 @@ OPERATIONS = {
     },
     "adaln_backward_triton": {
         "all of it": lambda x, v, b: (
-            *(x, [v, v], [x, -x], [None, b], [v], [v], x + 1, [x - 1], torch.half, False, 1e-6),
+            *(x, [v, v], [x, -x], [None, b], [v], x + 1, [x - 1], torch.half, torch.half, False, 1e-6),
             *(True, True, True, True, True),
         ),
         "no norm": lambda x, v, b: (
-            *(None, [v], [x], [b], [], [], x + 1, [], x.dtype, False, 1e-6),
+            *(None, [v], [x], [b], [], x + 1, [], x.dtype, None, False, 1e-6),
             *(False, True, True, True, False),
         ),
         "no gate": lambda x, v, b: (
-            *(x, [], [], [], [v, -v], [v, v], None, [x - 1, -x], None, True, 1e-6),
+            *(x, [], [], [], [v, -v], None, [x - 1, -x], None, x.dtype, True, 1e-6),
             *(True, False, False, False, True),
         ),
         "vectors alone": lambda x, v, b: (
-            *(x, [v], [x], [None], [v], [v], x + 1, [x - 1], x.dtype, False, 1e-6),
+            *(x, [v], [x], [None], [v], x + 1, [x - 1], x.dtype, x.dtype, False, 1e-6),
             *(False, True, False, False, True),
         ),
     },

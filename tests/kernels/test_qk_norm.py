@@ -62,9 +62,9 @@ def of(leaves):
         if get("qkv") is not None or get("q") is not None:
             qkv = (get("q"), get("k"), get("v")) if get("qkv") is None else get("qkv")
             bias = get("q_bias"), get("k_bias"), get("v_bias")
-            streams.append(
-                TokenStream(qkv, get("q_weight"), get("k_weight"), None if bias == (None, None, None) else bias)
-            )
+            if all(x is None for x in bias):
+                bias = None
+            streams.append(TokenStream(qkv, get("q_weight"), get("k_weight"), bias))
     return streams
 
 

@@ -270,7 +270,8 @@ class TestLaunch:
 
 @pytest.mark.skipif(not _triton.INTERPRETED, reason="a launch that runs shows as much")
 def test_stub_of_a_launch(randn, monkeypatch):
-    """The short launch gets what Triton's own would: every argument by position, and the stream of the device."""
+    """The short launch gets what Triton's own would, by position, addresses in place of tensors, and the stream of the
+    device."""
     seen = []
 
     class Compiled:
@@ -282,7 +283,7 @@ def test_stub_of_a_launch(randn, monkeypatch):
             return lambda *arguments, num_warps: seen.append((grid, num_warps)) or Compiled
 
     kernel = _triton.kernel(4)(lambda x, out, size, BLOCK: None)
-    kernel._jit, kernel._num_varying = Jit(), 3
+    kernel._jit, kernel._num_varying, kernel._specialised = Jit(), 3, [0, 1, 2]
     monkeypatch.setattr(_triton, "INTERPRETED", False)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: -1)
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: ("stream", device), raising=False)
@@ -290,7 +291,7 @@ def test_stub_of_a_launch(randn, monkeypatch):
     kernel(7, x, None, 5, 16)
     assert seen == [((7,), 4)]
     kernel(9, x, None, 6, 16)  # another integer: the same kernel
-    assert seen[1:] == [(9, 1, 1, ("stream", -1), "function", "metadata", None, None, None, x, None, 6, 16)]
+    assert seen[1:] == [(9, 1, 1, ("stream", -1), "function", "metadata", None, None, None, x.data_ptr(), None, 6, 16)]
     for others in ((x.bfloat16(), None, 5, 16), (x[1:], None, 5, 16), (x, x, 5, 16), (x, 1.0, 5, 16), (x, None, 5, 32)):
         seen.clear()
         kernel(7, *others)
