@@ -53,6 +53,13 @@ def _columns_and_warps(C: int) -> tuple[int, int]:
     return columns, min(max(columns // 256, 1), 16)
 
 
+def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
+    """(ROWS, COLUMNS, warps) of the forward pass. Quantised, half the tokens in half the warps: the maxima of rows are
+    one more thing that warps wait for."""
+    columns, num_warps = _columns_and_warps(C)
+    return (ROWS // 2, columns, max(num_warps // 2, 1)) if quantize else (ROWS, columns, num_warps)
+
+
 @jit
 def _sample_and_tile(tiles):
     """Of this program. Counted in 32 bits, in which a division is short: a grid ends at 2^31."""
@@ -458,13 +465,13 @@ def _launch(
     vectors, vector_stride, _ = _walk([*_two(gates), *_two(scales), *_two(shifts)])
     biases = [None if bias is None else bias.contiguous() for bias in _two(biases)]
     h, *outs = results if gates else [None, *results]
-    columns, num_warps = _columns_and_warps(C)
+    rows, columns, num_warps = _forward_tile(C, quantize)
     _forward_kernels[num_warps](
-        B * -(-S // ROWS),
+        B * -(-S // rows),
         *(residual, *vectors[:2], *ys, *biases, *vectors[2:]),
         *(h, *_two(outs[: len(scales)]), *_two(outs[len(scales) :])),
         *(residual_stride, residual_row, y_stride, y_row, vector_stride, S, C, eps),
-        *(rms, _divisible(C, residual_stride, residual_row, y_stride, y_row, vector_stride), ROWS, columns),
+        *(rms, _divisible(C, residual_stride, residual_row, y_stride, y_row, vector_stride), rows, columns),
     )
     return results
 
@@ -580,19 +587,19 @@ _backward_operation = register(
 class _Adaln(torch.autograd.Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
-    def forward(ctx, rms, eps, K, J, residual, *rest):
+    def forward(ctx, rms, eps, K, J, fork, residual, *rest):
         gates, ys, biases, scales, shifts = _split(rest, K, K, K, J, J)
         results = _forward_operation(residual, gates, ys, biases, scales, shifts, rms, eps, False)
+        if fork:
+            results = [residual.view_as(residual), *results]
         ctx.set_materialize_grads(False)
-        ctx.rms, ctx.eps, ctx.K, ctx.J = rms, eps, K, J
+        ctx.rms, ctx.eps, ctx.K, ctx.J, ctx.fork = rms, eps, K, J, fork
         # One dtype for all of a kind, which holds what each needs: autograd rounds further where they differ.
         ctx.y_dtype, ctx.vector_dtype = _promoted(*ys), _promoted(*scales, *shifts)
-        if K and not any(ctx.needs_input_grad[4 : 5 + 3 * K]):
+        if K and not any(ctx.needs_input_grad[5 : 6 + 3 * K]):
             ctx.mark_non_differentiable(results[0])
         h = None if J == 0 else results[0] if K else residual
-        ctx.save_for_backward(
-            h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[5 : 5 + K]) else ())
-        )
+        ctx.save_for_backward(h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[6 : 6 + K]) else ()))
         return tuple(results)
 
     @staticmethod
@@ -601,12 +608,13 @@ class _Adaln(torch.autograd.Function):
         K, J = ctx.K, ctx.J
         h, *saved = ctx.saved_tensors
         gates, biases, scales, ys = _split(saved, K, K, J, K)
-        dh, douts = upstream[0] if K else None, upstream[K > 0 :]
+        has_dh = K > 0 or ctx.fork
+        dh, douts = upstream[0] if has_dh else None, upstream[has_dh:]
         used = [j for j in range(J) if douts[j] is not None]  # not a result that nothing came of
         if dh is None and not used:
             return (None,) * len(ctx.needs_input_grad)
-        residual = ctx.needs_input_grad[4]
-        gate, y, bias, scale, shift = (any(part) for part in _split(ctx.needs_input_grad[5:], K, K, K, J, J))
+        residual = ctx.needs_input_grad[5]
+        gate, y, bias, scale, shift = (any(part) for part in _split(ctx.needs_input_grad[6:], K, K, K, J, J))
         scales, douts = ([entries[j] for j in used] for entries in (scales, douts))
         wanted = residual and bool(used), gate, y, bias, (scale or shift) and bool(used)
         gradients = _backward_operation(
@@ -619,7 +627,7 @@ class _Adaln(torch.autograd.Function):
         spread_out = [
             [entries[used.index(j)] if j in used else None for j in range(J)] for entries in (dscales, dshifts)
         ]
-        return None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
+        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype | None:
@@ -644,18 +652,22 @@ def fused(
     norm: str,
     eps: float,
     quantize: bool,
+    fork: bool = False,
 ) -> list[Tensor | Quantized]:
-    """h where there are gates, and an out for each scale, through the Triton kernels."""
+    """h where there are gates, and an out for each scale, through the Triton kernels. With `fork`, which goes without
+    gates, residual is h: the gradient that comes back through it is added where that of the outs is made."""
     tensors = residual, *gates, *ys, *biases, *scales, *shifts
     if torch.is_grad_enabled():
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
-                return list(_Adaln.apply(norm == "rms", eps, len(gates), len(scales), *tensors))
+                forked = fork and residual.requires_grad
+                results = _Adaln.apply(norm == "rms", eps, len(gates), len(scales), forked, *tensors)
+                return [residual, *results] if fork and not forked else list(results)
     results = _forward_operation(residual, gates, ys, biases, scales, shifts, norm == "rms", eps, quantize)
-    if not quantize:
-        return results
-    h, values, row_scales = _split(results, len(gates) > 0, len(scales), len(scales))
-    return [*h, *map(Quantized, values, row_scales)]
+    if quantize:
+        h, values, row_scales = _split(results, len(gates) > 0, len(scales), len(scales))
+        results = [*h, *map(Quantized, values, row_scales)]
+    return [residual, *results] if fork else results
 
 
 Vectors = Tensor | tuple[Tensor, Tensor]

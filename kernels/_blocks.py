@@ -248,9 +248,60 @@ class _RowsLinear(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight = ctx.saved_tensors
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        # Here x is copied after all: separate products, one a sample, would be rounded before they are summed.
-        dweight = dy.flatten(0, 1).t() @ x.flatten(0, 1) if ctx.needs_input_grad[1] else None
-        return dx, dweight
+        return dx, _rows_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
+
+
+def _rows_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The sum of dy^T x (N, K) over the samples of dy (B, S, N) and x (B, S, K), rounded once: on a GPU products of half
+    precision, one a sample, are left in float32. (A copy of x costs more: 177 us against 130 for SD3.5-M's, batch 4.)"""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dy.dtype:
+        return torch.bmm(dy.transpose(1, 2), x, out_dtype=torch.float32).sum(0).to(x.dtype)
+    return dy.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+def split_products(
+    joint: Tensor, length: int, first: nn.Module, second: nn.Module, fp8: tuple[Fp8 | None, Fp8 | None]
+) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
+    """`product` of the first `length` rows of joint (B, S, C) with one layer, and of the others with another; fp8 of
+    each."""
+    if plain(first, second) and not serves(fp8[0], first) and not serves(fp8[1], second):
+        y1, y2 = _SplitProducts.apply(*_as_autocast(joint, first.weight, second.weight), length)
+        return (y1, first.bias), (y2, second.bias)
+    rows1, rows2 = split_rows(joint, length)
+    return product(first, rows1, fp8[0]), product(second, rows2, fp8[1])
+
+
+class _SplitProducts(torch.autograd.Function):
+    # Reads both parts where they are, and writes their gradients side by side: no copies, no concatenation.
+    @staticmethod
+    def forward(ctx, joint, weight1, weight2, length):
+        ctx.save_for_backward(joint, weight1, weight2)
+        ctx.length = length
+        return tuple(
+            torch.bmm(rows, weight.t().expand(len(rows), -1, -1))
+            for rows, weight in ((joint[:, :length], weight1), (joint[:, length:], weight2))
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy1, dy2):
+        joint, weight1, weight2 = ctx.saved_tensors
+        for_joint, *for_weights, _ = ctx.needs_input_grad
+        parts = slice(None, ctx.length), slice(ctx.length, None)
+        djoint = None
+        if for_joint:
+            gradients = [(dy, weight.expand(len(dy), -1, -1)) for dy, weight in ((dy1, weight1), (dy2, weight2))]
+            if torch.compiler.is_compiling():  # it takes no slice for `out`
+                djoint = torch.cat([torch.bmm(dy, weight) for dy, weight in gradients], dim=1)
+            else:
+                djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
+                for part, (dy, weight) in zip(parts, gradients, strict=True):
+                    torch.bmm(dy, weight, out=djoint[:, part])
+        dweights = [
+            _rows_weight_gradient(dy, joint[:, part]) if wanted else None
+            for dy, part, wanted in zip((dy1, dy2), parts, for_weights, strict=True)
+        ]
+        return djoint, *dweights, None
 
 
 class _LinearOfTwo(torch.autograd.Function):

@@ -33,10 +33,9 @@ from dpdmd.kernels._blocks import (
     fp8_pass,
     image_stream,
     norms_away,
-    product,
     product_of_two,
     serves,
-    split_rows,
+    split_products,
     text_stream,
     unequal_eps,
     unlike_parts,
@@ -117,25 +116,24 @@ def _double(
 
     shift, scale, gate, shift_ff, scale_ff, gate_ff = block.norm1.linear(emb).chunk(6, dim=1)
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v)
-    x = adaln_modulate(image, scale, shift, eps=block.norm1.norm.eps, quantize=quantize)
+    image, x = adaln_modulate(image, scale, shift, eps=block.norm1.norm.eps, quantize=quantize, fork=True)
 
     modulation = block.norm1_context.linear(emb)
     shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
-    c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps)
+    text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
     o = _attend(attn, rope, text_stream(attn, c, attn.head_dim), image_stream(attn, x, attn.head_dim, fp8))
-    o_text, o = split_rows(o, text.shape[1])
+    layers = attn.to_add_out, attn.to_out[0]
+    (y_text, bias_text), (y, bias) = split_products(o, text.shape[1], *layers, (None, fp8))
 
-    y, bias = product(attn.to_out[0], o, fp8)
     image, x = gated_residual_adaln(
         image, gate, y, scale_ff, shift_ff, bias=bias, eps=block.norm2.eps, quantize=serves(fp8, block.ff.net[0].proj)
     )
     y, bias = feed_forward(block.ff, x, fp8)
     image = gated_residual(image, gate_ff, y, bias=bias)
 
-    y, bias = product(attn.to_add_out, o_text)
     text, c = gated_residual_adaln(
-        text, gate_text, y, scale_text_ff, shift_text_ff, bias=bias, eps=block.norm2_context.eps
+        text, gate_text, y_text, scale_text_ff, shift_text_ff, bias=bias_text, eps=block.norm2_context.eps
     )
     y, bias = feed_forward(block.ff_context, c)
     text = gated_residual(text, gate_text_ff, y, bias=bias)
@@ -166,7 +164,7 @@ def _single(block: nn.Module, x: Tensor, temb: Tensor, rope: tuple[Tensor, Tenso
     # One product for q, k, v and the MLP would make its backward pass gather their gradients in a buffer of width 7 C:
     # more bytes than a second reading of n and the addition of its two gradients.
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
-    n = adaln_modulate(x, scale, shift, eps=block.norm.norm.eps, quantize=quantize)
+    x, n = adaln_modulate(x, scale, shift, eps=block.norm.norm.eps, quantize=quantize, fork=True)
     o = _attend(attn, rope, image_stream(attn, n, attn.head_dim, fp8))
     u = activated(block.proj_mlp, n, fp8, quantize=serves(fp8, block.proj_out))
     y, bias = product_of_two(block.proj_out, o, u, fp8)

@@ -32,6 +32,7 @@ from dpdmd.kernels._blocks import (
     norms_away,
     product,
     serves,
+    split_products,
     split_rows,
     text_stream,
     unequal_eps,
@@ -114,23 +115,26 @@ def _forward(block: nn.Module, image: Tensor, text: Tensor, temb: Tensor) -> tup
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v)
     if attn2 is None:
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
-        x = adaln_modulate(image, scale, shift, eps=eps, quantize=quantize)
+        image, x = adaln_modulate(image, scale, shift, eps=eps, quantize=quantize, fork=True)
     else:
         shift, scale, gate, shift_ff, scale_ff, gate_ff, shift2, scale2, gate2 = modulation.chunk(9, dim=1)
         quantize = quantize and serves(fp8, attn2.to_q, attn2.to_k, attn2.to_v)
-        x, x2 = adaln_modulate(image, (scale, scale2), (shift, shift2), eps=eps, quantize=quantize)
+        image, x, x2 = adaln_modulate(image, (scale, scale2), (shift, shift2), eps=eps, quantize=quantize, fork=True)
 
     modulation = block.norm1_context.linear(emb.to(text.dtype))
     if block.context_pre_only:
         scale_text, shift_text = modulation.chunk(2, dim=1)
     else:
         shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
-    c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps)
+    text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
     head_dim = attn.inner_dim // attn.heads
     o = _attend(attn, image_stream(attn, x, head_dim, fp8), text_stream(attn, c, head_dim))
-    o, o_text = split_rows(o, image.shape[1])
-    y, bias = product(attn.to_out[0], o, fp8)
+    if block.context_pre_only:
+        y, bias = product(attn.to_out[0], split_rows(o, image.shape[1])[0], fp8)
+    else:
+        layers = attn.to_out[0], attn.to_add_out
+        (y, bias), (y_text, bias_text) = split_products(o, image.shape[1], *layers, (fp8, None))
     if attn2 is not None:
         o2 = _attend(attn2, image_stream(attn2, x2, head_dim, fp8))
         y2, bias2 = product(attn2.to_out[0], o2, fp8)
@@ -143,9 +147,8 @@ def _forward(block: nn.Module, image: Tensor, text: Tensor, temb: Tensor) -> tup
     if block.context_pre_only:
         return None, image
 
-    y, bias = product(attn.to_add_out, o_text)
     text, c = gated_residual_adaln(
-        text, gate_text, y, scale_text_ff, shift_text_ff, bias=bias, eps=block.norm2_context.eps
+        text, gate_text, y_text, scale_text_ff, shift_text_ff, bias=bias_text, eps=block.norm2_context.eps
     )
     y, bias = feed_forward(block.ff_context, c)
     return gated_residual(text, gate_text_ff, y, bias=bias), image

@@ -26,8 +26,9 @@ def adaln_modulate_reference(
     eps: float,
     quantize: bool,
     arithmetic: torch.dtype,
+    fork: bool = False,
 ) -> list[Tensor | Quantized]:
-    """The definition: a result for each scale and shift, in x's dtype or quantised."""
+    """The definition: a result for each scale and shift, in x's dtype or quantised; x before them with `fork`."""
     n = x.to(arithmetic)
     if norm == "layer":
         n = n - n.mean(-1, keepdim=True)
@@ -37,7 +38,7 @@ def adaln_modulate_reference(
         scale, shift = widen(arithmetic, scale[:, None], shift[:, None])
         out = n * (1 + scale) + shift
         outs.append(quantize_rows_reference(out) if quantize else out.to(x.dtype))
-    return outs
+    return [x, *outs] if fork else outs
 
 
 def adaln_modulate_triton(
@@ -48,10 +49,11 @@ def adaln_modulate_triton(
     eps: float,
     quantize: bool,
     arithmetic: torch.dtype,
+    fork: bool,
 ) -> list[Tensor | Quantized]:
     if quantize and not converts(x.device.type, x.device.index):
-        return adaln_modulate_reference(x, scales, shifts, norm, eps, quantize, arithmetic)
-    return _adaln.fused(x, (), (), (), scales, shifts, norm, eps, quantize)
+        return adaln_modulate_reference(x, scales, shifts, norm, eps, quantize, arithmetic, fork)
+    return _adaln.fused(x, (), (), (), scales, shifts, norm, eps, quantize, fork)
 
 
 IMPLEMENTATIONS = {"reference": adaln_modulate_reference, "triton": adaln_modulate_triton}
@@ -65,13 +67,16 @@ def adaln_modulate(
     norm: str = "layer",
     eps: float = 1e-6,
     quantize: bool = False,
-) -> Tensor | Quantized | tuple[Tensor, Tensor] | tuple[Quantized, Quantized]:
+    fork: bool = False,
+) -> Tensor | Quantized | tuple[Tensor | Quantized, ...]:
     """norm(x) (1 + scale) + shift. The result has x's shape and dtype; with pairs for scale and shift there are two
     results, from one reading of x and one normalisation.
 
     x (B, S, C): the tokens.  scale, shift (B, C), or pairs of such tensors.  All receive gradients.
     norm: "layer" for (x - mean) / sqrt(var + eps) over C, "rms" for x / sqrt(mean x^2 + eps).
     quantize: results as `Quantized`, each token in e4m3 with its own scale, rounded once. Without gradient.
+    fork: return x first, for what else reads it, such as a residual connection. The gradient that comes back through it
+        is added where that of the results is made, and rounded with it; autograd would add the two in another pass.
 
     Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
     float32, or float64 where any tensor is. Chunks of columns, as scale and shift often are, are read where they are;
@@ -85,5 +90,5 @@ def adaln_modulate(
     arithmetic = _adaln.check_tokens(x=x)
     scales, shifts, arithmetic = _adaln.check_modulated("x", x, scale, shift, norm, eps, quantize, arithmetic)
     run = choose("adaln_modulate", IMPLEMENTATIONS, x.device, arithmetic)
-    outs = run(x, scales, shifts, norm, float(eps), quantize, arithmetic)
-    return tuple(outs) if len(outs) == 2 else outs[0]
+    results = run(x, scales, shifts, norm, float(eps), quantize, arithmetic, fork)
+    return tuple(results) if len(results) > 1 else results[0]

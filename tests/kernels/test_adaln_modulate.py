@@ -205,6 +205,44 @@ def test_gradients_where_needed_only(inputs, randn):
                 assert torch.equal(leaf.grad, gradients.setdefault(i, leaf.grad))
 
 
+@pytest.mark.parametrize("used", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("pair", [False, True])
+def test_fork(inputs, randn, check_rounded_once, implementation, pair, used):
+    """x's gradient is that of both ways, rounded once."""
+    tensors = [tensor.detach().requires_grad_() for tensor in inputs(2, 7, 120, dtype=torch.bfloat16)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    x, scale, shift = tensors
+    residual, *outs = (
+        adaln_modulate(x, (scale, shift), (shift, scale), fork=True)
+        if pair
+        else adaln_modulate(x, scale, shift, fork=True)
+    )
+    assert torch.equal(residual, x) and residual.data_ptr() == x.data_ptr() and len(outs) == 1 + pair
+    expected = [exact[0], truth(*exact, "layer"), truth(exact[0], exact[2], exact[1], "layer")]
+    upstream = [randn(*x.shape, seed=90 + i, dtype=x.dtype) for i in range(2 + pair)]
+    chosen = [i for i in range(2 + pair) if used[i > 0]]
+    results = [residual, *outs]
+    gradients = torch.autograd.grad(
+        [results[i] for i in chosen], tensors, [upstream[i] for i in chosen], allow_unused=True
+    )
+    right = torch.autograd.grad(
+        [expected[i] for i in chosen], exact, [upstream[i].double() for i in chosen], allow_unused=True
+    )
+    for got, one in zip(gradients, right, strict=True):
+        assert (got is None) == (one is None)
+        if got is not None and implementation == "triton":  # autograd, which has the definition, rounds twice
+            check_rounded_once(got, one)
+
+
+def test_fork_without_a_gradient_of_x(inputs):
+    x, scale, shift = inputs(2, 3, 24)
+    residual, out = adaln_modulate(x, scale.detach().requires_grad_(), shift, fork=True)
+    assert residual is x and not residual.requires_grad and out.requires_grad
+    with torch.no_grad():
+        residual, quantised = adaln_modulate(x, scale, shift, fork=True, quantize=True)
+    assert residual is x and quantised.scale.shape == (2, 3, 1)
+
+
 def test_mean_far_from_zero(inputs, relative_error):
     """The variance as mean of squares less square of mean would have no digit left."""
     x, scale, shift = inputs(2, 7, 40)

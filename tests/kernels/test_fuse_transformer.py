@@ -706,6 +706,9 @@ def test_gradients_of_the_products():
     assert torch.autograd.gradcheck(lambda x: _blocks.split_rows(x, 3), joint)
     assert torch.autograd.gradcheck(lambda x, w: _blocks._rows_linear(x[:, 3:], w), (joint, weight))
     assert torch.autograd.gradcheck(lambda x, w: _blocks._LinearOfTwo.apply(x, x.sin(), w), (joint, wide))
+    for needed in ((0,), (1,), (2,), (0, 1, 2)):
+        tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate((joint, weight, weight.cos()))]
+        assert torch.autograd.gradcheck(lambda *t: _blocks._SplitProducts.apply(*t, 3), tensors)
     for needed in range(3):
         a, b, w = (tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate((joint, joint.cos(), wide)))
         assert torch.autograd.gradcheck(_blocks._LinearOfTwo.apply, (a, b, w))
