@@ -230,8 +230,8 @@ def test_fork(inputs, randn, check_rounded_once, implementation, pair, used):
     )
     for got, one in zip(gradients, right, strict=True):
         assert (got is None) == (one is None)
-        if got is not None and implementation == "triton":  # autograd, which has the definition, rounds twice
-            check_rounded_once(got, one)
+    if implementation == "triton":  # autograd, which has the definition, rounds twice
+        check_rounded_once(gradients[0], right[0])
 
 
 def test_fork_without_a_gradient_of_x(inputs):
