@@ -288,6 +288,70 @@ void scale_(Tensor gradient, Tensor upstream, double rest) {
   dpdmd::launch(operation, device.stream());
 }
 
+// A row-major matrix, as a product with an epilogue takes it.
+void check_matrix(const Tensor& matrix, int64_t rows, int64_t columns, const Tensor& like) {
+  STD_TORCH_CHECK(matrix.is_cuda() && matrix.get_device_index() == like.get_device_index() &&
+                      matrix.scalar_type() == like.scalar_type(),
+                  "dpdmd: matrices need one CUDA device and one dtype");
+  STD_TORCH_CHECK(matrix.dim() == 2 && matrix.is_contiguous() && matrix.size(0) == rows && matrix.size(1) == columns &&
+                      reinterpret_cast<uintptr_t>(matrix.data_ptr()) % 16 == 0,
+                  "dpdmd: a matrix needs to be (", rows, ", ", columns, "), contiguous and 16-byte aligned");
+}
+
+Tensor matrix(int64_t rows, int64_t columns, const Tensor& like) {
+  const int64_t sizes[] = {rows, columns}, strides[] = {columns, 1};
+  return allocate(2, sizes, strides, like.scalar_type(), like);
+}
+
+void run(dpdmd::Matmul& product, const Tensor& x, const Tensor& weight, const Tensor& aux, const Tensor& out) {
+  STD_TORCH_CHECK(dtype_of(x) != Dtype::float32, "dpdmd: these products are of float16 or bfloat16");
+  STD_TORCH_CHECK(product.rows && product.columns % 8 == 0 && product.inner % 8 == 0 && product.inner,
+                  "dpdmd: a product needs rows, and multiples of 8 columns");
+  product.x = x.data_ptr();
+  product.weight = weight.data_ptr();
+  product.aux = aux.data_ptr();
+  product.out = out.data_ptr();
+  product.dtype = dtype_of(x);
+  const OnDevice device(x);
+  const Tensor workspace = floats(dpdmd::matmul_workspace / 4, x);
+  dpdmd::launch(product, x.get_device_index(), workspace.data_ptr(), device.stream());
+}
+
+// (gelu(pre), pre) of pre = x weight^T + bias
+std::tuple<Tensor, Tensor> linear_gelu_aux(Tensor x, Tensor weight, Tensor bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 2, "dpdmd: x and weight need to be matrices");
+  const int64_t rows = x.size(0), inner = x.size(1), columns = weight.size(0);
+  check_matrix(x, rows, inner, x);
+  check_matrix(weight, columns, inner, x);
+  STD_TORCH_CHECK(bias.is_cuda() && bias.scalar_type() == x.scalar_type() && bias.dim() == 1 &&
+                      bias.size(0) == columns && bias.is_contiguous() &&
+                      reinterpret_cast<uintptr_t>(bias.data_ptr()) % 16 == 0,
+                  "dpdmd: bias needs to be (", columns, "), dense and aligned, in x's dtype");
+  Tensor out = matrix(rows, columns, x), pre = matrix(rows, columns, x);
+  dpdmd::Matmul product;
+  product.epilogue = dpdmd::Matmul::Epilogue::gelu_aux_bias;
+  product.weight_transposed = true;
+  product.rows = rows, product.columns = columns, product.inner = inner;
+  product.bias = bias.data_ptr();
+  run(product, x, weight, pre, out);
+  return {out, pre};
+}
+
+// (dy weight) gelu'(pre)
+Tensor matmul_dgelu(Tensor dy, Tensor weight, Tensor pre) {
+  STD_TORCH_CHECK(dy.dim() == 2 && weight.dim() == 2, "dpdmd: dy and weight need to be matrices");
+  const int64_t rows = dy.size(0), inner = dy.size(1), columns = weight.size(1);
+  check_matrix(dy, rows, inner, dy);
+  check_matrix(weight, inner, columns, dy);
+  check_matrix(pre, rows, columns, dy);
+  Tensor out = matrix(rows, columns, dy);
+  dpdmd::Matmul product;
+  product.epilogue = dpdmd::Matmul::Epilogue::dgelu;
+  product.rows = rows, product.columns = columns, product.inner = inner;
+  run(product, dy, weight, pre, out);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(dpdmd, library) {
@@ -310,6 +374,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(dpdmd, library) {
   library.def(
       "multiply(Tensor y, Tensor? start, float start_value, Tensor? end, float end_value, float factor, "
       "ScalarType dtype) -> Tensor");
+  library.def("linear_gelu_aux(Tensor x, Tensor weight, Tensor bias) -> (Tensor out, Tensor pre)");
+  library.def("matmul_dgelu(Tensor dy, Tensor weight, Tensor pre) -> Tensor");
   library.def("scale_(Tensor(a!) gradient, Tensor upstream, float rest) -> ()");
 }
 
@@ -320,5 +386,7 @@ STABLE_TORCH_LIBRARY_IMPL(dpdmd, CUDA, library) {
   library.impl("renoise", TORCH_BOX(&renoise));
   library.impl("guided_euler_step", TORCH_BOX(&guided_euler_step));
   library.impl("multiply", TORCH_BOX(&multiply));
+  library.impl("linear_gelu_aux", TORCH_BOX(&linear_gelu_aux));
+  library.impl("matmul_dgelu", TORCH_BOX(&matmul_dgelu));
   library.impl("scale_", TORCH_BOX(&scale_));
 }

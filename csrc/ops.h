@@ -93,6 +93,20 @@ struct Scale {
   float rest = 1;
 };
 
+// out (rows, columns) = epilogue(x w), all row-major and dense, with x (rows, inner); w is weight^T of a weight
+// (columns, inner), or the weight (inner, columns) itself. float16 or bfloat16.
+struct Matmul {
+  // cuBLASLt's codes. gelu_aux_bias: gelu(x w + bias), and x w + bias to aux; dgelu: x w times gelu's slope at aux.
+  enum class Epilogue : uint32_t { gelu_aux_bias = 164, dgelu = 192 };
+  Epilogue epilogue = Epilogue::dgelu;
+  bool weight_transposed = false;
+  int64_t rows = 0, columns = 0, inner = 0;
+  const void *x = nullptr, *weight = nullptr, *bias = nullptr;
+  void *aux = nullptr, *out = nullptr;  // aux (rows, columns)
+  Dtype dtype = Dtype::bfloat16;
+};
+constexpr int64_t matmul_workspace = 32 << 20;  // bytes: what cuBLAS itself takes on Hopper
+
 int64_t dmd_loss_scratch(const DmdLoss&);
 int64_t squared_loss_scratch(const SquaredLoss&);
 
@@ -103,5 +117,6 @@ void launch(const Renoise&, void* stream);
 void launch(const GuidedEulerStep&, void* stream);
 void launch(const Multiply&, void* stream);
 void launch(const Scale&, void* stream);
+void launch(const Matmul&, int device, void* workspace, void* stream);
 
 }  // namespace dpdmd

@@ -9,6 +9,7 @@ from dpdmd.kernels.flow_matching_loss import flow_matching_loss
 from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
 from dpdmd.kernels.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
 from dpdmd.kernels.gated_residual import gated_residual, gated_residual_adaln
+from dpdmd.kernels.gelu_mlp import gelu_mlp
 from dpdmd.kernels.guided_euler_step import guided_euler_step
 from dpdmd.kernels.linear_gelu import linear_gelu
 from dpdmd.kernels.packed_linear import packed_linear
@@ -30,6 +31,7 @@ __all__ = [
     "fuse_transformer",
     "gated_residual",
     "gated_residual_adaln",
+    "gelu_mlp",
     "gelu_tanh",
     "guided_euler_step",
     "linear_gelu",

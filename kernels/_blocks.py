@@ -20,6 +20,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
 from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
+from dpdmd.kernels.gelu_mlp import gelu_mlp
 from dpdmd.kernels.linear_gelu import linear_gelu
 from dpdmd.kernels.packed_linear import packed_linear
 from dpdmd.kernels.qk_norm import TokenStream
@@ -219,7 +220,10 @@ def _norm_weights(norm_q: nn.Module | None, norm_k: nn.Module | None) -> tuple[T
 def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -> tuple[Tensor, Tensor | None]:
     """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
     activation, _, out = ff.net
-    return product(out, activated(activation.proj, x, fp8, quantize=serves(fp8, out)), fp8)
+    proj = activation.proj
+    if fp8 is None and plain(proj, out) and proj.bias is not None:
+        return gelu_mlp(x, proj.weight, proj.bias, out.weight), out.bias
+    return product(out, activated(proj, x, fp8, quantize=serves(fp8, out)), fp8)
 
 
 def activated(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None, quantize: bool) -> Tensor | Quantized:

@@ -71,7 +71,7 @@ def _ninja() -> str | None:
 def _rules() -> str:
     torch = Path(importlib.util.find_spec("torch").origin).parent
     codes = " ".join(f"-gencode=arch={code}" for code in ARCHITECTURES)
-    sources = [SOURCES / "ops.cpp", *sorted(SOURCES.glob("*.cu"))]
+    sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.cu"))]
     objects = " ".join(f"{source.stem}.o" for source in sources)
     # nvcc for the host's part too, as it knows where its headers and its static runtime are.
     lines = [

@@ -93,5 +93,7 @@ FAKES = {
     "renoise": lambda x, *arguments: _layout.empty_like(x, x.dtype),
     "guided_euler_step": lambda x, *arguments: _layout.empty_like(x, x.dtype),
     "multiply": lambda x, *arguments: _layout.empty_like(x, arguments[-1]),
+    "linear_gelu_aux": lambda x, weight, bias: tuple(x.new_empty(len(x), len(weight)) for _ in range(2)),
+    "matmul_dgelu": lambda dy, weight, pre: torch.empty_like(pre),
     "scale_": lambda *arguments: None,
 }

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels._tile import NUM_WARPS, multiple
-from dpdmd.kernels._triton import jit, kernel, tl
+from dpdmd.kernels._triton import jit, kernel, register, tl
 
 
 class Rows(NamedTuple):
@@ -74,6 +74,30 @@ def row_starts(rows, inner, outer_stride, stride, NESTED: tl.constexpr, DIVISIBL
 
 
 @kernel(NUM_WARPS)
+def _chunk_sums_kernel(
+    x_ptr,
+    partial_ptr,
+    count: tl.int64,
+    columns: tl.int64,
+    tiles: tl.int64,
+    DIVISIBLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program sums CHUNK rows in COLUMNS columns."""
+    chunk = tl.program_id(0).to(tl.int64) // tiles
+    lanes = tl.program_id(0).to(tl.int64) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    columns = multiple(columns, DIVISIBLE)
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        rows = chunk * CHUNK + start + tl.arange(0, ROWS)
+        mask = (rows < count)[:, None] & (lanes < columns)[None, :]
+        sums += tl.load(x_ptr + rows[:, None] * columns + lanes[None, :], mask=mask, other=0.0).to(tl.float32)
+    tl.store(partial_ptr + chunk * columns + lanes, tl.sum(sums, 0), mask=lanes < columns)
+
+
+@kernel(NUM_WARPS)
 def _column_sums_kernel(
     partial_ptr,
     out_ptr,
@@ -98,3 +122,16 @@ def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
     # 32 columns are 128 bytes, the least that is read at once; so few that a vector of 6144 makes 192 programs.
     _column_sums_kernel(-(-columns // 32), partial, out, count, columns, 128, 32)
     return out
+
+
+def _launch_sum_rows(x: Tensor) -> Tensor:
+    count, columns = x.shape
+    if x.numel() == 0:
+        return x.new_zeros(columns)
+    chunks, tiles = -(-count // 128), -(-columns // 256)
+    partial = torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
+    _chunk_sums_kernel(chunks * tiles, x, partial, count, columns, tiles, columns % 16 == 0, 128, 16, 256)
+    return column_sums(partial, x.dtype)
+
+
+sum_rows = register("sum_rows_triton(Tensor x) -> Tensor", _launch_sum_rows, lambda x: x.new_empty(x.shape[1]))
