@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks
+from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels._tile import NUM_WARPS, multiple
 from dpdmd.kernels._triton import Kernel, jit, kernel, register, tl
 from dpdmd.kernels.fp8 import Quantized, empty_quantized, no_gradient, quantized
@@ -599,15 +600,15 @@ class _Adaln(torch.autograd.Function):
         if K and not any(ctx.needs_input_grad[5 : 6 + 3 * K]):
             ctx.mark_non_differentiable(results[0])
         h = None if J == 0 else results[0] if K else residual
-        ctx.save_for_backward(h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[6 : 6 + K]) else ()))
+        save(ctx, h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[6 : 6 + K]) else ()))
         return tuple(results)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *upstream):
         K, J = ctx.K, ctx.J
-        h, *saved = ctx.saved_tensors
-        gates, biases, scales, ys = _split(saved, K, K, J, K)
+        h, *rest = saved(ctx)
+        gates, biases, scales, ys = _split(rest, K, K, J, K)
         has_dh = K > 0 or ctx.fork
         dh, douts = upstream[0] if has_dh else None, upstream[has_dh:]
         used = [j for j in range(J) if douts[j] is not None]  # not a result that nothing came of

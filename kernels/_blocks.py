@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
 from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
@@ -244,13 +245,13 @@ class _RowsLinear(torch.autograd.Function):
     # F.linear would copy x to make one matrix of it. A batched product reads the samples where they are.
     @staticmethod
     def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
+        save(ctx, x, weight)
         return torch.bmm(x, weight.t().expand(len(x), -1, -1))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
+        x, weight = saved(ctx)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         return dx, _rows_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
 
@@ -279,7 +280,7 @@ class _SplitProducts(torch.autograd.Function):
     # Reads both parts where they are, and writes their gradients side by side: no copies, no concatenation.
     @staticmethod
     def forward(ctx, joint, weight1, weight2, length):
-        ctx.save_for_backward(joint, weight1, weight2)
+        save(ctx, joint, weight1, weight2)
         ctx.length = length
         return tuple(
             torch.bmm(rows, weight.t().expand(len(rows), -1, -1))
@@ -289,7 +290,7 @@ class _SplitProducts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy1, dy2):
-        joint, weight1, weight2 = ctx.saved_tensors
+        joint, weight1, weight2 = saved(ctx)
         for_joint, *for_weights, _ = ctx.needs_input_grad
         parts = slice(None, ctx.length), slice(ctx.length, None)
         djoint = None
@@ -313,7 +314,7 @@ class _LinearOfTwo(torch.autograd.Function):
     # with zeros there and add them up. The price is that the first product is rounded before the second is added.
     @staticmethod
     def forward(ctx, a, b, weight):
-        ctx.save_for_backward(a, b, weight)
+        save(ctx, a, b, weight)
         width = a.shape[-1]
         y = a.flatten(0, -2) @ weight[:, :width].t()
         return y.addmm_(b.flatten(0, -2), weight[:, width:].t()).view(*a.shape[:-1], -1)
@@ -321,7 +322,7 @@ class _LinearOfTwo(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        a, b, weight = ctx.saved_tensors
+        a, b, weight = saved(ctx)
         width = a.shape[-1]
         da = dy @ weight[:, :width] if ctx.needs_input_grad[0] else None
         db = dy @ weight[:, width:] if ctx.needs_input_grad[1] else None

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from dpdmd.kernels import _checks
 from dpdmd.kernels._formula import widen
 from dpdmd.kernels._rows import column_sums, row_starts, rows
+from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels._tile import NUM_WARPS, multiple
 from dpdmd.kernels._triton import jit, register, tl
 from dpdmd.kernels.backend import choose
@@ -333,14 +334,14 @@ class _Activation(torch.autograd.Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, x, bias, form):
-        ctx.save_for_backward(x, bias)
+        save(ctx, x, bias)
         ctx.form = form
         return _activation(x, bias, form)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, upstream):
-        x, bias = ctx.saved_tensors
+        x, bias = saved(ctx)
         for_x, for_bias, _ = ctx.needs_input_grad
         gradients = _activation_backward(x, bias, upstream, ctx.form, for_x, for_bias)
         return gradients[0] if for_x else None, gradients[-1] if for_bias else None, None

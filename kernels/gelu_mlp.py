@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks, _cuda
 from dpdmd.kernels._rows import sum_rows
+from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.backend import requested, why_not
 from dpdmd.kernels.linear_gelu import linear_gelu
@@ -89,13 +90,13 @@ class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2):
         u, pre = torch.ops.dpdmd.linear_gelu_aux.default(x.reshape(-1, x.shape[-1]), weight1, bias1)
-        ctx.save_for_backward(x, weight1, weight2, u, pre)
+        save(ctx, x, weight1, weight2, u, pre)
         return F.linear(u, weight2).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight1, weight2, u, pre = ctx.saved_tensors
+        x, weight1, weight2, u, pre = saved(ctx)
         for_x, for_weight1, for_bias1, for_weight2 = ctx.needs_input_grad
         dy = dy.reshape(len(u), -1).contiguous()
         dweight2 = dy.t() @ u if for_weight2 else None

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpdmd.kernels import _checks
+from dpdmd.kernels._saved import save, saved
 
 
 class _PackedLinear(torch.autograd.Function):
@@ -19,12 +20,12 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count, *weights_and_biases):
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        ctx.save_for_backward(x, *weights)  # which are there anyway; their stack is not kept
+        save(ctx, x, *weights)  # which are there anyway; their stack is not kept
         return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
     @staticmethod
     def backward(ctx, upstream):
-        x, *weights = ctx.saved_tensors
+        x, *weights = saved(ctx)
         for_x, _, *needed = ctx.needs_input_grad
         for_weights, for_biases = needed[: len(weights)], needed[len(weights) :]
         sizes = [len(weight) for weight in weights]

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks
+from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels._tile import multiple
 from dpdmd.kernels._triton import jit, kernel, register, tl
 from dpdmd.kernels.backend import choose
@@ -748,12 +749,12 @@ class _QkNorm(torch.autograd.Function):
         ctx.interleaved, ctx.eps, ctx.dtype = interleaved, eps, inputs[0].dtype
         ctx.lengths = [stream[0].shape[1] for stream in _by_stream(inputs)]
         ctx.packed = [stream[1] is None for stream in _by_stream(inputs)]
-        saved = list(inputs)
-        for i in range(0, len(saved), SLOTS):
-            saved[i + 2] = None  # no gradient depends on v, nor on q and k where there is no norm
+        kept = list(inputs)
+        for i in range(0, len(kept), SLOTS):
+            kept[i + 2] = None  # no gradient depends on v, nor on q and k where there is no norm
             if eps is None:
-                saved[i] = saved[i + 1] = None
-        ctx.save_for_backward(cos, sin, *saved)
+                kept[i] = kept[i + 1] = None
+        save(ctx, cos, sin, *kept)
         ctx.set_materialize_grads(False)
         return _qk_norm(list(inputs), cos, sin, interleaved, eps)
 
@@ -763,7 +764,7 @@ class _QkNorm(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[4:])
         gradients = [None] * len(needed)
         if any(x is not None for x in upstream):
-            cos, sin, *inputs = ctx.saved_tensors
+            cos, sin, *inputs = saved(ctx)
             made = _qk_norm_backward(
                 *(list(upstream), inputs, needed, cos, sin),
                 *(ctx.interleaved, ctx.eps, ctx.lengths, ctx.packed, ctx.dtype),
