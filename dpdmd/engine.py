@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
 from dpdmd.kernels import fuse_transformer
 from dpdmd.kernels.backend import why_not
+from dpdmd.kernels.fp8 import converts
 from dpdmd.kernels.fuse_transformer import FusionReport
 
 FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
@@ -90,7 +91,7 @@ def check(config: Config) -> None:
     """Raises ConfigError, before anything is loaded, for a device, DeepSpeed file, optimizer or arithmetic that is not to
     be had."""
     device = resolve_device(config.engine.device)
-    if config.model.fp8 != "off" and (device != "cuda" or torch.cuda.get_device_capability() < (8, 9)):
+    if config.model.fp8 != "off" and (device != "cuda" or not converts("cuda", torch.cuda.current_device())):
         raise ConfigError(
             f"model.fp8 = {config.model.fp8}: FP8 products need a GPU of compute capability 8.9 or newer, and this "
             f"machine's device is {torch.cuda.get_device_name() if device == 'cuda' else device}; model.fp8=off would run"

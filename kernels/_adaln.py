@@ -25,11 +25,12 @@ from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks
 from dpdmd.kernels._saved import save, saved
-from dpdmd.kernels._tile import NUM_WARPS, multiple
-from dpdmd.kernels._triton import Kernel, jit, kernel, register, tl
+from dpdmd.kernels._tile import NUM_WARPS, multiple, power_of_two
+from dpdmd.kernels._triton import by_warps, jit, kernel, register, tl
 from dpdmd.kernels.fp8 import Quantized, empty_quantized, no_gradient, quantized
 
 NORMS = ("layer", "rms")
+WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
 
 # Tokens that a program of the forward pass takes at once, so that its sample's vectors are read for all of them.
 ROWS = 4
@@ -44,13 +45,9 @@ MAX_AHEAD = 4
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
 
-def _by_warps(function) -> dict[int, Kernel]:
-    return {num_warps: kernel(num_warps)(function) for num_warps in (1, 2, 4, 8, 16)}
-
-
 def _columns_and_warps(C: int) -> tuple[int, int]:
     """C padded to a power of two, and the warps for which that is 8 elements a thread, 16 bytes of bfloat16."""
-    columns = max(1 << (C - 1).bit_length(), 16)
+    columns = max(power_of_two(C), 16)
     return columns, min(max(columns // 256, 1), 16)
 
 
@@ -157,7 +154,7 @@ def _forward(
         _store_modulated(n, scale_2_ptr, shift_2_ptr, out_2_ptr, row_scale_2_ptr, *at)
 
 
-_forward_kernels = _by_warps(_forward)
+_forward_kernels = by_warps(_forward, *WARPS)
 
 
 @jit
@@ -301,7 +298,7 @@ def _backward(
             tl.store(partial, h_sum, mask=inside)
 
 
-_backward_kernels = _by_warps(_backward)
+_backward_kernels = by_warps(_backward, *WARPS)
 
 
 @jit
@@ -565,7 +562,7 @@ def _launch_backward(
             (B + bias) * -(-C // SUM_COLUMNS),
             *(partial, *gates, *biases, *dgates, *dbiases, *dscales, *dshifts),
             *(vector_stride, B, tiles, C, _divisible(C, vector_stride)),
-            *(count, 1 << (count - 1).bit_length(), SUM_ROWS, SUM_COLUMNS),
+            *(count, power_of_two(count), SUM_ROWS, SUM_COLUMNS),
         )
     return gradients
 

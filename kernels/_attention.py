@@ -21,7 +21,8 @@ import math
 import torch
 from torch import Tensor
 
-from dpdmd.kernels._triton import Kernel, descriptor, jit, register, tl, triton
+from dpdmd.kernels._tile import power_of_two
+from dpdmd.kernels._triton import Kernel, descriptor, jit, register, tl
 
 _LOG2_E = math.log2(math.e)
 PADDING = 128  # queries; a multiple of every tile
@@ -251,7 +252,7 @@ MAX_HEAD_DIM = 128
 def _kernel(which: str, head_dim: int) -> tuple[Kernel, list[int], list[int], tuple[int, int, int]]:
     """A kernel for such heads; the blocks of its tensor descriptors, along queries and along keys; and TILE_S, TILE_T
     and BLOCK_D."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     function = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}[which]
     tile_s, tile_t, num_warps, num_stages = _TILES[which][block_d]
     of_queries, of_keys = ([1, tile, 1, block_d] for tile in (tile_s, tile_t))

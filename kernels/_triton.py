@@ -126,6 +126,11 @@ def kernel(num_warps: int, num_stages: int | None = None) -> Callable[[Callable]
     return lambda function: Kernel(function, num_warps, num_stages)
 
 
+def by_warps(function: Callable, *counts: int) -> dict[int, Kernel]:
+    """The kernel for each of these numbers of warps."""
+    return {num_warps: kernel(num_warps)(function) for num_warps in counts}
+
+
 def register(schema: str, function: Callable, fake: Callable) -> Callable:
     """Registers `function` as dpdmd::<schema> and returns what to call: the function itself, or the registered
     operation under torch.compile, which cannot look into it. (The dispatcher and back costs 5 us a call on H100.)"""

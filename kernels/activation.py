@@ -16,12 +16,12 @@ from dpdmd.kernels import _checks
 from dpdmd.kernels._formula import widen
 from dpdmd.kernels._rows import column_sums, row_starts, rows
 from dpdmd.kernels._saved import save, saved
-from dpdmd.kernels._tile import NUM_WARPS, multiple
-from dpdmd.kernels._triton import jit, register, tl
+from dpdmd.kernels._tile import NUM_WARPS, multiple, power_of_two
+from dpdmd.kernels._triton import by_warps, jit, register, tl
 from dpdmd.kernels.backend import choose
 from dpdmd.kernels.fp8 import (
+    WARPS,
     Quantized,
-    by_warps,
     converts,
     empty_quantized,
     no_gradient,
@@ -214,14 +214,14 @@ def _shape(x: Tensor, form: str) -> tuple[int, ...]:
     return x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
 
 
-_activation_kernels = by_warps(_activation_kernel)
-_activation_backward_kernels = by_warps(_activation_backward_kernel)
+_activation_kernels = by_warps(_activation_kernel, *WARPS)
+_activation_backward_kernels = by_warps(_activation_backward_kernel, *WARPS)
 
 
 def _tile(columns: int, num_warps: int, elements: int) -> tuple[int, int, int]:
     """(ROWS, COLUMNS, warps) of a program's tile with so many elements a thread. 512 columns divide the widths of most
     networks; no more rows than the least that `_chunk` gives."""
-    padded = min(1 << (columns - 1).bit_length(), 512)
+    padded = min(power_of_two(columns), 512)
     return min(32 * num_warps * elements // padded, 32), padded, num_warps
 
 

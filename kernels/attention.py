@@ -57,9 +57,28 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None
 
 
+class _DenseGradient(torch.autograd.Function):
+    """The identity, whose upstream gradient is made dense. torch (2.11) keeps cuDNN's backward pass by the strides of q,
+    k and v, and takes it for the next upstream gradient whatever its strides are: it then reads out of bounds. FLUX has
+    both, slices of a concatenation's gradient and dense ones."""
+
+    @staticmethod
+    def forward(ctx, o):
+        return o.view_as(o)
+
+    @staticmethod
+    def backward(ctx, do):
+        return do.contiguous()
+
+
+def _with_dense_gradient(o: Tensor) -> Tensor:
+    return _DenseGradient.apply(o) if o.is_cuda and o.requires_grad else o
+
+
 def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    do = do.contiguous()  # see _DenseGradient
     lse = _attention.natural(lse, q.shape[1])
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
     heads_first = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]
@@ -69,8 +88,12 @@ def _cudnn_backward(
     return tuple(gradient.transpose(1, 2) for gradient in gradients)
 
 
+def _training(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+
+
 def _triton_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if _training(q, k, v):
         return _Attention.apply(q, k, v, scale, backend)
     return _attention.forward(q, k, v, scale)[0]
 
@@ -106,9 +129,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     if backend == "reference" or q.numel() == 0:  # not every kernel takes an empty tensor
         return attention_reference(q, k, v, scale)
     if backend == "auto" and q.device.type == "cuda" and not _why_not_triton(q, k, scale):
-        training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
         backend = _attention_choice.fastest(
-            attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), bool(training)
+            attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), _training(q, k, v)
         )
     if backend in TRITON:
         reason = _why_not_triton(q, k, scale)
@@ -129,7 +151,7 @@ def _why_not_triton(q: Tensor, k: Tensor, scale: float) -> str:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
     heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
     if backend == "sdpa" or (backend == "auto" and q.device.type != "cuda"):
-        return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+        return _with_dense_gradient(F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2))
     if backend in ("cudnn", "efficient") and q.device.type != "cuda":
         raise RuntimeError(
             f"backend={backend!r} needs CUDA tensors and q is on {q.device}, "
@@ -138,7 +160,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor
     kernels = FASTEST_FIRST if backend == "auto" else [SDPA_BACKENDS[backend]]
     try:
         with sdpa_kernel(kernels, set_priority=True):
-            return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+            o = F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+        return _with_dense_gradient(o) if SDPBackend.CUDNN_ATTENTION in kernels else o
     except RuntimeError as error:
         if "No available kernel" not in str(error):
             raise

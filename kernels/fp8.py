@@ -15,8 +15,8 @@ from torch import Tensor
 
 from dpdmd.kernels import _checks
 from dpdmd.kernels._rows import row_starts, rows
-from dpdmd.kernels._tile import multiple
-from dpdmd.kernels._triton import Kernel, jit, kernel, register, tl
+from dpdmd.kernels._tile import multiple, power_of_two
+from dpdmd.kernels._triton import by_warps, jit, register, tl
 from dpdmd.kernels.backend import choose, requested
 
 DTYPE = torch.float8_e4m3fn
@@ -83,16 +83,12 @@ def _quantize_kernel(
 def whole_rows(columns: int) -> tuple[int, int, int]:
     """(ROWS, COLUMNS, warps) of a program that works on whole rows: 2048 elements at least, and 16 to 32 a thread,
     which its registers hold while the largest is found."""
-    padded = 1 << (columns - 1).bit_length()
+    padded = power_of_two(columns)
     return max(2048 // padded, 1), padded, min(max(padded // 1024, 4), 32)
 
 
-def by_warps(function) -> dict[int, Kernel]:
-    """The kernel for each number of warps that `whole_rows` gives."""
-    return {num_warps: kernel(num_warps)(function) for num_warps in (4, 8, 16, 32)}
-
-
-_quantize_kernels = by_warps(_quantize_kernel)
+WARPS = (4, 8, 16, 32)  # that `whole_rows` gives
+_quantize_kernels = by_warps(_quantize_kernel, *WARPS)
 
 
 def empty_quantized(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:

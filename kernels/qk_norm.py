@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks
 from dpdmd.kernels._saved import save, saved
-from dpdmd.kernels._tile import multiple
+from dpdmd.kernels._tile import multiple, power_of_two
 from dpdmd.kernels._triton import jit, kernel, register, tl
 from dpdmd.kernels.backend import choose
 
@@ -557,14 +557,9 @@ def _divisible(*strides: int) -> bool:
     return not any(stride % 16 for stride in strides)
 
 
-def _power_of_two(number: int) -> int:
-    """The least that is no smaller."""
-    return 1 << max(number - 1, 0).bit_length()
-
-
 def _half(dim: int, interleaved: bool) -> int:
     """Pairs of a head in a tile. Where they do not rotate, the last one's second element may be missing."""
-    return max(_power_of_two(dim) // 2, 1) if interleaved else _power_of_two(dim // 2)
+    return max(power_of_two(dim) // 2, 1) if interleaved else power_of_two(dim // 2)
 
 
 def _one_angle(cos: Tensor | None, dim: int) -> bool:
@@ -639,7 +634,7 @@ def _launch_backward(
         return [gradient.zero_() for gradient in gradients]
     batch, _, heads, dim = like.shape
     half = _half(dim, interleaved)
-    heads_each = min(max(GROUP // (2 * half), 1), _power_of_two(heads))
+    heads_each = min(max(GROUP // (2 * half), 1), power_of_two(heads))
     tokens_each = max(BACKWARD_TILE // (heads_each * 2 * half), 1)
     groups = -(-heads // heads_each)
     chunk = _chunk(batch, tuple(lengths), groups, tokens_each)

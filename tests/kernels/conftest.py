@@ -165,6 +165,35 @@ def restride():
     return apply
 
 
+def _within(x, larger, part):
+    """The same values in a part of a tensor of another shape, whose rest is NaN."""
+    return x.new_full(larger, float("nan"))[part].copy_(x)
+
+
+# Strides of tokens (B, S, C).
+ROW_LAYOUTS = {
+    # one stride from sample to sample, another from row to row
+    "joint": lambda x, B, S, C: _within(x, (B, S + 3, C), (slice(None), slice(S))),
+    "columns": lambda x, B, S, C: _within(x, (B, S, 3 * C), (..., slice(C, 2 * C))),
+    "padded": lambda x, B, S, C: _within(x, (B, S, C + 3), (..., slice(C))),  # rows that start anywhere
+    "every other": lambda x, B, S, C: _within(x, (B, S, 2 * C), (..., slice(None, None, 2))),
+    "transposed": lambda x, B, S, C: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "columns first": lambda x, B, S, C: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "expanded": lambda x, B, S, C: x[:1, :1].expand_as(x),
+}
+
+
+@pytest.fixture(params=ROW_LAYOUTS)
+def row_layout(request):
+    return request.param
+
+
+@pytest.fixture
+def relaid(row_layout):
+    """The same values (B, S, C) with other strides; those of "expanded" are the first row's."""
+    return lambda x: ROW_LAYOUTS[row_layout](x, *x.shape)
+
+
 @pytest.fixture
 def check_loss(randn, relative_error):
     """Compare a loss and its gradient in `inputs[0]` with float64 autograd of `truth`, the loss of each element.

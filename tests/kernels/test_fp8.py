@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpdmd.kernels import use_backend
+from dpdmd.kernels._rows import rows
 from dpdmd.kernels.fp8 import Quantized, _scaled_product, fp8_linear, fp8_linear_reference, quantize_rows
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
@@ -90,33 +91,10 @@ def test_what_is_not_finite_shows(randn, bad):
     assert values[1].isnan().any() and values[[0, 2]].isfinite().all()
 
 
-def layouts(x):
-    """The same values (B, S, C) with other strides, NaN in between, and whether rows have two strides at most."""
-    B, S, C = x.shape
-    joint = x.new_full((B, S + 3, C), float("nan"))  # one stride from sample to sample, another from row to row
-    joint[:, :S] = x
-    wide = x.new_full((B, S, 3 * C), float("nan"))  # some columns of a wider tensor
-    wide[..., C : 2 * C] = x
-    padded = x.new_full((B, S, C + 3), float("nan"))  # rows that start anywhere
-    padded[..., :C] = x
-    every_other = x.new_full((B, S, 2 * C), float("nan"))
-    every_other[..., ::2] = x
-    return {
-        "joint": joint[:, :S],
-        "columns": wide[..., C : 2 * C],
-        "padded": padded[..., :C],
-        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
-        "every other": every_other[..., ::2],
-        "columns first": x.transpose(1, 2).contiguous().transpose(1, 2),
-        "expanded": x[:1, :1].expand_as(x),
-    }
-
-
 @implementations
-@pytest.mark.parametrize("layout", layouts(torch.zeros(1, 1, 1)))
 @pytest.mark.parametrize("size", [16, 24])  # vectors of 16 bytes, or not
-def test_strides(randn, layout, size):
-    x = layouts(randn(2, 7, size))[layout]
+def test_strides(randn, relaid, size):
+    x = relaid(randn(2, 7, size))
     quantised = quantize_rows(x)
     check_nearest(quantised, x)
     four = quantize_rows(x.unflatten(-1, (2, -1)).transpose(1, 2))  # a third stride
@@ -163,12 +141,10 @@ def test_opcheck(randn, shape):
     torch.library.opcheck(torch.ops.dpdmd.quantize_rows_triton.default, (randn(*shape).to(device),))
 
 
-def test_rows_with_two_strides_are_not_copied(randn):
-    from dpdmd.kernels._rows import rows
-
+def test_rows_with_two_strides_are_not_copied(randn, relaid, row_layout):
     x = randn(2, 7, 16)
-    for layout, walked in layouts(x).items():
-        assert (rows(walked).tensor is walked) == (layout not in ("every other", "columns first"))
+    walked = relaid(x)
+    assert (rows(walked).tensor is walked) == (row_layout not in ("every other", "columns first"))
     heads_first = x.view(2, 7, 2, 8).transpose(1, 2)  # three strides
     assert rows(heads_first).tensor.is_contiguous()
 
