@@ -48,7 +48,7 @@ class Dimensions:
 
 SIZES = {
     "sd35-b4": Dimensions(batch=4, image=4096, text=333, heads=24, head_dim=64, mlp=6144),  # SD3.5-M, 1024 x 1024
-    "flux-b1": Dimensions(batch=1, image=4096, text=512, heads=24, head_dim=128, mlp=12288),  # FLUX.1, 1024 x 1024
+    "flux-b4": Dimensions(batch=4, image=4096, text=512, heads=24, head_dim=128, mlp=12288),  # FLUX.1, 1024 x 1024
     "awkward": Dimensions(batch=3, image=13, text=5, heads=3, head_dim=24, mlp=200),  # powers of two nowhere
 }
 
@@ -458,7 +458,7 @@ BLOCK_OPERATIONS = {
         forward=Traffic(("image_qkv", "text_qkv", "cos", "sin"), PROJECTIONS),
         backward=Traffic(("d q", "d k", "d v", "q", "k", "cos", "sin"), ("d image_qkv", "d text_qkv")),  # 8 and them
         biases=QKV_BIASES,
-        sizes=("flux-b1", "awkward"),
+        sizes=("flux-b4", "awkward"),
         constants=("cos", "sin"),
         separate=_separate_qkv,
     ),

@@ -259,13 +259,6 @@ def make_rows(
     peers = [each.name for each in found if each.peer]
     rows = []
     for each in found:
-        own = {way: by_name[each.name] for way, by_name in times.items() if each.name in by_name}
-        tb_s = {way: moved / taken.median_us / 1e6 for way, taken in own.items()}
-        ratios = {
-            peer: {way: times[way][peer].median_us / own[way].median_us for way in own if peer in times[way]}
-            for peer in peers
-            if not each.peer
-        }
         rows.append(
             {
                 "operation": case.name,
@@ -277,10 +270,7 @@ def make_rows(
                 "bytes": moved,
                 "bytes_counted": case.operation.bytes_counted(),
                 "error": checks[each.name].json(),
-                "times": {way: taken.json() for way, taken in own.items()},
-                "tb_s": tb_s,
-                "share_of_copy": {way: achieved / run.copy_tb_s for way, achieved in tb_s.items()},
-                "ratios": ratios,  # the peer's time over this one's
+                **timing.rates(each.name, times, moved, run.copy_tb_s, peers),
             }
         )
     return rows

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 PARTS = ("forward", "training", "breakdown", "accuracy", "fp8", "flux")
 DTYPE = torch.bfloat16
-BATCHES = {"forward": (4, 8), "training": (4,), "breakdown": (4,), "accuracy": (1,), "fp8": (4,), "flux": (1,)}
+BATCHES = {"forward": (4, 8), "training": (4,), "breakdown": (4,), "accuracy": (1,), "fp8": (4,), "flux": (1, 2)}
 
 WARMUP = 3
 ROUNDS = 2
@@ -262,7 +262,8 @@ def _difference(variant: str, got: list[Tensor], stock: list[Tensor]) -> float:
 def _stock(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> list[Tensor]:
     model.enable_gradient_checkpointing()  # so that it fits where the pass to be measured does
     try:
-        return _results(model, which, inputs, upstream)
+        with networks.as_variant(model, "eager"):
+            return _results(model, which, inputs, upstream)
     finally:
         model.disable_gradient_checkpointing()
 

@@ -719,7 +719,7 @@ def test_what_cannot_be_asked_for(modules, cpu, capsys):
             run.main(list(arguments))
         assert stop.value.code == 2 and message in capsys.readouterr().err
     assert run.main(["--op", "adaln_modulate", "--size", "video"]) == 2
-    assert "--size video: adaln_modulate has sd35-b4, flux-b1, awkward" in capsys.readouterr().err
+    assert "--size video: adaln_modulate has sd35-b4, flux-b4, awkward" in capsys.readouterr().err
 
 
 def test_without_a_name_everything_but_whole_transformers(modules, cpu):

@@ -1,8 +1,5 @@
 import functools
 import importlib
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -474,43 +471,6 @@ def test_gradcheck(make):
     assert torch.autograd.gradcheck(run, tuple(leaves.values()))
 
 
-KERNELS = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dpdmd.kernels import TokenStream, _triton, backend, qk_norm_rope, use_backend
-
-def compile_as_called(kernel, programs, *arguments):
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel._jit.params, arguments, strict=True)):
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = {torch.float32: "*fp32", torch.bfloat16: "*bf16"}[value.dtype]
-            attributes[(i,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i64"
-            assert isinstance(value, float) or parameter.annotation_type == "i64" and parameter.do_not_specialize
-    source = ASTSource(fn=kernel._jit, signature=signature, constexprs=constants, attrs=attributes)
-    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=kernel._options)
-    ptx = compiled.asm["ptx"]
-    print(kernel._jit.fn.__name__, *("cp.async" in ptx, "ld.global.v4" in ptx, "ld.global.b16" in ptx))
-
-_triton.Kernel.__call__ = compile_as_called
-backend.MISSING = dict.fromkeys(backend.MISSING, lambda *device: "")
-def zeros(*shape):
-    return torch.zeros(*shape, dtype=torch.bfloat16, requires_grad=True)
-with use_backend("triton"):
-    streams = [
-        TokenStream(zeros(1, tokens, 3, 24, 128), zeros(128), zeros(128), [zeros(24 * 128) for _ in range(3)])
-        for tokens in (40, 20)
-    ]
-    cos = torch.zeros(60, 128)
-    out = qk_norm_rope(*streams, cos=cos, sin=cos)
-    torch.autograd.backward(out, [torch.zeros(1, 60, 24, 128, dtype=torch.bfloat16)] * 3)
-"""
-
-
 @implementations("triton")
 class TestTriton:
     """What concerns the kernels alone."""
@@ -584,17 +544,6 @@ class TestTriton:
             chunk = module._chunk(batch, lengths, groups, tokens_each)
             programs = groups * sum(batch * -(-length // chunk) for length in lengths)
             assert chunk % tokens_each == 0 and 0.9 * module.PROGRAMS < programs <= module.PROGRAMS
-
-    def test_kernels_compile_for_hopper_and_read_16_bytes_at_a_time(self, tmp_path):
-        """On any machine: the compiler needs no GPU, and the interpreter does not mind what the compiler refuses."""
-        environment = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path[1:]), "HOME": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.splitlines() == [
-            "_qk_norm_kernel False True False",
-            "_qk_norm_backward_kernel True True False",
-            "_vectors_kernel False True False",
-        ]
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     @pytest.mark.gpu

@@ -1,9 +1,5 @@
 """What concerns the Triton kernels alone: registration, layouts, launches; and on a GPU sizes, streams and graphs."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -98,64 +94,6 @@ def test_total_of_more_sums_than_a_block(randn, count):
     sums, out = randn(2 * count).to(device), torch.empty(2, device=device)
     _total_kernel(2, sums, out, count, 0.5, 1024)
     torch.testing.assert_close(out, 0.5 * sums.double().view(2, count).sum(1), check_dtype=False)
-
-
-KERNELS = """
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from dpdmd.kernels import _triton, backend, use_backend
-from test_triton import calls
-
-TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.int32: "*i32"}
-compiled = set()
-
-def compile_as_called(kernel, programs, *arguments):
-    signature, constants, attributes = {}, {}, {}
-    for i, (parameter, value) in enumerate(zip(kernel._jit.params, arguments, strict=True)):
-        if parameter.is_constexpr or value is None:
-            signature[parameter.name], constants[(i,)] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name], attributes[(i,)] = TYPES[value.dtype], [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        else:  # an integer whose value Triton does not specialise on
-            assert type(value) is int and parameter.annotation_type == "i64" and parameter.do_not_specialize
-            signature[parameter.name] = "i64"
-    source = ASTSource(fn=kernel._jit, signature=signature, constexprs=constants, attrs=attributes)
-    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ptx"]
-    name = kernel._jit.fn.__name__
-    compiled.add(name)
-    if name != "_total_kernel":
-        assert "ld.global.v4.b32" in ptx, name + " reads less than 16 bytes at a time"
-
-_triton.Kernel.__call__ = compile_as_called
-backend.MISSING = dict.fromkeys(backend.MISSING, lambda *device: "")
-with use_backend("triton"):
-    for call in calls(*(torch.zeros(2, 8192, dtype=torch.bfloat16, requires_grad=i == 0) for i in range(3))).values():
-        out = call()
-        out.backward(torch.ones_like(out))
-print(*sorted(compiled))
-"""
-
-
-def test_kernels_compile_for_hopper_and_read_16_bytes_at_a_time(tmp_path):
-    """On any machine: the compiler needs no GPU, and the interpreter does not mind what the compiler refuses."""
-    path = os.pathsep.join([__file__.rpartition("/")[0], *sys.path[1:]])
-    environment = {"PATH": "", "PYTHONPATH": path, "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "-c", KERNELS], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == [
-        "_dmd_loss_kernel",
-        "_guided_euler_step_kernel",
-        "_multiply_kernel",
-        "_normalizer_kernel",
-        "_renoise_kernel",
-        "_renoise_philox_kernel",
-        "_scale_kernel",
-        "_squared_loss_kernel",
-        "_total_kernel",
-    ]
 
 
 class TestLaunch:
