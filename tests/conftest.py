@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,26 @@ with pytest.MonkeyPatch.context() as patch:
     import dpdmd.kernels  # noqa: F401
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist's own, which reads the groups
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """For pytest-xdist's workers: a file's tests stay together, as they share what is slow to make, and tests that start
-    processes of their own run one after the other, on one port. Those come first, since they take longest."""
-    for item in items:
-        group = "distributed" if item.get_closest_marker("distributed") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: not item.get_closest_marker("distributed"))
+    """Files with tests that start processes come first: they take longest, and a worker takes a file at a time."""
+    slow = {item.path for item in items if item.get_closest_marker("distributed")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session")
+def launcher():
+    """launcher(2): a command line that starts a script in two processes, on a port of its own, as other tests may run
+    beside this one."""
+
+    def command(processes: int) -> list[str]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+        return [*runner, "--num_accelerators", str(processes), "--master_port", str(port)]
+
+    return command
 
 
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"

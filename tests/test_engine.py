@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,15 +25,10 @@ from dpdmd.engine import (
 DRIVERS = Path(__file__).parent / "drivers"
 
 
-def launch(processes, script, *arguments, timeout=600):
-    """Runs a script under the deepspeed launcher; returns the finished process with its output as text."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes), str(script)]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=timeout)
-
-
 @pytest.fixture(scope="module")
-def results():
-    done = launch(2, DRIVERS / "engine_gradients.py")
+def results(launcher):
+    command = [*launcher(2), DRIVERS / "engine_gradients.py"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))

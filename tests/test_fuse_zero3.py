@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,12 +12,8 @@ DRIVER = Path(__file__).parent / "drivers" / "fuse_zero3.py"
 
 
 @pytest.fixture(scope="module")
-def results():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2", "--master_port", port]
-    done = subprocess.run([*launcher, str(DRIVER)], capture_output=True, text=True, timeout=600)
+def results(launcher):
+    done = subprocess.run([*launcher(2), DRIVER], capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     assert lines, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("RESULT "))

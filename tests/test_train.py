@@ -45,11 +45,15 @@ def settings(tiny_pipeline, tmp_path_factory):
     return folder / "settings.yaml"
 
 
-def run(processes, script, *arguments, timeout=300):
-    """processes = 0: without the launcher."""
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators", str(processes)] if processes else []
-    command = [sys.executable, *launcher, *(str(each) for each in (script, *arguments))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd="/")
+@pytest.fixture(scope="module")
+def run(launcher):
+    def run_script(processes, script, *arguments):
+        """processes = 0: without the launcher."""
+        start = launcher(processes) if processes else [sys.executable]
+        command = [*start, *(str(each) for each in (script, *arguments))]
+        return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
+
+    return run_script
 
 
 def checked(done):
@@ -58,7 +62,7 @@ def checked(done):
 
 
 @pytest.fixture(scope="module")
-def straight(settings, tmp_path_factory):
+def straight(run, settings, tmp_path_factory):
     """Six updates in two processes, the noise of each written down."""
     folder = tmp_path_factory.mktemp("straight")
     checked(run(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
@@ -103,7 +107,7 @@ def test_processes_draw_different_noise(straight):
 
 
 @pytest.mark.distributed
-def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settings, straight, tmp_path):
+def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(run, settings, straight, tmp_path):
     """Covers 3 + resume + 3 as well: the killed run's last complete checkpoint is that of update 3."""
     folder = tmp_path / "run"
     killed = run(2, DRIVER, "killed", tmp_path, "--config", settings, f"run.output_dir={folder}")
@@ -125,7 +129,7 @@ def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settin
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.2)])
-def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tmp_path, dtype, tolerance):
+def test_two_processes_equal_one_at_the_same_global_batch(run, settings, straight, tmp_path, dtype, tolerance):
     """One process with two micro-batches takes the prompts and the noise that two processes take."""
     precision = [f"model.dtype={dtype}", "run.sample_every=0", "run.checkpoint_every=0"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -148,7 +152,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tm
 
 
 @pytest.mark.distributed
-def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp_path):
+def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(run, settings, tmp_path):
     folder = tmp_path / "run"
     options = ["run.iterations=20", "run.checkpoint_every=2", "run.sample_every=0"]
     done = run(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
@@ -160,7 +164,7 @@ def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp
 
 
 @pytest.mark.distributed
-def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
+def test_disk_that_fills_up_loses_nothing(run, settings, tmp_path):
     folder = tmp_path / "run"
     done = run(0, DRIVER, "full", tmp_path, "--config", settings, "run.sample_every=0", f"run.output_dir={folder}")
     assert done.returncode == 1
@@ -170,7 +174,7 @@ def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
 
 
 @pytest.mark.distributed
-def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path):
+def test_resume_refuses_what_changed(run, settings, straight, tiny_pipeline, tmp_path):
     """Another architecture, another recipe: each named, and the checkpoint stays as it is."""
     from diffusers import SD3Transformer2DModel
 
@@ -254,7 +258,7 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
         ),
     ],
 )
-def test_runs_with_other_settings(settings, tmp_path, processes, options):
+def test_runs_with_other_settings(run, settings, tmp_path, processes, options):
     folder = tmp_path / "run"
     checked(run(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     lines = entries(folder)

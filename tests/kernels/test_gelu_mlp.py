@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from dpdmd.kernels import gelu_mlp, use_backend
+from dpdmd.kernels import _cuda, gelu_mlp, use_backend
 from dpdmd.kernels._rows import sum_rows
+from dpdmd.kernels.gelu_mlp import _GeluMlp
 
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
@@ -73,6 +74,41 @@ def test_strides(make, check):
     check([x.detach()[::2].requires_grad_(), *parameters])
     check([x.detach().transpose(0, 1).requires_grad_(), *parameters])
     check([x, *(p.detach().t().contiguous().t().requires_grad_() if p.ndim == 2 else p for p in parameters)])
+
+
+@pytest.fixture
+def epilogues(implementation):
+    """The products with epilogues, by the book, where the tensors are on a CPU."""
+    if implementation == "reference":
+        pytest.skip("it has no epilogues")
+    if _cuda.find() is None or _cuda.load():
+        pytest.skip("csrc/ is not compiled: python kernels/_build.py, with nvcc")
+
+    def linear_gelu_aux(x, weight, bias):
+        pre = x @ weight.T + bias
+        return F.gelu(pre, approximate="tanh"), pre
+
+    def matmul_dgelu(dy, weight, pre):
+        return torch.ops.aten.gelu_backward(dy @ weight, pre, approximate="tanh")
+
+    with torch.library._scoped_library("dpdmd", "IMPL") as library:
+        library.impl("linear_gelu_aux", linear_gelu_aux, "CPU")
+        library.impl("matmul_dgelu", matmul_dgelu, "CPU")
+        yield
+
+
+@pytest.mark.skipif(ON_GPU, reason="the tests that follow show as much")
+@pytest.mark.parametrize("implementation", ["triton"], indirect=True)
+@pytest.mark.parametrize("needed", [(0,), (1,), (2,), (3,), (0, 3), (0, 1, 2, 3)])
+def test_backward_through_epilogues(epilogues, make, relative_error, needed):
+    tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate(make(3, 5, dtype=torch.float32))]
+    exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in tensors]
+    out, expected = _GeluMlp.apply(*tensors), truth(*exact)
+    assert relative_error(out, expected) < 1e-6
+    gradients = torch.autograd.grad(out.square().sum(), [tensors[i] for i in needed])
+    right = torch.autograd.grad(expected.square().sum(), [exact[i] for i in needed])
+    for got, one in zip(gradients, right, strict=True):
+        assert relative_error(got, one) < 1e-6
 
 
 @pytest.mark.gpu
