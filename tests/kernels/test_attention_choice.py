@@ -52,7 +52,8 @@ def test_unknown_gpu_is_measured_once(monkeypatch, tmp_path):
 
     def measure(attention, index, head_dim, length):
         measured.append((head_dim, length))
-        return {"forward": {"cudnn": 1.0, "triton": 2.0}, "training": {"cudnn": 2.0, "triton": 1.0}}
+        cudnn = 1.0 if head_dim == 64 else 3.0
+        return {"forward": {"cudnn": cudnn, "triton": 2.0}, "training": {"cudnn": 2.0, "triton": 1.0}}
 
     monkeypatch.setattr(choice, "measure", measure)
     monkeypatch.setattr(choice, "_gpu", lambda index: "NVIDIA B200")
@@ -64,9 +65,9 @@ def test_unknown_gpu_is_measured_once(monkeypatch, tmp_path):
         monkeypatch.setattr(choice, "_chosen", {})
         assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
         assert choice.fastest(attention, 0, 64, 4429, 4500, True) == "triton"
-        assert choice.fastest(attention, 0, 72, 1, 1, False) == "cudnn"
+        assert choice.fastest(attention, 0, 72, 4429, 4429, False) == "triton"
     choice._measured.cache_clear()
-    assert measured == [(64, 4429), (96, 64)]
+    assert measured == [(64, 4429), (96, 4429)]
     monkeypatch.setattr(choice, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "auto"
