@@ -695,6 +695,63 @@ def test_joint_tensor_of_other_parts():
     assert _blocks_flux.join(text, image).shape == (2, 6, 4)
 
 
+# On a GPU
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.gpu
+@gpu
+@one_of_each
+def test_bfloat16_on_a_gpu(make):
+    """With everything that serves half precision there: against float32, beside the stock module in bfloat16."""
+    model = make().to("cuda", torch.bfloat16)
+    exact_model = copy.deepcopy(model).float()
+
+    def in_float32(**inputs):
+        return exact_model(**{name: x.float() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()})
+
+    exact = output_and_gradients(exact_model, dtype=torch.bfloat16, call=in_float32)
+
+    def distances(got):
+        squares = [(got[1][name].double() - exact[1][name].double()).square().sum() for name in exact[1]]
+        return (got[0].double() - exact[0].double()).norm().item(), sum(squares).sqrt().item()
+
+    stock = distances(output_and_gradients(model, dtype=torch.bfloat16))
+    ours = distances(output_and_gradients(fused(model), dtype=torch.bfloat16))
+    assert all(0 < one <= 1.25 * other for one, other in zip(ours, stock, strict=True)), (ours, stock)
+
+
+@pytest.mark.gpu
+@gpu
+@one_of_each
+@pytest.mark.parametrize("fp8", [None, "no_grad"])
+def test_in_a_cuda_graph(make, fp8):
+    """Captured once, replayed on other inputs."""
+    model = fused(deep(make).to("cuda", torch.bfloat16), fp8=fp8)
+    given, others = inputs_of(model, dtype=torch.bfloat16)
+    given = {name: tensor.detach() for name, tensor in given.items()}
+
+    def call():
+        with torch.no_grad():
+            return model(**given, **others)[0]
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = call()
+    for seed in (3, 4):
+        for name, tensor in inputs_of(model, dtype=torch.bfloat16, seed=seed)[0].items():
+            given[name].copy_(tensor.detach())
+        graph.replay()
+        assert torch.equal(captured.clone(), call())
+
+
 # The matrix products
 
 
