@@ -24,7 +24,10 @@ ENVIRONMENT_VARIABLE = "DPDMD_ATTENTION"
 SHIPPED = Path(__file__).with_name("attention_times.json")
 CANDIDATES = ("triton", "triton+cudnn", "cudnn", "flash")
 REPEATABLE = ("triton", "flash")  # flash: torch takes its deterministic backward pass then
-TIE = 1.03  # a repeatable kernel is taken where another is not faster by more
+TORCHS = ("cudnn", "flash")
+# A kernel whose gradients repeat is taken where another is not faster by more, and torch's own not by more than a tie.
+REPEATING = 1.05
+TIE = 1.03
 HEAD_DIMS = (16, 32, 64, 96, 128)
 LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
 
@@ -60,8 +63,8 @@ fastest._dynamo_marked_constant = True
 
 
 def pick(times: dict[str, float], deterministic: bool) -> str:
-    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs no more than
-    a tie."""
+    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs little. (All
+    forward passes do, but what a forward pass takes should not depend on whether there is a backward pass.)"""
     if not times:
         return "auto"
     repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
@@ -69,7 +72,8 @@ def pick(times: dict[str, float], deterministic: bool) -> str:
     if not repeatable:
         return winner
     best = min(repeatable, key=repeatable.get)
-    return best if deterministic or repeatable[best] <= TIE * times[winner] else winner
+    limits = [REPEATING * times[winner], *(TIE * times[backend] for backend in TORCHS if backend in times)]
+    return best if deterministic or repeatable[best] <= min(limits) else winner
 
 
 def times_for(attention: Callable, index: int, head_dim: int, length: float) -> Times:

@@ -15,6 +15,8 @@ from dpdmd.kernels import attention
         ({"triton": 90.0, "cudnn": 100.0, "flash": 150.0}, False, "triton"),
         ({"triton": 104.0, "cudnn": 100.0}, False, "cudnn"),
         ({"triton": 102.0, "cudnn": 100.0}, False, "triton"),  # a tie goes to what repeats
+        ({"triton": 104.0, "triton+cudnn": 100.0, "cudnn": 102.0}, False, "triton"),
+        ({"triton": 106.0, "triton+cudnn": 100.0, "cudnn": 105.0}, False, "triton+cudnn"),
         ({"triton": 140.0, "cudnn": 100.0, "flash": 130.0}, True, "flash"),
         ({"cudnn": 100.0}, True, "cudnn"),  # nothing else serves
         ({}, False, "auto"),
