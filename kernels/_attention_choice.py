@@ -63,8 +63,8 @@ fastest._dynamo_marked_constant = True
 
 
 def pick(times: dict[str, float], deterministic: bool) -> str:
-    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs little. (All
-    forward passes do, but what a forward pass takes should not depend on whether there is a backward pass.)"""
+    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs
+    little."""
     if not times:
         return "auto"
     repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
