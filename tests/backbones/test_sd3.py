@@ -491,7 +491,8 @@ def test_a_missing_shard(skeleton):
 # The hub
 
 
-def test_neither_folder_nor_hub_id():
+def test_neither_folder_nor_hub_id(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # where none of these is
     for name in ("/no/such/folder", "runs/student/export", "sd3", "../x"):
         assert f"model.pipeline = '{name}': neither a folder nor" in refusal(name)
 
