@@ -79,8 +79,8 @@ def _in_epilogue(x: Tensor, *parameters: Tensor) -> bool:
 
 @functools.cache
 def _served(index: int) -> bool:
-    """Measured on Hopper alone, so used from there on."""
-    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (9, 0):
+    """Measured on Hopper alone, so used there alone."""
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index)[0] != 9:
         return False
     return not why_not("triton", "cuda", index) and not _cuda.missing("cuda", index)
 
