@@ -711,6 +711,18 @@ def check_tokens(**tokens: Tensor) -> torch.dtype:
     return arithmetic
 
 
+def _one_gated(residual: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
+    for tensor in (residual, gate, y):
+        if not isinstance(tensor, Tensor):
+            return False
+    if residual.ndim != 3 or isinstance(bias, (tuple, list)):
+        return False
+    shape, device = residual.shape, residual.device
+    vectors = _checks.alike(shape[::2], device, gate) and _checks.alike(shape[2:], device, bias)
+    return vectors and _checks.alike(shape, device, residual, y)
+
+
 def check_gated(
     residual: Tensor,
     gate: Vectors,
@@ -719,6 +731,8 @@ def check_gated(
     quantize: bool = False,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
     """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
+    if not quantize and _one_gated(residual, gate, y, bias):
+        return (gate,), (y,), (bias,), torch.float32
     ys = _entries("y", y)
     gates = _entries("gate", gate, "y", len(ys))
     biases = _entries("bias", bias, "y", len(ys)) if bias is not None else {}
