@@ -143,11 +143,12 @@ def make_rows(
     times: dict[str, dict[str, timing.Time]],
 ) -> list[dict[str, Any]]:
     way = "gpu_" if run.device.type == "cuda" else ""
-    counted = operations(size)
+    counted = {way + name: number for name, number in operations(size).items()}
+    named = timing.by_name({way + name: by_backend for name, by_backend in times.items()})
     rows = []
     for backend in errors:
-        own = {name: by_backend[backend] for name, by_backend in times.items() if backend in by_backend}
-        others = [each for each in errors if each != backend]
+        own = named.get(backend, {})
+        others = {each: named.get(each, {}) for each in errors if each != backend}
         rows.append(
             {
                 "operation": "attention",
@@ -155,23 +156,16 @@ def make_rows(
                 "implementation": backend,
                 "peer": backend not in OURS,
                 "shape": list(SIZES[size]),
-                "operations": counted,
+                "operations": operations(size),
                 "errors": errors[backend],
                 "errors_plain": plain,
                 # Its own error over cuDNN's.
                 "errors_to_cudnn": {name: errors[backend][name] / errors["cudnn"][name] for name in RESULTS}
                 if "cudnn" in errors
                 else {},
-                "times": {way + name: taken.json() for name, taken in own.items()},
-                "tflop_s": {way + name: counted[name] / taken.median_us / 1e6 for name, taken in own.items()},
-                "ratios": {  # the other's time over this one's
-                    other: {
-                        way + name: times[name][other].median_us / own[name].median_us
-                        for name in own
-                        if other in times[name]
-                    }
-                    for other in others
-                },
+                "times": {name: taken.json() for name, taken in own.items()},
+                "tflop_s": {name: counted[name] / taken.median_us / 1e6 for name, taken in own.items()},
+                "ratios": timing.ratios(own, others),
             }
         )
     return rows

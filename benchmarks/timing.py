@@ -194,24 +194,33 @@ def _replays_a_batch(captured: _Graph) -> int:
     return max(1, round(BATCH_SECONDS / _replay(captured, 1)))
 
 
+def by_name(times: dict[str, dict[str, Time]]) -> dict[str, dict[str, Time]]:
+    """Times by way of calling and then by name, the other way round."""
+    names = dict.fromkeys(name for of_way in times.values() for name in of_way)
+    return {name: {way: of_way[name] for way, of_way in times.items() if name in of_way} for name in names}
+
+
+def ratios(own: dict[str, Time], others: dict[str, dict[str, Time]]) -> dict[str, dict[str, float]]:
+    """How many times one's own time each other takes, by way of calling."""
+    return {
+        name: {way: theirs[way].median_us / taken.median_us for way, taken in own.items() if way in theirs}
+        for name, theirs in others.items()
+    }
+
+
 def rates(
     name: str, times: dict[str, dict[str, Time]], moved: int, copy_tb_s: float, peers: Sequence[str]
 ) -> dict[str, Any]:
     """What a row says of an implementation's times (by way of calling, then by name): TB/s for the bytes moved, the share
     of the copy's, and how many times its own time each peer takes."""
-    own = {way: by_name[name] for way, by_name in times.items() if name in by_name}
+    named = by_name(times)
+    own = named.get(name, {})
     tb_s = {way: moved / taken.median_us / 1e6 for way, taken in own.items()}
     return {
         "times": {way: taken.json() for way, taken in own.items()},
         "tb_s": tb_s,
         "share_of_copy": {way: achieved / copy_tb_s for way, achieved in tb_s.items()},
-        "ratios": {
-            peer: {
-                way: times[way][peer].median_us / taken.median_us for way, taken in own.items() if peer in times[way]
-            }
-            for peer in peers
-            if name not in peers
-        },
+        "ratios": ratios(own, {} if name in peers else {peer: named.get(peer, {}) for peer in peers}),
     }
 
 

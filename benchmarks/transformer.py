@@ -213,11 +213,9 @@ def _time(
             implementation=variant,
             peer=variant in PEERS,
             times={way: taken.json() for way, taken in times[variant].items()},
-            ratios={  # the peer's time over this one's
-                peer: {way: times[peer][way].median_us / taken.median_us for way, taken in times[variant].items()}
-                for peer in facts
-                if peer in PEERS and peer != variant
-            },
+            ratios=timing.ratios(
+                times[variant], {peer: times[peer] for peer in facts if peer in PEERS and peer != variant}
+            ),
             **facts[variant],
         )
 

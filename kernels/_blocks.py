@@ -229,7 +229,7 @@ def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -
 
 def activated(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None, quantize: bool) -> Tensor | Quantized:
     """gelu(x W^T + b)"""
-    if isinstance(x, Tensor) and not serves(fp8, layer) and not quantize and layer.bias is not None and plain(layer):
+    if fp8 is None and plain(layer) and layer.bias is not None:
         return linear_gelu(x, layer.weight, layer.bias)
     return gelu_tanh(*product(layer, x, fp8), quantize=quantize)
 
@@ -246,7 +246,7 @@ class _RowsLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight):
         save(ctx, x, weight)
-        return torch.bmm(x, weight.t().expand(len(x), -1, -1))
+        return _rows_product(x, weight.t())
 
     @staticmethod
     @once_differentiable
@@ -254,6 +254,11 @@ class _RowsLinear(torch.autograd.Function):
         x, weight = saved(ctx)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
         return dx, _rows_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
+
+
+def _rows_product(x: Tensor, matrix: Tensor, **out: Tensor) -> Tensor:
+    """x (B, S, K) times matrix (K, N), where the samples of x, and of an `out`, may be apart in memory."""
+    return torch.bmm(x, matrix.expand(len(x), -1, -1), **out)
 
 
 def _rows_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
@@ -269,7 +274,7 @@ def split_products(
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """`product` of the first `length` rows of joint (B, S, C) with one layer, and of the others with another; fp8 of
     each."""
-    if plain(first, second) and not serves(fp8[0], first) and not serves(fp8[1], second):
+    if fp8 == (None, None) and plain(first, second):
         y1, y2 = _SplitProducts.apply(*_as_autocast(joint, first.weight, second.weight), length)
         return (y1, first.bias), (y2, second.bias)
     rows1, rows2 = split_rows(joint, length)
@@ -282,10 +287,7 @@ class _SplitProducts(torch.autograd.Function):
     def forward(ctx, joint, weight1, weight2, length):
         save(ctx, joint, weight1, weight2)
         ctx.length = length
-        return tuple(
-            torch.bmm(rows, weight.t().expand(len(rows), -1, -1))
-            for rows, weight in ((joint[:, :length], weight1), (joint[:, length:], weight2))
-        )
+        return _rows_product(joint[:, :length], weight1.t()), _rows_product(joint[:, length:], weight2.t())
 
     @staticmethod
     @once_differentiable
@@ -294,14 +296,12 @@ class _SplitProducts(torch.autograd.Function):
         for_joint, *for_weights, _ = ctx.needs_input_grad
         parts = slice(None, ctx.length), slice(ctx.length, None)
         djoint = None
-        if for_joint:
-            gradients = [(dy, weight.expand(len(dy), -1, -1)) for dy, weight in ((dy1, weight1), (dy2, weight2))]
-            if torch.compiler.is_compiling():  # it takes no slice for `out`
-                djoint = torch.cat([torch.bmm(dy, weight) for dy, weight in gradients], dim=1)
-            else:
-                djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
-                for part, (dy, weight) in zip(parts, gradients, strict=True):
-                    torch.bmm(dy, weight, out=djoint[:, part])
+        if for_joint and torch.compiler.is_compiling():  # it takes no slice for `out`
+            djoint = torch.cat((_rows_product(dy1, weight1), _rows_product(dy2, weight2)), dim=1)
+        elif for_joint:
+            djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
+            _rows_product(dy1, weight1, out=djoint[:, parts[0]])
+            _rows_product(dy2, weight2, out=djoint[:, parts[1]])
         dweights = [
             _rows_weight_gradient(dy, joint[:, part]) if wanted else None
             for dy, part, wanted in zip((dy1, dy2), parts, for_weights, strict=True)

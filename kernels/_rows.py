@@ -128,9 +128,10 @@ def _launch_sum_rows(x: Tensor) -> Tensor:
     count, columns = x.shape
     if x.numel() == 0:
         return x.new_zeros(columns)
-    chunks, tiles = -(-count // 128), -(-columns // 256)
+    CHUNK, ROWS, COLUMNS = 128, 16, 256
+    chunks, tiles = -(-count // CHUNK), -(-columns // COLUMNS)
     partial = torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
-    _chunk_sums_kernel(chunks * tiles, x, partial, count, columns, tiles, columns % 16 == 0, 128, 16, 256)
+    _chunk_sums_kernel(chunks * tiles, x, partial, count, columns, tiles, columns % 16 == 0, CHUNK, ROWS, COLUMNS)
     return column_sums(partial, x.dtype)
 
 
