@@ -4,7 +4,7 @@
 
 cuBLASLt applies bias and GELU to the product's float32 sums before it writes them: on H100 0.44 ms for
 (16384, 1536) times (6144, 1536), where the product takes 0.41 and GELU alone 0.13. A pass with gradients needs x W^T + b
-as well, so there GELU stays an operation of its own.
+as well: there GELU is an operation of its own, but in `gelu_mlp`, which has both from the product.
 """
 
 import torch
@@ -30,20 +30,18 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"weight has shape {tuple(weight.shape)}; with x {tuple(x.shape)} it needs (N, K), x (..., K)")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; with weight {tuple(weight.shape)} it needs (N,)")
-    if _in_epilogue(x, weight, bias):
+    tensors = x, weight, bias
+    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+    if not wanted and epilogue_takes(*tensors):
         rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], -1)
     return gelu_tanh(F.linear(x, weight), bias)
 
 
-def _in_epilogue(x: Tensor, weight: Tensor, bias: Tensor) -> bool:
-    """Whether the one kernel serves. cuBLASLt takes GELU in its tanh form only on such tensors; torch falls back to
-    separate kernels elsewhere."""
-    tensors = x, weight, bias
+def epilogue_takes(x: Tensor, *parameters: Tensor) -> bool:
+    """Whether cuBLASLt can apply GELU in its tanh form to a product of such tensors: of one half precision on a GPU."""
     if x.device.type != "cuda" or torch.version.cuda is None or requested() == "reference":
         return False
-    if x.dtype not in (torch.float16, torch.bfloat16) or any(tensor.dtype != x.dtype for tensor in tensors):
+    if x.dtype not in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda") or x.numel() == 0:
         return False
-    if torch.is_autocast_enabled("cuda") or (torch.is_grad_enabled() and any(one.requires_grad for one in tensors)):
-        return False
-    return x.numel() > 0 and weight.is_contiguous() and bias.is_contiguous()
+    return all(tensor.dtype == x.dtype and tensor.is_contiguous() for tensor in parameters)
