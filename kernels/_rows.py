@@ -73,7 +73,7 @@ def row_starts(rows, inner, outer_stride, stride, NESTED: tl.constexpr, DIVISIBL
     return starts
 
 
-@kernel(NUM_WARPS)
+@kernel(4)
 def _chunk_sums_kernel(
     x_ptr,
     partial_ptr,
@@ -128,7 +128,7 @@ def _launch_sum_rows(x: Tensor) -> Tensor:
     count, columns = x.shape
     if x.numel() == 0:
         return x.new_zeros(columns)
-    CHUNK, ROWS, COLUMNS = 128, 16, 256
+    CHUNK, ROWS, COLUMNS = 64, 64, 128  # the fastest of twelve on an H100
     chunks, tiles = -(-count // CHUNK), -(-columns // COLUMNS)
     partial = torch.empty((chunks, columns), dtype=torch.float32, device=x.device)
     _chunk_sums_kernel(chunks * tiles, x, partial, count, columns, tiles, columns % 16 == 0, CHUNK, ROWS, COLUMNS)

@@ -14,6 +14,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpdmd.kernels import _blocks, _blocks_flux, use_backend
 from dpdmd.kernels.fp8 import quantize_rows
@@ -718,7 +719,8 @@ def test_bfloat16_on_a_gpu(make):
         squares = [(got[1][name].double() - exact[1][name].double()).square().sum() for name in exact[1]]
         return (got[0].double() - exact[0].double()).norm().item(), sum(squares).sqrt().item()
 
-    stock = distances(output_and_gradients(model, dtype=torch.bfloat16))
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):  # torch 2.11's cuDNN reads out of bounds for FLUX
+        stock = distances(output_and_gradients(model, dtype=torch.bfloat16))
     ours = distances(output_and_gradients(fused(model), dtype=torch.bfloat16))
     assert all(0 < one <= 1.25 * other for one, other in zip(ours, stock, strict=True)), (ours, stock)
 
