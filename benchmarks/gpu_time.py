@@ -102,8 +102,11 @@ def draw(results: list[dict[str, Any]], output: Path) -> None:
 
     rows = broken_down(results)
     passes = list(dict.fromkeys(row["size"] for row in rows))
-    figure, axes = pyplot.subplots(1, len(passes), figsize=(6 * len(passes), 4.8), layout="constrained", squeeze=False)
-    for axis, name in zip(axes[0], passes, strict=True):
+    lines = -(-len(passes) // 2)
+    figure, axes = pyplot.subplots(lines, 2, figsize=(12, 4.8 * lines), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(passes) :]:
+        axis.remove()
+    for axis, name in zip(axes.flat, passes, strict=False):
         bars = sorted((row for row in rows if row["size"] == name), key=lambda row: ORDER.index(row["implementation"]))
         for position, row in enumerate(bars):
             bottom = 0.0

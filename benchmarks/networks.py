@@ -1,7 +1,8 @@
 """Whole diffusers transformers to measure: configurations, random weights, inputs, and the variants of one network.
 
 Variants share one network's weights, in place: stock ("eager"), stock with torch.compile on each block ("compiled"),
-with the fused operations ("fused"), and with FP8 where there is no gradient besides ("fused_fp8").
+with the fused operations ("fused"), with FP8 where there is no gradient besides ("fused_fp8"), and with gradient
+checkpointing by `selective_checkpoint` in place of torch's ("fused_selective").
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpdmd.kernels import selective_checkpoint
 from dpdmd.kernels.fuse_transformer import fuse_transformer, unfuse_transformer
 
 # The last takes minutes to compile: a run that is cut off has the others.
-VARIANTS = ("eager", "fused", "fused_fp8", "compiled")
+VARIANTS = ("eager", "fused", "fused_fp8", "fused_selective", "compiled")
 PEERS = ("eager", "compiled")
 BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 COMPILE = {"dynamic": False}
@@ -215,10 +217,14 @@ def as_variant(model: nn.Module, variant: str) -> Iterator[None]:
                     block._compiled_call_impl = None
     else:
         fuse_transformer(model, fp8="no_grad" if variant == "fused_fp8" else None, verbose=False)
+        checkpointing = model.is_gradient_checkpointing
+        if variant == "fused_selective":
+            model.enable_gradient_checkpointing(selective_checkpoint)
         try:
             yield
         finally:
             unfuse_transformer(model)
+            (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
 
 
 def graphs_and_breaks() -> tuple[int, int]:

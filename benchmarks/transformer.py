@@ -2,7 +2,7 @@
 
     forward     SD3.5-M's forward pass without gradient: time of each variant, and how many times the peers' it is
     training    its forward and backward pass, with and without gradient checkpointing: time and peak memory
-    breakdown   GPU time by kind of kernel, of both passes
+    breakdown   GPU time by kind of kernel, of both passes; of FLUX's blocks too, at half the batch
     accuracy    output and gradients in bfloat16 against float32, and the losses of some optimizer steps
     fp8         the error of FP8's velocity, and of the difference of two networks that nearly agree
     flux        forward and training of a transformer of FLUX's blocks
@@ -43,7 +43,8 @@ SECONDS = 1.5  # for one variant in one round
 FEWEST_CALLS = 3
 # How far, in relative norm, a variant may be from the stock module in bfloat16 for its time to count. The two in
 # bfloat16 are each some 1 to 3 % from float32 after all blocks.
-LIMITS = {"eager": 0.1, "compiled": 0.1, "fused": 0.1, "fused_fp8": 0.3}
+LIMITS = {"eager": 0.1, "compiled": 0.1, "fused": 0.1, "fused_selective": 0.1, "fused_fp8": 0.3}
+PASSES_OF = {"fused_fp8": ("forward",), "fused_selective": ("checkpointing",)}  # the others are for all
 SAMPLED = 8  # the gradients of every 8th parameter are compared before timing
 
 DRAWS = 3  # of inputs, over which squared errors are summed: some gradients of one sample are one vector's
@@ -74,10 +75,11 @@ class State:
     def batches(self, part: str) -> tuple[int, ...]:
         return self.chosen_batches or BATCHES[part]
 
-    def variants(self, *served: str) -> list[str]:
-        """Those that the part has and that are wanted: for a CPU nothing is compiled unless asked for."""
+    def variants(self, which: str) -> list[str]:
+        """Those that are for this pass and are wanted: for a CPU nothing is compiled unless asked for."""
         default = [variant for variant in VARIANTS if variant != "compiled" or self.device.type == "cuda"]
-        return [variant for variant in served if variant in (self.chosen_variants or default)]
+        wanted = self.chosen_variants or default
+        return [variant for variant in VARIANTS if variant in wanted and which in PASSES_OF.get(variant, (which,))]
 
     def add(self, **row: Any) -> None:
         self.run.transformer.append(row)
@@ -147,24 +149,19 @@ PASSES = {"forward": _forward_pass, "training": _training_pass}
 
 def _forward(state: State, batch: int) -> None:
     model = networks.build(state.network("sd35"), state.device, DTYPE)
-    _time(state, "forward", "sd35", model, "forward", batch, state.variants(*VARIANTS))
+    _time(state, "forward", "sd35", model, "forward", batch)
 
 
 def _training(state: State, batch: int) -> None:
     model = networks.build(state.network("sd35"), state.device, DTYPE)
     for checkpointing in (False, True):
-        _time(state, "training", "sd35", model, "training", batch, _trained(state), checkpointing)
+        _time(state, "training", "sd35", model, "training", batch, checkpointing)
 
 
 def _flux(state: State, batch: int) -> None:
     model = networks.build(state.network("flux"), state.device, DTYPE)
-    _time(state, "flux", "flux", model, "forward", batch, state.variants(*VARIANTS))
-    _time(state, "flux", "flux", model, "training", batch, _trained(state))
-
-
-def _trained(state: State) -> list[str]:
-    """FP8 serves passes without gradient alone."""
-    return state.variants(*(variant for variant in VARIANTS if variant != "fused_fp8"))
+    for which in PASSES:
+        _time(state, "flux", "flux", model, which, batch)
 
 
 def _time(
@@ -174,10 +171,10 @@ def _time(
     model: nn.Module,
     which: str,
     batch: int,
-    variants: list[str],
     checkpointing: bool = False,
 ) -> None:
     """Every variant in turn, in two rounds; the first round also checks, and measures memory."""
+    variants = state.variants("checkpointing" if checkpointing else which)
     inputs, upstream = networks.make_inputs(state.network(name), batch, state.device, DTYPE)
     title = f"{name} {which} b{batch}{' checkpointing' if checkpointing else ''}"
     call = PASSES[which](model, inputs, upstream)
@@ -320,13 +317,19 @@ def _breakdown(state: State, batch: int) -> None:
     if state.device.type != "cuda":
         state.run.left_out.append("transformer, breakdown: there is no GPU whose time could be broken down")
         return
-    model = networks.build(state.network("sd35"), state.device, DTYPE)
-    inputs, upstream = networks.make_inputs(state.network("sd35"), batch, state.device, DTYPE)
+    _break_down(state, "sd35", batch)
+    _free()
+    _break_down(state, "flux", max(1, batch // 2))
+
+
+def _break_down(state: State, name: str, batch: int) -> None:
+    model = networks.build(state.network(name), state.device, DTYPE)
+    inputs, upstream = networks.make_inputs(state.network(name), batch, state.device, DTYPE)
     for which in PASSES:
         call = PASSES[which](model, inputs, upstream)
-        title = f"sd35 {which} b{batch}"
+        title = f"{name} {which} b{batch}"
         stock = _stock(model, which, inputs, upstream)
-        for variant in state.variants(*VARIANTS) if which == "forward" else _trained(state):
+        for variant in state.variants(which):
             try:
                 with networks.as_variant(model, variant):
                     for _ in range(WARMUP):

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
-from dpdmd.kernels import fuse_transformer
+from dpdmd.kernels import fuse_transformer, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
 from dpdmd.kernels.fuse_transformer import FusionReport
@@ -298,12 +297,10 @@ def _recompute(block: nn.Module) -> None:
     Around them, as diffusers does it, the recomputation's own hooks would free the weights of a ZeRO-3 leaf just before
     its backward pass reads them.
     """
-    forward = block.forward
+    forward, parameters = block.forward, list(block.parameters())
 
     def checkpointed(*args, **kwargs):
-        if not torch.is_grad_enabled():
-            return forward(*args, **kwargs)
-        return torch.utils.checkpoint.checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return selective_checkpoint(forward, *args, parameters=parameters, **kwargs)
 
     block.forward = checkpointed
 

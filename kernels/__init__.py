@@ -16,6 +16,7 @@ from dpdmd.kernels.packed_linear import packed_linear
 from dpdmd.kernels.philox import Philox
 from dpdmd.kernels.qk_norm import TokenStream, qk_norm, qk_norm_rope
 from dpdmd.kernels.renoise import renoise
+from dpdmd.kernels.selective_checkpoint import selective_checkpoint
 from dpdmd.kernels.v_prediction_loss import v_prediction_loss
 from dpdmd.kernels.x_prediction_loss import x_prediction_loss
 
@@ -41,6 +42,7 @@ __all__ = [
     "quantize_rows",
     "renoise",
     "requantize",
+    "selective_checkpoint",
     "swiglu",
     "unfuse_transformer",
     "use_backend",

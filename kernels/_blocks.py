@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpdmd.kernels._kept import keeping
 from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
@@ -418,11 +419,11 @@ def _count_step(*_) -> None:
 
 def fp8_pass(block: nn.Module, *inputs: Tensor) -> Fp8 | None:
     """None where the block has no FP8, where torch.compile traces it, and in a pass that has gradients: also in the
-    first one of a reentrant checkpoint, in no_grad mode but on inputs that require them."""
+    first one of a checkpoint, in no_grad mode but on inputs that require them, or in `selective_checkpoint`."""
     weights = block._fp8_weights
     if weights is None or torch.compiler.is_compiling():
         return None
-    if any(x.requires_grad for x in inputs):
+    if keeping() or any(x.requires_grad for x in inputs):
         weights.note_gradients(block)
         return None
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in block.parameters()):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dpdmd.kernels import _attention, _attention_choice, _checks
+from dpdmd.kernels._kept import gradients_wanted, keeping, kept
 from dpdmd.kernels.backend import requested, why_not
 
 SDPA_BACKENDS = {
@@ -42,7 +43,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, scale, backend):
-        o, lse = _attention.forward(q, k, v, scale)
+        o, lse = kept(lambda: _attention.forward(q, k, v, scale))
         ctx.save_for_backward(q, k, v, o, lse)
         ctx.scale, ctx.backend = scale, backend
         return o
@@ -88,12 +89,8 @@ def _cudnn_backward(
     return tuple(gradient.transpose(1, 2) for gradient in gradients)
 
 
-def _training(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    return torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-
-
 def _triton_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    if _training(q, k, v):
+    if gradients_wanted(q, k, v):
         return _Attention.apply(q, k, v, scale, backend)
     return _attention.forward(q, k, v, scale)[0]
 
@@ -109,6 +106,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         gradients are wanted; measured beforehand on the H100, elsewhere at first use (docs/transformer.md). Under
         torch.use_deterministic_algorithms, the fastest whose results repeat bit for bit. On other devices what torch
         picks, and the reference for empty tensors. DPDMD_ATTENTION in the environment names another one for "auto".
+        Inside selective_checkpoint, "triton+cudnn" in place of "cudnn": it need not run again.
         "triton": our kernels, float16 and bfloat16, D up to 128; they repeat bit for bit. "triton+cudnn": forward that,
         backward cuDNN's. "reference"; "sdpa" (torch picks); "cudnn", "flash", "efficient", "math" (that one or an
         error); "xformers" (its memory_efficient_attention, where installed).
@@ -130,8 +128,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         return attention_reference(q, k, v, scale)
     if backend == "auto" and q.device.type == "cuda" and not _why_not_triton(q, k, scale):
         backend = _attention_choice.fastest(
-            attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), _training(q, k, v)
+            attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), gradients_wanted(q, k, v)
         )
+        if backend == "cudnn" and keeping():  # whose output cannot be kept: torch's node computes it
+            backend = "triton+cudnn"
     if backend in TRITON:
         reason = _why_not_triton(q, k, scale)
         if reason:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels import _checks, _cuda
+from dpdmd.kernels._kept import gradients_wanted
 from dpdmd.kernels._rows import sum_rows
 from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels.activation import gelu_tanh
@@ -51,7 +52,7 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tens
             f"(K_2, {len(weight1)})"
         )
     tensors = x, weight1, bias1, weight2
-    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)):
+    if not gradients_wanted(*tensors):
         return F.linear(linear_gelu(x, weight1, bias1), weight2)
     if _in_epilogue(*tensors):
         return _GeluMlp.apply(*tensors)

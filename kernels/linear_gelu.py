@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpdmd.kernels import _checks
+from dpdmd.kernels._kept import gradients_wanted
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.backend import requested
 
@@ -31,8 +32,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; with weight {tuple(weight.shape)} it needs (N,)")
     tensors = x, weight, bias
-    wanted = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
-    if not wanted and epilogue_takes(*tensors):
+    if not gradients_wanted(*tensors) and epilogue_takes(*tensors):
         rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
         return rows.view(*x.shape[:-1], -1)
     return gelu_tanh(F.linear(x, weight), bias)

@@ -361,7 +361,10 @@ def test_times_of_whole_transformers(whole):
     ]
     sizes = {
         "forward": {"sd35 forward b2": {"eager", "fused", "fused_fp8"}},
-        "training": {f"sd35 training b2{each}": {"eager", "fused"} for each in ("", " checkpointing")},
+        "training": {
+            "sd35 training b2": {"eager", "fused"},
+            "sd35 training b2 checkpointing": {"eager", "fused", "fused_selective"},
+        },
         "flux": {"flux forward b2": {"eager", "fused", "fused_fp8"}, "flux training b2": {"eager", "fused"}},
     }
     for part, expected in sizes.items():
@@ -485,6 +488,7 @@ def test_variants_leave_the_model_as_it_was(modules, monkeypatch):
     assert torch.equal(*outputs["eager"]) and torch.equal(*outputs["compiled"])
     torch.testing.assert_close(outputs["fused"][0], outputs["eager"][0], rtol=1e-4, atol=1e-5)
     assert not torch.equal(outputs["fused_fp8"][0], outputs["fused"][0])
+    assert torch.equal(outputs["fused_selective"][0], outputs["fused"][0]) and not model.is_gradient_checkpointing
     assert all(
         name == other and torch.equal(a, b)
         for (name, a), (other, b) in zip(before, model.state_dict().items(), strict=True)
@@ -575,8 +579,10 @@ def test_breakdown(modules, cpu, monkeypatch, tmp_path, capsys):
     assert not run.failures and not run.left_out
     bars = [(row["size"], row["implementation"]) for row in run.transformer]
     assert bars == [
-        *[("sd35 forward b1", variant) for variant in variants],
-        *[("sd35 training b1", variant) for variant in variants[:2]],
+        (f"{name} {which} b1", variant)
+        for name in ("sd35", "flux")
+        for which, served in (("forward", variants), ("training", variants[:2]))
+        for variant in served
     ]
     file, picture = tmp_path / "transformer.json", tmp_path / "docs" / "transformer.png"
     stored = {"machine": {"gpu": "NVIDIA H100"}, "rows": [], "transformer": run.transformer}

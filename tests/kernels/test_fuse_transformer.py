@@ -16,7 +16,8 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dpdmd.kernels import _blocks, _blocks_flux, use_backend
+from dpdmd.kernels import _blocks, _blocks_flux, selective_checkpoint, use_backend
+from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import quantize_rows
 from dpdmd.kernels.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
 
@@ -132,6 +133,10 @@ def fused(model, **settings):
     report = fuse_transformer(model, verbose=False, **settings)
     assert not report.left
     return model
+
+
+def reentrant_checkpoint(module, *args):
+    return torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
 
 
 @pytest.fixture
@@ -504,18 +509,26 @@ def test_quantised_weights_are_their_own_business():
 
 
 @one_of_each
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing(make, reentrant):
+@pytest.mark.parametrize("checkpoint", [None, reentrant_checkpoint, selective_checkpoint])
+def test_gradient_checkpointing(make, checkpoint):
     model = make()
     expected = output_and_gradients(model)
     model = fused(model)
-    if reentrant:
-        model.enable_gradient_checkpointing(
-            lambda module, *args: torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
-        )
-    else:
-        model.enable_gradient_checkpointing()
+    model.enable_gradient_checkpointing(checkpoint)
     check_equal(output_and_gradients(model), expected)
+
+
+@one_of_each
+def test_selective_checkpoint_to_the_bit(make, monkeypatch):
+    """Also where kernels differ by whether gradients are wanted."""
+    if not why_not("triton", "cpu", None):
+        monkeypatch.setenv("DPDMD_ATTENTION", "triton")
+    model = fused(make()).bfloat16()
+    expected = output_and_gradients(model, dtype=torch.bfloat16)
+    model.enable_gradient_checkpointing(selective_checkpoint)
+    got = output_and_gradients(model, dtype=torch.bfloat16)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in got[1].items())
 
 
 def with_lora(model, layers=LORA_LAYERS):
@@ -666,9 +679,7 @@ def test_joint_tensor_with_hooks_on_a_part(joins, which, how):
 def test_joint_tensor_when_recomputing(joins):
     """A reentrant checkpoint makes the joint tensor without a graph: its parts have one, so they are taken."""
     model = fused(flux())
-    model.enable_gradient_checkpointing(
-        lambda module, *args: torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
-    )
+    model.enable_gradient_checkpointing(reentrant_checkpoint)
     output_and_gradients(model)
     assert not any(joins)
     joins.clear()
@@ -723,6 +734,19 @@ def test_bfloat16_on_a_gpu(make):
         stock = distances(output_and_gradients(model, dtype=torch.bfloat16))
     ours = distances(output_and_gradients(fused(model), dtype=torch.bfloat16))
     assert all(0 < one <= 1.25 * other for one, other in zip(ours, stock, strict=True)), (ours, stock)
+
+
+@pytest.mark.gpu
+@gpu
+@one_of_each
+def test_selective_checkpoint_on_a_gpu(make):
+    """To the bit, with the products whose epilogues differ by whether gradients are wanted."""
+    model = fused(make().to("cuda", torch.bfloat16))
+    expected = output_and_gradients(model, dtype=torch.bfloat16)
+    model.enable_gradient_checkpointing(selective_checkpoint)
+    got = output_and_gradients(model, dtype=torch.bfloat16)
+    assert torch.equal(got[0], expected[0])
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in got[1].items())
 
 
 @pytest.mark.gpu
@@ -848,10 +872,9 @@ def test_fp8_and_gradients_of_some_things(make):
     torch.testing.assert_close(ours(**plain, **others)[0], exact, rtol=1e-4, atol=1e-4)
 
     ours.requires_grad_(True)
-    ours.enable_gradient_checkpointing(
-        lambda module, *args: torch.utils.checkpoint.checkpoint(module.__call__, *args, use_reentrant=True)
-    )
-    check_equal(output_and_gradients(ours), output_and_gradients(model))
+    for checkpoint in (reentrant_checkpoint, selective_checkpoint):
+        ours.enable_gradient_checkpointing(checkpoint)
+        check_equal(output_and_gradients(ours), output_and_gradients(model))
 
 
 def test_fp8_beside_lora(relative_error):
