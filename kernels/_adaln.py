@@ -32,8 +32,9 @@ from dpdmd.kernels.fp8 import Quantized, empty_quantized, no_gradient, quantized
 NORMS = ("layer", "rms")
 WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
 
-# Tokens that a program of the forward pass takes at once, so that its sample's vectors are read for all of them.
-ROWS = 4
+# A program of the forward pass takes so many tokens at once, so that its sample's vectors are read for all of them, and
+# fewer where they are wide: of so many elements in all, 32 a thread, in small programs, which wait for fewer warps.
+ROWS, TILE = 4, 8192
 # Programs of the backward pass, where they have 8 warps: as many as 132 multiprocessors hold at once (their
 # registers end at 512 threads of 128). The sums of a program cost as much as 8 tokens: more of them would cost more.
 PROGRAMS = 264
@@ -54,8 +55,10 @@ def _columns_and_warps(C: int) -> tuple[int, int]:
 def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
     """(ROWS, COLUMNS, warps) of the forward pass. Quantised, half the tokens in half the warps: the maxima of rows are
     one more thing that warps wait for."""
-    columns, num_warps = _columns_and_warps(C)
-    return (ROWS // 2, columns, max(num_warps // 2, 1)) if quantize else (ROWS, columns, num_warps)
+    columns, _ = _columns_and_warps(C)
+    rows = min(ROWS, max(TILE // columns, 1))
+    rows = max(rows // 2, 1) if quantize else rows
+    return rows, columns, min(max(rows * columns // 1024, 1), 16)
 
 
 @jit
