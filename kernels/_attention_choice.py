@@ -1,7 +1,7 @@
 """Which attention kernel is the fastest for a shape on this GPU: measured, not guessed.
 
-Times for the H100 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such a
-machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
+Times for the H100 and the H200 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such
+a machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
 cache. A time is of one forward pass ("forward"), or of a forward and a backward pass ("training").
 """
 

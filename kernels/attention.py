@@ -103,7 +103,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         whose rows of D are not dense and 16-byte aligned.)
     scale: a float; None means 1 / sqrt(D).
     backend: "auto": on CUDA the fastest there is for these shapes on this GPU, forward and backward together where
-        gradients are wanted; measured beforehand on the H100, elsewhere at first use (docs/transformer.md). Under
+        gradients are wanted; measured beforehand on H100 and H200, elsewhere at first use (docs/transformer.md). Under
         torch.use_deterministic_algorithms, the fastest whose results repeat bit for bit. On other devices what torch
         picks, and the reference for empty tensors. DPDMD_ATTENTION in the environment names another one for "auto".
         Inside selective_checkpoint, "triton+cudnn" in place of "cudnn": it need not run again.

@@ -57,8 +57,9 @@ def selective_checkpoint(
     needed = torch.is_grad_enabled() and (parameters or any(tensor.requires_grad for tensor in tensors))
     if not needed or _kept.keeping():  # an outer checkpoint runs this one's function again too
         return function(*args, **kwargs)
-    run = _Run(function, [None if isinstance(value, Tensor) else value for value in values], structure)
-    run.places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
+    others = [None if isinstance(value, Tensor) else value for value in values]
+    run = _Run(function, others, places, structure)
     outputs = _Checkpoint.apply(run, len(tensors), *tensors, *parameters)
     return tree_unflatten(outputs, run.output_structure)
 
@@ -72,9 +73,9 @@ class _Run:
     """A function, its arguments that are no tensors, and how arguments and outputs go together."""
 
     function: Callable
-    values: list[Any]
+    values: list[Any]  # None for a tensor
+    places: list[int]  # of the tensors
     structure: TreeSpec
-    places: list[int] = ()  # of the tensors among the values
     output_structure: TreeSpec | None = None  # known after a run
 
     def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
@@ -109,14 +110,14 @@ class _Checkpoint(torch.autograd.Function):
         recorded = [tuple(next(saved) for _ in range(size)) for size in ctx.sizes]
         with torch.enable_grad(), _kept.replaying(recorded), ctx.surroundings.again():
             outputs = ctx.run(inputs)
-        reached = [i for i, each in enumerate(upstream) if each is not None and outputs[i].requires_grad]
+        pairs = zip(outputs, upstream, strict=True)
+        reached = [(output, grad) for output, grad in pairs if grad is not None and output.requires_grad]
         tensors = [*inputs, *ctx.parameters]
+        if not reached:
+            return None, None, *(None for _ in tensors)
         wanted = [tensor for tensor in tensors if tensor.requires_grad]
-        gradients = iter(
-            torch.autograd.grad(
-                [outputs[i] for i in reached], wanted, [upstream[i] for i in reached], allow_unused=True
-            )
-        )
+        reached, upstream = zip(*reached, strict=True)
+        gradients = iter(torch.autograd.grad(reached, wanted, upstream, allow_unused=True))
         return None, None, *[next(gradients) if tensor.requires_grad else None for tensor in tensors]
 
 

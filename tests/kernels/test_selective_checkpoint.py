@@ -125,6 +125,13 @@ def test_outputs_that_are_not_differentiated():
     torch.testing.assert_close(x.grad, block.first.weight.sum(0).expand(3, 8))
 
 
+def test_outputs_that_depend_on_nothing():
+    x = make_inputs()[0]
+    y = selective_checkpoint(lambda x: torch.ones_like(x), x, parameters=())
+    (y + x).sum().backward()
+    assert torch.equal(x.grad, torch.ones_like(x))
+
+
 def test_outputs_may_be_written_to():
     """Blocks' outputs are views at times, and ControlNets add to slices of them."""
     block = make_block()
