@@ -870,6 +870,8 @@ def test_fp8_and_gradients_of_some_things(make):
     # Of the first block in FP8: what it gets has none, what those after it get has.
     ours.transformer_blocks[1].norm1.linear.bias.requires_grad_()
     torch.testing.assert_close(ours(**plain, **others)[0], exact, rtol=1e-4, atol=1e-4)
+    ours.enable_gradient_checkpointing(selective_checkpoint)
+    torch.testing.assert_close(ours(**plain, **others)[0], exact, rtol=1e-4, atol=1e-4)
 
     ours.requires_grad_(True)
     for checkpoint in (reentrant_checkpoint, selective_checkpoint):

@@ -240,6 +240,15 @@ def test_what_is_saved(runs):
     assert all(2 * 2 * 19 <= size <= 2 * 2 * 128 for size in (sizes[2], sizes[4]))
 
 
+def test_what_is_kept_joins_no_graph(runs):
+    """A graph that hung on it would live as long as the checkpoint's."""
+    x = torch.randn(2, 19, 32, device=DEVICE).bfloat16().requires_grad_()
+    y = selective_checkpoint(Attending().to(DEVICE, torch.bfloat16), x)
+    gradients = [torch.autograd.grad(y.float().sum(), x, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*gradients)
+    assert all(tensor.grad_fn is None for tensor in y.grad_fn.saved_tensors)
+
+
 @pytest.mark.parametrize("inner", ["selective", "torch"])
 def test_nested(runs, inner):
     """The attention of a checkpoint inside another one is not taken for the outer's."""
