@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdmd.kernels import selective_checkpoint
+from dpdmd.kernels.attention import DenseGradient
 from dpdmd.kernels.fuse_transformer import fuse_transformer, unfuse_transformer
 
 # The last takes minutes to compile: a run that is cut off has the others.
@@ -174,24 +175,18 @@ def in_float32(inputs: Inputs) -> Inputs:
     return {name: value.float() if isinstance(value, Tensor) else value for name, value in inputs.items()}
 
 
-class _DenseGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, o):
-        return o.view_as(o)
-
-    @staticmethod
-    def backward(ctx, do):  # (B, H, S, D), as (B, S, H, D) in memory
-        return do.transpose(1, 2).contiguous().transpose(1, 2)
-
-
 @contextlib.contextmanager
 def _peers_survive(model: nn.Module) -> Iterator[None]:
     """FLUX's single blocks hand attention slices of a wider gradient, its double blocks dense ones. torch 2.11 takes the
     cuDNN backward pass that it made for the one for the other, and reads out of bounds. The copy that avoids it is some
     0.3 % of a training pass's time."""
     stock = F.scaled_dot_product_attention
+
+    def with_dense_gradient(*args, **kwargs):  # (B, H, S, D), dense as (B, S, H, D)
+        return DenseGradient.apply(stock(*args, **kwargs).transpose(1, 2)).transpose(1, 2)
+
     if type(model).__name__ == "FluxTransformer2DModel":
-        F.scaled_dot_product_attention = lambda *args, **kwargs: _DenseGradient.apply(stock(*args, **kwargs))
+        F.scaled_dot_product_attention = with_dense_gradient
     try:
         yield
     finally:

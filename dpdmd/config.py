@@ -149,7 +149,8 @@ class EngineConfig(_Section):
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 for no clipping.")
     checkpointing: bool = Field(
         False,
-        description="Recompute activations of the transformer blocks in the backward pass; attention's outputs are kept.",
+        description="Recompute activations of the transformer blocks in the backward pass; on a GPU, where they are "
+        "fused, attention's outputs are kept.",
     )
     deepspeed: str | dict[str, Any] | None = Field(
         None,

@@ -63,8 +63,7 @@ fastest._dynamo_marked_constant = True
 
 
 def pick(times: dict[str, float], deterministic: bool) -> str:
-    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs
-    little."""
+    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs little."""
     if not times:
         return "auto"
     repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}

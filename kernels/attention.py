@@ -58,7 +58,7 @@ class _Attention(torch.autograd.Function):
         return *gradients, None, None
 
 
-class _DenseGradient(torch.autograd.Function):
+class DenseGradient(torch.autograd.Function):
     """The identity, whose upstream gradient is made dense. torch (2.11) keeps cuDNN's backward pass by the strides of q,
     k and v, and takes it for the next upstream gradient whatever its strides are: it then reads out of bounds. FLUX has
     both, slices of a concatenation's gradient and dense ones."""
@@ -73,13 +73,13 @@ class _DenseGradient(torch.autograd.Function):
 
 
 def _with_dense_gradient(o: Tensor) -> Tensor:
-    return _DenseGradient.apply(o) if o.is_cuda and o.requires_grad else o
+    return DenseGradient.apply(o) if o.is_cuda and o.requires_grad else o
 
 
 def _cudnn_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    do = do.contiguous()  # see _DenseGradient
+    do = do.contiguous()  # see DenseGradient
     lse = _attention.natural(lse, q.shape[1])
     seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
     heads_first = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]

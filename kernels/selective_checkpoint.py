@@ -49,17 +49,19 @@ def selective_checkpoint(
                 f"those that it reads, which would get no gradient otherwise"
             )
         parameters = function.parameters()
+    if not torch.is_grad_enabled() or _kept.keeping():  # an outer checkpoint runs this one's function again too
+        return function(*args, **kwargs)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     if torch.compiler.is_compiling() or any(_sharded(parameter) for parameter in parameters):
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
     values, structure = tree_flatten((args, kwargs))
-    tensors = [value for value in values if isinstance(value, Tensor)]
-    needed = torch.is_grad_enabled() and (parameters or any(tensor.requires_grad for tensor in tensors))
-    if not needed or _kept.keeping():  # an outer checkpoint runs this one's function again too
-        return function(*args, **kwargs)
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
-    others = [None if isinstance(value, Tensor) else value for value in values]
-    run = _Run(function, others, places, structure)
+    tensors = [values[i] for i in places]
+    if not parameters and not any(tensor.requires_grad for tensor in tensors):
+        return function(*args, **kwargs)
+    for i in places:
+        values[i] = None
+    run = _Run(function, values, places, structure)
     outputs = _Checkpoint.apply(run, len(tensors), *tensors, *parameters)
     return tree_unflatten(outputs, run.output_structure)
 
@@ -153,12 +155,9 @@ class _Surroundings:
             for kind, dtype, enabled, cache_enabled in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled))
             if self._random_states:
-                stack.enter_context(torch.random.fork_rng(self._devices, device_type=_kind(self._devices)))
+                device_type = self._devices[0].type if self._devices else "cuda"
+                stack.enter_context(torch.random.fork_rng(self._devices, device_type=device_type))
                 torch.set_rng_state(self._random_states[0])
                 for device, state in zip(self._devices, self._random_states[1:], strict=True):
                     torch.get_device_module(device).set_rng_state(state, device)
             yield
-
-
-def _kind(devices: list[torch.device]) -> str:
-    return devices[0].type if devices else "cuda"

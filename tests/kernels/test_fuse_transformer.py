@@ -128,6 +128,19 @@ def check_equal(got, expected, tolerance=TOLERANCE):
     assert not wrong
 
 
+def check_bits(got, expected):
+    assert torch.equal(got[0], expected[0])
+    assert got[1].keys() == expected[1].keys()
+    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in got[1].items())
+
+
+def check_selective_checkpoint(model):
+    """Of a model in bfloat16: the same with it as without."""
+    expected = output_and_gradients(model, dtype=torch.bfloat16)
+    model.enable_gradient_checkpointing(selective_checkpoint)
+    check_bits(output_and_gradients(model, dtype=torch.bfloat16), expected)
+
+
 def fused(model, **settings):
     model = copy.deepcopy(model)
     report = fuse_transformer(model, verbose=False, **settings)
@@ -178,9 +191,7 @@ def test_one_sample(make):
 @one_of_each
 def test_repeats_to_the_bit(make):
     model = fused(make())
-    first, second = output_and_gradients(model), output_and_gradients(model)
-    assert torch.equal(first[0], second[0])
-    assert all(torch.equal(gradient, second[1][name]) for name, gradient in first[1].items())
+    check_bits(output_and_gradients(model), output_and_gradients(model))
 
 
 @one_of_each
@@ -523,12 +534,7 @@ def test_selective_checkpoint_to_the_bit(make, monkeypatch):
     """Also where kernels differ by whether gradients are wanted."""
     if not why_not("triton", "cpu", None):
         monkeypatch.setenv("DPDMD_ATTENTION", "triton")
-    model = fused(make()).bfloat16()
-    expected = output_and_gradients(model, dtype=torch.bfloat16)
-    model.enable_gradient_checkpointing(selective_checkpoint)
-    got = output_and_gradients(model, dtype=torch.bfloat16)
-    assert torch.equal(got[0], expected[0])
-    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in got[1].items())
+    check_selective_checkpoint(fused(make()).bfloat16())
 
 
 def with_lora(model, layers=LORA_LAYERS):
@@ -741,12 +747,7 @@ def test_bfloat16_on_a_gpu(make):
 @one_of_each
 def test_selective_checkpoint_on_a_gpu(make):
     """To the bit, with the products whose epilogues differ by whether gradients are wanted."""
-    model = fused(make().to("cuda", torch.bfloat16))
-    expected = output_and_gradients(model, dtype=torch.bfloat16)
-    model.enable_gradient_checkpointing(selective_checkpoint)
-    got = output_and_gradients(model, dtype=torch.bfloat16)
-    assert torch.equal(got[0], expected[0])
-    assert all(torch.equal(gradient, expected[1][name]) for name, gradient in got[1].items())
+    check_selective_checkpoint(fused(make().to("cuda", torch.bfloat16)))
 
 
 @pytest.mark.gpu
