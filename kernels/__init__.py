@@ -2,6 +2,7 @@
 
 from dpdmd.kernels.activation import gelu_tanh, swiglu
 from dpdmd.kernels.adaln_modulate import adaln_modulate
+from dpdmd.kernels.adamw import Float8State, adamw_step
 from dpdmd.kernels.attention import attention
 from dpdmd.kernels.backend import use_backend
 from dpdmd.kernels.dmd_loss import dmd_loss
@@ -21,10 +22,12 @@ from dpdmd.kernels.v_prediction_loss import v_prediction_loss
 from dpdmd.kernels.x_prediction_loss import x_prediction_loss
 
 __all__ = [
+    "Float8State",
     "Philox",
     "Quantized",
     "TokenStream",
     "adaln_modulate",
+    "adamw_step",
     "attention",
     "dmd_loss",
     "flow_matching_loss",

@@ -54,11 +54,13 @@ class Kernel:
     is found under a key of what it was specialised on, and launched by the call that Triton ends in: 8 us.
     """
 
-    def __init__(self, function: Callable, num_warps: int, num_stages: int | None = None):
+    def __init__(self, function: Callable, num_warps: int, num_stages: int | None = None, multiply_add: bool = True):
         kinds = function.__annotations__
         integers = [name for name, kind in kinds.items() if kind is tl.int64]
         self._jit = triton.jit(function, do_not_specialize=integers)
         self._options = {"num_warps": num_warps} | ({"num_stages": num_stages} if num_stages else {})
+        if not multiply_add:
+            self._options["enable_fp_fusion"] = False
         names = function.__code__.co_varnames[: function.__code__.co_argcount]
         self._num_varying = len(names) - sum(kind is tl.constexpr for kind in kinds.values())
         self._specialised = [i for i, name in enumerate(names) if name not in kinds]
@@ -119,11 +121,12 @@ def _hooked() -> bool:
     return False
 
 
-def kernel(num_warps: int, num_stages: int | None = None) -> Callable[[Callable], Kernel]:
-    """Makes a Triton function a `Kernel`; without Triton it stays as it is, never to be called."""
+def kernel(num_warps: int, num_stages: int | None = None, multiply_add: bool = True) -> Callable[[Callable], Kernel]:
+    """Makes a Triton function a `Kernel`; without Triton it stays as it is, never to be called. Without multiply_add a
+    product and a sum are rounded each, as PyTorch's are, rather than once together."""
     if triton is None:
         return lambda function: function
-    return lambda function: Kernel(function, num_warps, num_stages)
+    return lambda function: Kernel(function, num_warps, num_stages, multiply_add)
 
 
 def by_warps(function: Callable, *counts: int) -> dict[int, Kernel]:

@@ -41,6 +41,7 @@ ALLOWED = {
     "diffusion": {"kernels"},
     "distill": {"config", "diffusion", "kernels"},
     "engine": {"config", "kernels"},
+    "optimizer": {"kernels"},
     "prompts": {"config"},
     "backbones": {"backbones", "config", "diffusion", "demo"},
     "journal": {"config"},

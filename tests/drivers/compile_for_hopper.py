@@ -1,6 +1,6 @@
 """Compiles the Triton kernels that operations launch, for compute capability 9.0, and prints of each what its PTX has.
 
-    python compile_for_hopper.py losses|blocks|qk_norm|attention
+    python compile_for_hopper.py losses|blocks|qk_norm|attention|adamw
 
 In a process of its own, as Triton must not be in its interpreter here. The compiler needs no GPU; nothing is launched.
 """
@@ -14,11 +14,13 @@ from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dpdmd.kernels import (
+    Float8State,
     Philox,
     TokenStream,
     _attention,
     _triton,
     adaln_modulate,
+    adamw_step,
     backend,
     dmd_loss,
     flow_matching_loss,
@@ -39,6 +41,7 @@ TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
     torch.int32: "i32",
+    torch.uint8: "u8",
     torch.float8_e4m3fn: "fp8e4nv",
 }
 FEATURES = {
@@ -125,9 +128,19 @@ def attention():
         _attention.backward(o, q, k, k, o, lse, 0.125)
 
 
+def adamw():
+    size, scale, apply = 8192, torch.ones(()), torch.tensor(True)
+    for dtype in (torch.float32, torch.bfloat16, None):
+        states = [Float8State.zeros(size) if dtype is None else torch.zeros(size, dtype=dtype) for _ in range(2)]
+        options = {"weight": zeros(size).detach(), "scale": scale, "apply": apply, "step": 1, "key": Philox(3)}
+        settings = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+        adamw_step(torch.zeros(size), *states, zeros(size).detach(), **options, **settings)
+
+
 _triton.Kernel.__call__ = compile_as_called
 backend.MISSING = dict.fromkeys(backend.MISSING, lambda *device: "")
 with use_backend("triton"):
-    {"losses": losses, "blocks": blocks, "qk_norm": qk_norm, "attention": attention}[sys.argv[1]]()
+    groups = {"losses": losses, "blocks": blocks, "qk_norm": qk_norm, "attention": attention, "adamw": adamw}
+    groups[sys.argv[1]]()
 for name in sorted(seen):
     print(name, *sorted(seen[name]), sep=", ")

@@ -37,6 +37,7 @@ EXPECTED = {
         "_sum_partials_kernel": WIDE,
     },
     "qk_norm": {"_qk_norm_backward_kernel": AHEAD, "_qk_norm_kernel": WIDE, "_vectors_kernel": WIDE},
+    "adamw": {"_adamw_kernel": WIDE},
     "attention": {"_dkv_kernel": MATRICES, "_dq_kernel": MATRICES, "_forward_kernel": MATRICES},
 }
 
