@@ -1,6 +1,8 @@
-"""One distillation cycle (critic updates and a student update) by phase, on the trainer's own code.
+"""One distillation cycle (critic updates and a student update) by phase, and beside its peers.
 
-    deepspeed benchmarks/cycle.py --config configs/sd35_medium.yaml --json benchmarks/results/cycle.json model.random_init=true
+    python benchmarks/run.py --op cycle                               this engine and its peers in turn, each in processes of
+                                                                      its own on the same machine; --help says more
+    deepspeed benchmarks/cycle.py --config FILE [section.key=value]   this engine alone, on the trainer's own code
 
 Seconds are those of the device (CUDA events; the CPU's clock without a GPU): each phase's are summed over one cycle and the
 median over cycles is shown. What is left between the phases' sum and the cycle (losses, steps, waiting for the host) is a
@@ -12,19 +14,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
+import gpu_time
 import torch
+from contenders import CONTENDERS, Peer
 
 from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import ConfigError, load_config
 from dpdmd.engine import start
 from dpdmd.provenance import provenance
+from dpdmd.residency import Traffic
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 
@@ -78,69 +87,121 @@ class TimedNetwork:
         kind = "forward" if torch.is_grad_enabled() and self._network.trained else "forward without gradient"
         return self._clock.run(f"{self._network.role} {kind}", self._network, x, t, cond)
 
-    def backward(self, loss):
-        self._clock.run("backward", self._network.backward, loss)
+    def backward(self, loss, **options):
+        self._clock.run("backward", partial(self._network.backward, **options), loss)
 
     def step(self):
         return self._clock.run("optimizer", self._network.step)
 
 
+def run_cycle(trainer: train.Trainer, cycle: int, clock: Clock) -> None:
+    length = trainer.config.distill.critic_updates + 1
+    for iteration in range(cycle * length, (cycle + 1) * length):
+        clock.update = train.role_of(iteration, length - 1)
+        trainer.update(clock.update, iteration)
+
+
 def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
     """Medians over `cycles` whole cycles, after `warmup` cycles that are not counted."""
     clock = Clock(trainer.world.device)
-    trainer.networks = {role: TimedNetwork(network, clock) for role, network in trainer.networks.items()}
-    length = trainer.config.distill.critic_updates + 1
+    networks = trainer.networks
+    trainer.networks = {role: TimedNetwork(network, clock) for role, network in networks.items()}
+    traffics = [network.traffic for network in networks.values() if network.traffic is not None]
+    cuda = trainer.world.device.type == "cuda"
     seconds, phases = [], []
     for cycle in range(warmup + cycles):
-        if cycle == warmup and trainer.world.device.type == "cuda":
+        if cycle == warmup and cuda:
             torch.cuda.reset_peak_memory_stats()
+        for traffic in traffics:
+            traffic.reset()
         trainer.world.barrier()
         begin = clock.mark()
-        for iteration in range(cycle * length, (cycle + 1) * length):
-            clock.update = train.role_of(iteration, length - 1)
-            numbers = trainer.update(clock.update, iteration)
-            if trainer.skipped:
-                raise RuntimeError(f"update {iteration} was not finite: {numbers}; no time is worth reporting")
+        run_cycle(trainer, cycle, clock)
         total = clock.seconds(begin, clock.mark())
+        trainer.settle()
+        if trainer.skipped:
+            last = trainer.last_skipped
+            raise RuntimeError(f"update {last.iteration} was not finite: {last.numbers()}; no time is worth reporting")
         parts = clock.read()
         if trainer.world.main:
-            print(f"cycle {cycle}{' (warm-up)' if cycle < warmup else ''}: {total:.2f} s", flush=True)
+            print(f"cycle {cycle}{' (warm-up)' if cycle < warmup else ''}: {total:.3f} s", flush=True)
         if cycle >= warmup:
             seconds.append(total)
             phases.append({**parts, "between the phases": total - sum(parts.values())})
+    samples = trainer.config.engine.batch_size * trainer.world.size * (trainer.config.distill.critic_updates + 1)
     result = {
         "seconds_a_cycle": statistics.median(seconds),
         "seconds_of_each_cycle": seconds,
+        # Each update makes a batch of the student's images.
+        "images_a_second": samples / statistics.median(seconds),
         "seconds_by_phase": {phase: statistics.median(each[phase] for each in phases) for phase in phases[0]},
+        "communication": {key: sum(vars(traffic)[key] for traffic in traffics) for key in vars(Traffic())}
+        if traffics
+        else None,
     }
-    if trainer.world.device.type == "cuda":
+    trainer.networks = networks
+    if cuda:
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="deepspeed benchmarks/cycle.py", description=__doc__.split("\n")[0])
-    parser.add_argument("settings", nargs="*", metavar="section.key=value")
-    parser.add_argument("--config", default=None)
-    parser.add_argument("--cycles", type=int, default=2)
-    parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_intermixed_args(argv)
+SPECIAL = {"communication": "nccl", "optimizer": "adamw|adam_|multi_tensor_apply.*Adam"}  # beside gpu_time.py's kinds
+LARGEST = 25  # kernels listed
+
+
+def profile(trainer: train.Trainer, cycle: int) -> dict[str, dict[str, float]]:
+    """Milliseconds of GPU time of one cycle by kind of kernel, and the largest kernels."""
+    clock = Clock(trainer.world.device)
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        run_cycle(trainer, cycle, clock)
+        torch.cuda.synchronize()
+    kinds, names = defaultdict(float), defaultdict(float)
+    for event in profiler.key_averages():
+        milliseconds = event.self_device_time_total / 1e3
+        special = [kind for kind, pattern in SPECIAL.items() if re.search(pattern, event.key, re.IGNORECASE)]
+        kinds[special[0] if special else gpu_time.kind(event.key)] += milliseconds
+        names[event.key[:120]] += milliseconds
+    largest = sorted(names.items(), key=lambda item: -item[1])[:LARGEST]
+    if trainer.world.main:
+        print("\n".join(f"{milliseconds:10.1f} ms  {name}" for name, milliseconds in largest), flush=True)
+    return {"kinds": dict(kinds), "largest": dict(largest)}
+
+
+def build(name: str, config, world, backbone) -> train.Trainer:
+    """The trainer, with a peer's networks where `name` is one."""
+    kind = CONTENDERS[name].peer
+    if kind is None:
+        return train.build(config, world, backbone, train.load_prompts(config))
+
+    def make(role, module, backbone, config, world, phases):
+        return Peer(kind, role, module, backbone, config, world)
+
+    ours, train.Network = train.Network, make
+    try:
+        return train.build(config, world, backbone, train.load_prompts(config))
+    finally:
+        train.Network = ours
+
+
+def run_one(args, settings: list[str]) -> int:
+    """One contender, in the processes that the launcher started."""
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
     train.quieten()
     try:
-        config = load_config(args.config, [*fixed, *args.settings])
+        config = load_config(args.config, [*fixed, *settings, *CONTENDERS[args.contender].settings])
         backbone = load_backbone(config.model)
         world = start(config.engine)
         begin = time.perf_counter()
-        trainer = train.build(config, world, backbone, train.load_prompts(config))
+        trainer = build(args.contender, config, world, backbone)
         build_seconds = time.perf_counter() - begin
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result = {
+        "contender": args.contender,
+        "title": CONTENDERS[args.contender].title,
         **provenance(" ".join(["deepspeed", *sys.argv])),
         "processes": world.size,
         "build_seconds": round(build_seconds, 1),
@@ -148,6 +209,8 @@ def main(argv: list[str] | None = None) -> int:
         "cycles": args.cycles,
         **measure(trainer, args.cycles, args.warmup),
     }
+    if args.profile:
+        result["gpu_milliseconds"] = profile(trainer, args.warmup + args.cycles)
     if world.main:
         for phase, seconds in result["seconds_by_phase"].items():
             print(f"{phase:45} {seconds:8.3f} s")
@@ -155,10 +218,95 @@ def main(argv: list[str] | None = None) -> int:
         for key in ("peak_allocated_gib", "peak_reserved_gib"):
             if key in result:
                 print(f"{key:45} {result[key]:8.1f} GiB")
+        print(f"{'communication a cycle':45} {result['communication']}", flush=True)
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps(result, indent=1) + os.linesep, encoding="utf-8")
     return 0
+
+
+def compare(args, settings: list[str]) -> int:
+    """Every contender in turn, in processes of its own, and a table."""
+    results, problems = {}, {}
+    for name in args.contenders:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "result.json"
+            command = [sys.executable, "-m", "deepspeed.launcher.runner", *args.launcher, str(Path(__file__).resolve())]
+            command += ["--contender", name, "--json", str(file), "--cycles", str(args.cycles)]
+            command += ["--warmup", str(args.warmup), *(["--profile"] if args.profile else [])]
+            command += ["--config", args.config] if args.config else []
+            print(f"== {CONTENDERS[name].title}", flush=True)
+            environment = {**os.environ, **CONTENDERS[name].environment}
+            done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True)
+            said = [line for line in done.stdout.splitlines() if not line.startswith("[")]
+            print("\n".join(said[-40:]), flush=True)
+            if done.returncode != 0 or not file.exists():
+                reasons = [line for line in done.stderr.splitlines() if "Error" in line or "error" in line]
+                problems[name] = (reasons or done.stderr.splitlines() or ["no message"])[-1][:500]
+                print(f"failed: {problems[name]}", flush=True)
+            else:
+                results[name] = json.loads(file.read_text(encoding="utf-8"))
+    print(table(results, problems))
+    if args.json and results:
+        shared = next(iter(results.values()))
+        keys = ("date", "commit", "machine", "python", "cuda", "packages", "processes")
+        written = {"command": " ".join(["python", *sys.argv]), **{key: shared[key] for key in keys}}
+        for result in results.values():
+            for key in keys:
+                result.pop(key)
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({**written, "contenders": results, "failed": problems}, indent=1)
+        args.json.write_text(text + os.linesep, encoding="utf-8")
+    return 0 if results and not problems else 1
+
+
+def table(results: dict[str, dict], problems: dict[str, str]) -> str:
+    """A line for each contender, in Markdown."""
+    lines = ["| | seconds a cycle | images a second | takes, of dpdmd's | peak GiB | received GB a cycle |"]
+    lines.append("| --- | --- | --- | --- | --- | --- |")
+    ours = results.get("ours", {}).get("seconds_a_cycle")
+    for result in results.values():
+        seconds = result["seconds_a_cycle"]
+        ratio = f"{seconds / ours:.2f}" if ours else ""
+        peak = f"{result['peak_allocated_gib']:.1f}" if "peak_allocated_gib" in result else ""
+        traffic = result["communication"]
+        received = f"{(traffic['gathered_bytes'] + traffic['reduced_bytes']) / 1e9:.2f}" if traffic else ""
+        lines.append(
+            f"| {result['title']} | {seconds:.2f} | {result['images_a_second']:.2f} | {ratio} | {peak} | {received} |"
+        )
+    lines += [f"| {CONTENDERS[name].title} | failed: {reason} | | | | |" for name, reason in problems.items()]
+    return "\n".join(lines)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="benchmarks/cycle.py", description=__doc__.split("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    parser.add_argument("--config", default=None)
+    parser.add_argument("--cycles", type=int, default=2)
+    parser.add_argument("--warmup", type=int, default=1, help="cycles before those that count")
+    parser.add_argument("--profile", action="store_true", help="one more cycle, its GPU time by kind of kernel")
+    parser.add_argument("--json", type=Path)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    parser.add_argument("--contender", choices=CONTENDERS, default="ours")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    return run_one(args, args.settings)
+
+
+def compare_main(argv: list[str] | None = None) -> int:
+    """`run.py --op cycle`."""
+    parser = make_parser()
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
+    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (without GPUs: on the CPU)")
+    parser.add_argument("--port", type=int, default=29531)
+    args = parser.parse_intermixed_args(argv)
+    processes = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
+    args.launcher = [processes, str(args.gpus), "--master_port", str(args.port)]
+    return compare(args, args.settings)
 
 
 if __name__ == "__main__":

@@ -118,8 +118,15 @@ class DistillConfig(_Section):
 
 
 class OptimizerConfig(_Section):
-    name: Literal["auto", "apex", "deepspeed", "torch"] = Field(
-        "auto", description="AdamW of apex, DeepSpeed FusedAdam or torch; auto takes the first that is installed."
+    name: Literal["auto", "fused", "apex", "deepspeed", "torch"] = Field(
+        "auto",
+        description="AdamW: fused (dpdmd.optimizer, one pass over a shard), apex, DeepSpeed FusedAdam or torch. auto: "
+        "fused under ZeRO stage 3, else the first of the others that is installed.",
+    )
+    state: Literal["float32", "bfloat16", "float8"] = Field(
+        "float32",
+        description="The two moments in 8, 4 or 2 bytes a parameter, of fused alone; fewer than 8 are stochastically "
+        "rounded. The float32 masters stay.",
     )
     lr: float = Field(1e-5, gt=0.0, description="Learning rate.")
     betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
@@ -130,6 +137,12 @@ class OptimizerConfig(_Section):
         "none", description="none: the rate stays (paper); cosine: falls to 0 at the end of run.iterations."
     )
 
+    @pydantic.model_validator(mode="after")
+    def _possible(self) -> OptimizerConfig:
+        if self.state != "float32" and self.name not in ("auto", "fused"):
+            raise ValueError(f"state = {self.state} needs name = fused (or auto), but name = {self.name}")
+        return self
+
 
 class ZeroConfig(_Section):
     teacher: Literal[0, 3] = Field(
@@ -137,9 +150,11 @@ class ZeroConfig(_Section):
     )
     student: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the student.")
     critic: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the critic.")
-    param_persistence_threshold: int = Field(
-        100_000, ge=0, description="Stage 3: parameters with fewer elements than this stay on every process."
-    )
+
+
+class KeptPassesConfig(_Section):
+    student: int = Field(0, ge=0, description="Block passes of each forward chain of the student.")
+    critic: int = Field(0, ge=0, description="Block passes of the critic's forward pass.")
 
 
 class EngineConfig(_Section):
@@ -147,11 +162,17 @@ class EngineConfig(_Section):
     batch_size: PositiveInt = Field(4, description="Samples a process and forward pass.")
     accumulation: PositiveInt = Field(1, description="Forward-backward passes an update.")
     clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 for no clipping.")
-    checkpointing: bool = Field(
-        False,
-        description="Recompute activations of the transformer blocks in the backward pass; on a GPU, where they are "
-        "fused, attention's outputs are kept.",
+    residency: Literal["auto", "whole", "phase", "block"] = Field(
+        "auto",
+        description="ZeRO stage 3: how long gathered weights stay. whole: until an update changes them; phase: for a phase "
+        "(a rollout, or a forward chain with its backward pass); block: each transformer block while it runs.",
     )
+    checkpointing: Literal["none", "selective", "full"] = Field(
+        "none",
+        description="Activations of the transformer blocks that the backward pass computes again. selective: all but "
+        "attention's outputs (where the blocks are fused; else as full); full: all.",
+    )
+    kept_passes: KeptPassesConfig = KeptPassesConfig()  # with checkpointing: that keep their activations all the same
     deepspeed: str | dict[str, Any] | None = Field(
         None,
         description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",

@@ -64,8 +64,9 @@ class Draws:
 
 @dataclass(frozen=True)
 class StudentLoss:
-    total: Tensor  # what to differentiate: dmd + weight * diversity
-    dmd: Tensor  # detached scalars for the log
+    remaining: Tensor  # what is left to differentiate: all of total, or what the first step does not hold
+    total: Tensor  # detached scalars for the log: dmd + weight * diversity
+    dmd: Tensor
     diversity: Tensor
     sample: Tensor  # (B, ...) the student's final sample, detached
 
@@ -96,22 +97,33 @@ class Distillation:
         cond: Condition,
         uncond: Condition | None,
         draws: Draws,
+        backward: Callable[[Tensor], None] | None = None,
     ) -> StudentLoss:
-        """Loss of one student update; noise (B, ...) is eps. Only the student's graph is kept."""
+        """Loss of one student update; noise (B, ...) is eps. Only the student's graph is kept.
+
+        backward: where given, and where the steps after the first are cut off from it (detach), it is called with the
+        first step's weighted loss as soon as that stands, so that this graph is gone before the others are made.
+        """
         config, diffusion = self.config, self.diffusion
         steps = time_steps(self.student_times, noise)
-        x, diversity = noise, noise.new_zeros((), dtype=torch.float32)
+        x, diversity, remaining = noise, noise.new_zeros((), dtype=torch.float32), 0.0
         if config.method == "dpdmd":
             t, t_next = steps.pop(0)
             prediction = student(noise, t, cond)
             diversity = self._diversity_loss(teacher, prediction, noise, t, cond, uncond)
+            remaining = config.diversity_weight * diversity
             x = diffusion.step(noise, prediction, t, t_next)
             if config.detach:
                 x = x.detach()
+                if backward is not None:
+                    backward(remaining)
+                    remaining = 0.0
+            del prediction
         x = self._trained_rollout(student, x, steps, cond, draws)
         dmd = self._dmd_loss(teacher, critic, x, cond, uncond, draws)
-        total = dmd + config.diversity_weight * diversity
-        return StudentLoss(total, dmd.detach(), diversity.detach(), x.detach())
+        remaining = dmd + remaining
+        dmd, diversity = dmd.detach(), diversity.detach()
+        return StudentLoss(remaining, dmd + config.diversity_weight * diversity, dmd, diversity, x.detach())
 
     def _diversity_loss(self, teacher, prediction, noise, start, cond, uncond) -> Tensor:
         config, diffusion = self.config, self.diffusion

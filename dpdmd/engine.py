@@ -8,7 +8,6 @@ micro-batch, then `step`, which clips, applies the optimizer, or skips an update
 from __future__ import annotations
 
 import importlib
-import inspect
 import json
 import math
 import os
@@ -20,12 +19,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
-from dpdmd.kernels import fuse_transformer, selective_checkpoint
+from dpdmd.kernels import Philox, fuse_transformer, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
 from dpdmd.kernels.fuse_transformer import FusionReport
+from dpdmd.optimizer import AdamW
+from dpdmd.residency import Gradients, Traffic, Weights
 
 FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
 
@@ -64,12 +66,12 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def mean(self, values: dict[str, float]) -> dict[str, float]:
-        """The mean over the processes of each number."""
-        numbers = torch.tensor(list(values.values()), dtype=torch.float64, device=self.device)
+    def mean(self, values: Tensor) -> Tensor:
+        """The mean over the processes of each of (n,) numbers, on the device."""
+        values = values.double()
         if self.size > 1:
-            dist.all_reduce(numbers)
-        return dict(zip(values, (numbers / self.size).tolist(), strict=True))
+            dist.all_reduce(values)
+        return values / self.size
 
 
 def resolve_device(name: str) -> str:
@@ -131,13 +133,60 @@ def _local_processes() -> int:
     return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
-@dataclass(frozen=True)
-class Step:
-    """What became of an update."""
+class Later:
+    """A device tensor on its way to the host: reading it waits for what was queued before it, not for what came after."""
 
-    applied: bool  # False: loss or gradient was not finite and the weights stayed as they were
-    gradient_norm: float  # before clipping; inf where not applied
-    lr: float
+    def __init__(self, value: Tensor):
+        self._event = None
+        self._value = value.detach()
+        if value.is_cuda:
+            self._value = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+            self._value.copy_(value.detach(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def read(self) -> Tensor:
+        if self._event is not None:
+            self._event.synchronize()
+            self._event = None
+        return self._value
+
+
+class Step:
+    """What became of an update; its numbers are fetched from the device when they are asked for."""
+
+    def __init__(self, lr: float, norm: Tensor):
+        self.lr = lr
+        self._norm = Later(norm)
+
+    @property
+    def gradient_norm(self) -> float:
+        """Before clipping; inf where the update was not applied."""
+        norm = float(self._norm.read())
+        return norm if math.isfinite(norm) else math.inf
+
+    @property
+    def applied(self) -> bool:
+        """False: loss or gradient was not finite and the weights stayed as they were."""
+        return math.isfinite(self.gradient_norm)
+
+
+class Phases:
+    """Which network is at work. One whose residency is `phase` is released when another one's turn comes."""
+
+    def __init__(self):
+        self._current: Network | None = None
+
+    def enter(self, network: Network) -> None:
+        previous, self._current = self._current, network
+        if previous is not None and previous is not network and not previous.differentiating:
+            previous.end_of_phase()
+
+    def end(self) -> None:
+        """The update is over."""
+        if self._current is not None:
+            self._current.end_of_phase()
+        self._current = None
 
 
 class Network:
@@ -147,23 +196,32 @@ class Network:
     way to call it, predict(module, x, t, cond, dtype).
     """
 
-    def __init__(self, role: str, module: nn.Module, backbone, config: Config, world: World):
+    def __init__(self, role: str, module: nn.Module, backbone, config: Config, world: World, phases: Phases):
         import deepspeed
 
         self.role = role
         self._predict = backbone.predict
+        self._phases = phases
+        self._world_size = world.size
+        self._accumulation = config.engine.accumulation
+        self._clip = config.engine.clip
         self.stage = getattr(config.engine.zero, role)
         self.trained = role != "teacher"
-        self.updates = 0
         self._dtype = next(module.parameters()).dtype
+        self._weights: Weights | None = None  # None: DeepSpeed's stages 0 to 2 leave them whole
+        self._gradients: Gradients | None = None  # None: DeepSpeed reduces them and applies the update
+        self.differentiating = False  # a forward pass with a graph has run whose backward pass is to come
+        self._micro_batches = 0  # differentiated for the update that is under way
+        self._updates = 0
+        self._unsettled: Step | None = None
         module.requires_grad_(self.trained)
-        # Before the hooks and the recomputation below, which go around the forward that they find.
+        # Before the recomputation below, which goes around the forward that it finds.
         self.fusion = fuse(module, config.model, world.device)
         blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
-        self._leaves = [_LeafBlock(block) for block in blocks] if self.stage == 3 else []
-        if self.trained and config.engine.checkpointing:
-            for block in blocks:
-                _recompute(block)
+        self._recomputation = None
+        if self.trained and config.engine.checkpointing != "none":
+            keep = getattr(config.engine.kept_passes, role)
+            self._recomputation = Recomputation(blocks, config.engine.checkpointing, keep)
         if not self.trained and self.stage == 0:
             self.engine = module.to(world.device).eval()
             return
@@ -176,11 +234,41 @@ class Network:
             # With an offloaded optimizer DeepSpeed builds its own CPU one from the settings.
             if "optimizer" not in settings:
                 module.to(world.device)
-                optimizer = build_optimizer(module.parameters(), self._optimizer_config, world.device.type)
+                seed = Philox.of(config.run.seed, role, world.rank).key
+                optimizer = build_optimizer(
+                    module.parameters(), self._optimizer_config, world.device.type, self.stage, seed
+                )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        if self.stage == 3:
+            self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
+
+    def _take_over(self, blocks: list[nn.Module], config: Config, world: World, update: bool) -> None:
+        """DeepSpeed has cut the weights up and keeps the state; when they are gathered is decided here from now on, and,
+        with an optimizer of ours on the device (update), how gradients are reduced and applied."""
+        zero = self.engine.optimizer
+        (zero if update or not self.trained else zero.parameter_offload).destroy()  # its hooks
+        for module in self.module.modules():
+            module._parameters = module._original_parameters  # DeepSpeed's own looks up each access in its hooks' state
+        policy = resolve_residency(config.engine.residency, world.size)
+        self._weights = Weights(self.module, blocks, policy, world.size, zero.lp_param_buffer if self.trained else None)
+        if update:
+            assert len(zero.fp32_partitioned_groups_flat) == 1, "one flat shard is needed"
+            self._weights.gather()
+            self._gradients = Gradients(
+                self._weights.units, zero.grad_partitions_flat_buffer, world.size, self._weights.traffic
+            )
+            self._weights.end_of_phase()
+            zero._set_fp32_optimizer_param_groups()
+            zero.optimizer.create_state(zero.fp32_partitioned_groups_flat[0])
+            zero._clear_fp32_optimizer_param_groups()
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        return self._predict(self.engine, x, t, cond, self._dtype)
+        if self._weights is None:
+            return self._predict(self.engine, x, t, cond, self._dtype)
+        self._phases.enter(self)
+        self._weights.gather()
+        self.differentiating |= self.trained and torch.is_grad_enabled()
+        return self._predict(self.module, x, t, cond, self._dtype)
 
     def describe(self) -> str:
         """For the log: size, precision, ZeRO stage, optimizer; and what is fused, with what is not and why."""
@@ -188,6 +276,8 @@ class Network:
         dtype = str(self._dtype).removeprefix("torch.")
         size = f"{self.num_parameters / 1e6:.1f} M parameters"
         line = f"{self.role}: {size}, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+        if self._weights is not None:
+            line += f", gathered by {self._weights.policy}"
         return line if self.fusion is None else f"{line}; {self.fusion}"
 
     @property
@@ -199,19 +289,100 @@ class Network:
     def module(self) -> nn.Module:
         return getattr(self.engine, "module", self.engine)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds one micro-batch's gradient. A loss that is not finite makes the gradient so, on every process."""
-        self.engine.backward(loss * torch.where(loss.isfinite(), 1.0, torch.nan))
-        assert not any(leaf.pending for leaf in self._leaves), f"{self.role}: a forward pass was not differentiated"
+    @property
+    def traffic(self) -> Traffic | None:
+        """What gathering and reducing has cost so far; None where DeepSpeed does it."""
+        return None if self._weights is None else self._weights.traffic
+
+    @property
+    def updates(self) -> int:
+        """Applied ones. Waits for the last to be known."""
+        self.settle()
+        return self._updates
+
+    @updates.setter
+    def updates(self, value: int) -> None:
+        self._updates = value
+
+    def backward(self, loss: Tensor, *, more: bool = False) -> None:
+        """Adds one micro-batch's gradient. A loss that is not finite makes the gradient so, on every process.
+
+        more: another backward pass of the same micro-batch follows, and the gradients are reduced only after it.
+        """
+        loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
+        if self._gradients is not None:
+            self._gradients.held = more
+            (loss / self._accumulation).backward()
+            if not more:
+                self._gradients.finish()
+        else:
+            assert not more, "DeepSpeed reduces after each backward pass"
+            if self._weights is not None:
+                self.engine.optimizer.clear_backward_seen_flag()  # as its forward would
+            self.engine.backward(loss)
+        if self._recomputation is not None:
+            self._recomputation.end_of_chain()
+        if not more:
+            self._micro_batches += 1
+            self.differentiating = False
+            if self._weights is not None:
+                self._weights.end_of_phase()
+
+    @property
+    def differentiates_in_parts(self) -> bool:
+        """Whether `backward` takes `more`."""
+        return self._gradients is not None
 
     def step(self) -> Step | None:
         """After each micro-batch: None until the last of an update, then what became of it."""
-        if not self.engine.is_gradient_accumulation_boundary():
-            self.engine.step()
+        if self._micro_batches < self._accumulation:
+            if self._gradients is None:
+                self.engine.step()
             return None
-        lr = learning_rate(self._optimizer_config, self.updates, self._total_updates)
+        self.settle()
+        self._micro_batches = 0
+        lr = learning_rate(self._optimizer_config, self._updates, self._total_updates)
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        norm = self._update() if self._gradients is not None else self._update_by_deepspeed()
+        if self._weights is not None:
+            self._weights.changed()
+        self._unsettled = Step(lr, norm)
+        return self._unsettled
+
+    def settle(self) -> None:
+        """Learns what became of the last update: how many were applied decides rate and bias correction of the next."""
+        if self._unsettled is not None:
+            self._updates += self._unsettled.applied
+            self._unsettled = None
+
+    def _update(self) -> Tensor:
+        """One pass over this process's shards. Returns the gradient's norm over all of them; nothing is written where it
+        is not finite, and the host need not know."""
+        zero = self.engine.optimizer
+        gradient = self._gradients.flat
+        squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        if self._world_size > 1:
+            dist.all_reduce(squared)
+        norm = squared.sqrt()
+        scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip > 0 else None
+        (master,), (weight,) = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
+        zero.optimizer.state[master]["step"] = self._updates  # it counts calls, those that were not applied too
+        zero._set_fp32_optimizer_param_groups()  # DeepSpeed keeps them in the optimizer only while it saves or loads
+        zero.optimizer.update(
+            master,
+            gradient,
+            weight=None if weight.data_ptr() == master.data_ptr() else weight,
+            scale=scale,
+            apply=norm.isfinite(),
+        )
+        zero._clear_fp32_optimizer_param_groups()
+        self._gradients.start()
+        return norm
+
+    def _update_by_deepspeed(self) -> Tensor:
+        if self._weights is not None:
+            self._weights.release()
         skipped_before = self.engine.skipped_steps
         plain = self.stage == 0 and self._dtype == torch.float32
         norm = self._gradient_norm() if plain else None
@@ -222,21 +393,30 @@ class Network:
             self.engine.skipped_steps += 1
         else:
             self.engine.step()
-        applied = self.engine.skipped_steps == skipped_before
-        self.updates += applied
-        if norm is None:
-            norm = self.engine.get_global_grad_norm()
-        return Step(applied, float(norm) if applied else torch.inf, lr)
+        if self.engine.skipped_steps != skipped_before:
+            return torch.tensor(torch.inf)
+        return norm if norm is not None else torch.as_tensor(self.engine.get_global_grad_norm())
 
     def _gradient_norm(self) -> Tensor:
         # Stage 0 has reduced the gradients already, so every process comes to the same answer.
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
+    def end_of_phase(self) -> None:
+        """Gives the weights back, where they are not to stay."""
+        if self._weights is not None:
+            self._weights.end_of_phase()
+
+    def release(self) -> None:
+        """Gives the weights back, as DeepSpeed wants to find them when it saves or loads."""
+        if self._weights is not None:
+            self._weights.release()
+
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""
         import deepspeed
 
+        self.release()
         state = {}
         main = dist.get_rank() == 0
         parameters = dict(self.module.named_parameters())
@@ -249,6 +429,13 @@ class Network:
         return state if main else None
 
 
+def resolve_residency(residency: str, world_size: int) -> str:
+    """'auto' to a policy of `Weights`. On one process weights are whole at no cost."""
+    if world_size == 1:
+        return "whole"
+    return "phase" if residency == "auto" else residency
+
+
 def fuse(module: nn.Module, config: ModelConfig, device: torch.device) -> FusionReport | None:
     """The transformer's blocks with fused operations, in place, where they are wanted; None where not."""
     if not config.fuse or device.type not in FUSED_ON or why_not("triton", device.type, device.index):
@@ -256,53 +443,34 @@ def fuse(module: nn.Module, config: ModelConfig, device: torch.device) -> Fusion
     return fuse_transformer(module, fp8=None if config.fp8 == "off" else config.fp8, verbose=False)
 
 
-class _LeafBlock:
-    """Makes one transformer block a ZeRO-3 leaf, gathered and reduced as a whole, and keeps its gradients right.
+class Recomputation:
+    """Activation checkpointing of a network's blocks, inside their hooks, so that weights are whole when they run again.
 
-    DeepSpeed's hooks on every small submodule double the time of a step; with a leaf there is one set a block. Two
-    things about leaves must be made up for. They look at positional inputs only, and diffusers passes keywords: the
-    block would be taken for one without differentiable inputs, and its gradients reduced before they are computed. And
-    they reduce at every backward pass through the block, where the student's chain passes through it once a step but
-    its gradient is whole only after the last: DeepSpeed's `ds_grad_is_ready` holds the reduction back until then.
+    keep: how many block passes of each forward chain, the first ones, keep their activations all the same.
     """
 
-    def __init__(self, block: nn.Module):
-        import deepspeed
+    def __init__(self, blocks: list[nn.Module], how: str, keep: int):
+        self._keep = keep
+        self._passes = 0  # of the chain that is under way
+        for block in blocks:
+            self._wrap(block, how)
 
-        self._parameters = list(block.parameters())
-        self._signature = inspect.signature(block.forward)
-        self.pending = 0  # forward passes whose backward pass is still to come
-        # Before DeepSpeed's own hooks, which it registers in initialize.
-        block.register_forward_pre_hook(self._make_positional, with_kwargs=True)
-        block.register_forward_hook(self._count)
-        block.register_full_backward_hook(self._uncount)
-        deepspeed.utils.set_z3_leaf_module(block, True)
+    def end_of_chain(self) -> None:
+        self._passes = 0
 
-    def _make_positional(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]):
-        bound = self._signature.bind(*args, **kwargs)
-        return bound.args, bound.kwargs
+    def _wrap(self, block: nn.Module, how: str) -> None:
+        forward, parameters = block.forward, list(block.parameters())
 
-    def _count(self, block: nn.Module, args: tuple, output: Any) -> None:
-        self.pending += torch.is_grad_enabled()
+        def checkpointed(*args, **kwargs):
+            if torch.is_grad_enabled():
+                self._passes += 1
+                if self._passes <= self._keep:
+                    return forward(*args, **kwargs)
+            if how == "full":
+                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            return selective_checkpoint(forward, *args, parameters=parameters, **kwargs)
 
-    def _uncount(self, block: nn.Module, grad_input: Any, grad_output: Any) -> None:
-        self.pending -= 1
-        for parameter in self._parameters:
-            parameter.ds_grad_is_ready = self.pending == 0
-
-
-def _recompute(block: nn.Module) -> None:
-    """Activation checkpointing inside the block's hooks.
-
-    Around them, as diffusers does it, the recomputation's own hooks would free the weights of a ZeRO-3 leaf just before
-    its backward pass reads them.
-    """
-    forward, parameters = block.forward, list(block.parameters())
-
-    def checkpointed(*args, **kwargs):
-        return selective_checkpoint(forward, *args, parameters=parameters, **kwargs)
-
-    block.forward = checkpointed
+        block.forward = checkpointed
 
 
 def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
@@ -321,10 +489,16 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
     }
     if stage == 3:
         settings["zero_optimization"] |= {
-            "stage3_param_persistence_threshold": engine.zero.param_persistence_threshold,
+            # Gathering and reducing are done in residency.py: nothing stays behind on its own account, there is one flat
+            # shard, and no bucket.
+            "stage3_param_persistence_threshold": 0,
+            "sub_group_size": 10**15,
+            "contiguous_gradients": False,
             # DeepSpeed's own linear adds the bias in a second pass over the output.
             "memory_efficient_linear": False,
         }
+        if engine.accumulation > 1:
+            settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if role != "teacher" and engine.deepspeed is not None:
         settings = merged(settings, read_deepspeed(engine.deepspeed))
     return settings
@@ -353,12 +527,17 @@ def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
     return config.lr * share
 
 
-def build_optimizer(parameters, config: OptimizerConfig, device: str) -> torch.optim.Optimizer:
-    """AdamW of the first of apex, DeepSpeed and torch that is installed, or of the one that is named.
+def build_optimizer(
+    parameters, config: OptimizerConfig, device: str, stage: int, seed: int = 0
+) -> torch.optim.Optimizer:
+    """AdamW: the one that is named; auto is our own for the flat shards of stage 3 and where moments take fewer bytes,
+    else the first of apex, DeepSpeed and torch that is installed. seed: of stochastic rounding.
 
     Raises ConfigError when the named one cannot be had here, saying why.
     """
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32")):
+        return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
     for name in _FUSED if config.name == "auto" else {config.name} & set(_FUSED):
         try:
             return _fused_adam(name, device)(parameters, adam_w_mode=True, **arguments)

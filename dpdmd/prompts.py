@@ -23,6 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
@@ -348,17 +349,33 @@ class Conditioner:
     """Prompts in, conditions of the network out, on `device`, wherever the embeddings come from.
 
     lookup: list of B prompts -> {name: (B, ...)} (`EmbeddingCache.get`, or `encode` of the text encoders).
+    ahead: whether lookup may run in a thread of its own, for `prefetch`.
     negative_prompt: prompt of the unconditional branch, None for none.
     """
 
-    def __init__(self, lookup: Encode, negative_prompt: str | None, device: torch.device | str):
+    def __init__(self, lookup: Encode, negative_prompt: str | None, device: torch.device | str, *, ahead: bool = False):
         self._lookup = lookup
         self._device = torch.device(device)
+        self._reader = ThreadPoolExecutor(1) if ahead else None
+        self._coming: tuple[list[str], Future] | None = None
         self._negative = None if negative_prompt is None else self.cond([negative_prompt])
 
     def cond(self, prompts: list[str]) -> dict[str, Tensor]:
         """{name: (B, ...)} of B prompts. Raises LookupError for one that a cache does not hold."""
-        return {name: tensor.to(self._device) for name, tensor in self._lookup(prompts).items()}
+        coming, self._coming = self._coming, None
+        found = coming[1].result() if coming is not None and coming[0] == prompts else self._read(prompts)
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Has the next `cond(prompts)` read from disk meanwhile, where embeddings come from there."""
+        if self._reader is not None:
+            self._coming = (prompts, self._reader.submit(self._read, prompts))
+
+    def _read(self, prompts: list[str]) -> dict[str, Tensor]:
+        found = self._lookup(prompts)
+        if self._device.type == "cuda":  # from pinned memory the copy to the device takes no time of the host's
+            found = {name: x if x.is_cuda else x.pin_memory() for name, x in found.items()}
+        return found
 
     def uncond(self, batch_size: int) -> dict[str, Tensor] | None:
         """{name: (batch_size, ...)} of the negative prompt, every row the same memory: not to be written to."""
@@ -420,4 +437,4 @@ def make_conditioner(
             f"prompts.cache_dir {config.cache_dir}: {len(absent)} prompts have no embedding here though every process "
             "has written its share: all processes must see the same folder"
         )
-    return Conditioner(cache.get, config.negative_prompt, device)
+    return Conditioner(cache.get, config.negative_prompt, device, ahead=True)

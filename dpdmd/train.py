@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, export_student
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
-from dpdmd.engine import Network, Step, World, resolve_dtype, start
+from dpdmd.engine import Later, Network, Phases, Step, World, resolve_dtype, start
 from dpdmd.journal import Journal, check_space, check_writers, prepare_folder
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
@@ -33,6 +34,23 @@ ROLES = ("teacher", "student", "critic")
 
 class RunStopped(RuntimeError):
     """Too many updates in a row were not finite."""
+
+
+class Update:
+    """An update that is under way on the device; its numbers are fetched when they are asked for."""
+
+    def __init__(self, role: str, iteration: int, step: Step, names: list[str], values: torch.Tensor):
+        self.role, self.iteration = role, iteration
+        self._step, self._names, self._values = step, names, Later(values)
+
+    @property
+    def applied(self) -> bool:
+        return self._step.applied
+
+    def numbers(self) -> dict[str, float]:
+        """Means over the processes of loss and its parts; gradient norm and rate."""
+        means = dict(zip(self._names, self._values.read().tolist(), strict=True))
+        return {**means, "gradient_norm": self._step.gradient_norm, "lr": self._step.lr}
 
 
 @dataclass
@@ -46,15 +64,19 @@ class Trainer:
     networks: dict[str, Network]
     prompts: list[str]
     conditioner: Conditioner
+    phases: Phases
     skipped: int = 0  # updates that were not finite, in all
     skipped_in_a_row: int = 0
+    last_skipped: Update | None = None
     order: PromptOrder = field(init=False)
+    _unsettled: Update | None = field(init=False, default=None)
 
     def __post_init__(self):
         self.order = PromptOrder(len(self.prompts), self.config.run.seed)
 
-    def update(self, role: str, iteration: int) -> dict[str, float]:
-        """One update of student or critic from `accumulation` micro-batches; returns its numbers."""
+    def update(self, role: str, iteration: int) -> Update:
+        """Queues one update of student or critic, from `accumulation` micro-batches, on the device. The host waits for
+        the update before: it runs ahead of the device by one."""
         network, accumulation = self.networks[role], self.config.engine.accumulation
         totals: dict[str, torch.Tensor] = {}
         step = None
@@ -64,16 +86,17 @@ class Trainer:
             step = network.step()
             for name, value in numbers.items():
                 totals[name] = totals.get(name, 0.0) + value.float() / accumulation
-        self._count(step)
-        means = self.world.mean({name: float(value) for name, value in totals.items()})
-        return {**means, "gradient_norm": step.gradient_norm, "lr": step.lr, "skipped": self.skipped}
+        self.phases.end()
+        self.settle()
+        self._unsettled = Update(role, iteration, step, list(totals), self.world.mean(torch.stack([*totals.values()])))
+        self.conditioner.prefetch(self._batch(iteration + 1, self.world.rank))
+        return self._unsettled
 
     def loss(self, role: str, iteration: int, shard: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Loss of one micro-batch, and the numbers to log. shard: its place in the global batch of the iteration."""
+        """What is left to differentiate of one micro-batch's loss, and the numbers to log. shard: its place in the global
+        batch of the iteration."""
         batch_size = self.config.engine.batch_size
-        num_shards = self.world.size * self.config.engine.accumulation
-        indices = self.order.indices(iteration, shard, num_shards, batch_size)
-        cond = self.conditioner.cond([self.prompts[index] for index in indices])
+        cond = self.conditioner.cond(self._batch(iteration, shard))
         draws = Draws(self.config.run.seed, iteration, role, shard, self.world.device)
         noise = draws.noise((batch_size, *self.backbone.latent_shape))
         student, critic = self.networks["student"], self.networks["critic"]
@@ -81,15 +104,28 @@ class Trainer:
             loss = self.distillation.critic_loss(critic, student, noise, cond, draws)
             return loss, {"loss": loss.detach()}
         uncond = self.conditioner.uncond(batch_size)
-        losses = self.distillation.student_loss(student, self.networks["teacher"], critic, noise, cond, uncond, draws)
-        return losses.total, {"loss": losses.total.detach(), "dmd": losses.dmd, "diversity": losses.diversity}
+        first_part = partial(student.backward, more=True) if student.differentiates_in_parts else None
+        losses = self.distillation.student_loss(
+            student, self.networks["teacher"], critic, noise, cond, uncond, draws, first_part
+        )
+        return losses.remaining, {"loss": losses.total, "dmd": losses.dmd, "diversity": losses.diversity}
 
-    def _count(self, step: Step) -> None:
-        self.skipped += not step.applied
-        self.skipped_in_a_row = 0 if step.applied else self.skipped_in_a_row + 1
+    def _batch(self, iteration: int, shard: int) -> list[str]:
+        num_shards = self.world.size * self.config.engine.accumulation
+        indices = self.order.indices(iteration, shard, num_shards, self.config.engine.batch_size)
+        return [self.prompts[index] for index in indices]
+
+    def settle(self) -> None:
+        """Waits for the update that is under way and counts it."""
+        update, self._unsettled = self._unsettled, None
+        if update is not None:
+            self.skipped += not update.applied
+            self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
+            self.last_skipped = self.last_skipped if update.applied else update
 
     def state(self) -> dict:
         """What a checkpoint keeps beside weights and optimizer state."""
+        self.settle()
         return {
             "updates": {role: self.networks[role].updates for role in ("student", "critic")},
             "skipped": self.skipped,
@@ -131,16 +167,24 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
 
     for iteration in range(first, config.run.iterations):
         role = role_of(iteration, config.distill.critic_updates)
-        numbers = trainer.update(role, iteration)
-        progress.advance(role, numbers)
-        if journal and iteration % config.run.log_every == 0:
-            journal.write(iteration, role, {**numbers, **progress.rates()})
-        if trainer.skipped_in_a_row >= config.run.max_bad_updates:
-            raise RunStopped(
-                f"{trainer.skipped_in_a_row} updates in a row were not finite (the last, of the {role}, was number "
-                f"{iteration + 1}); the last good checkpoint is {checkpoints.newest()}"
-            )
+        update = trainer.update(role, iteration)
         done = iteration + 1
+        checkpoint_due |= due(done, config.run.checkpoint_every) and done < config.run.iterations
+        logged = iteration % config.run.log_every == 0
+        if logged or checkpoint_due or done == config.run.iterations:
+            trainer.settle()
+        progress.advance(role)
+        if logged:
+            numbers = {**update.numbers(), "skipped": trainer.skipped}
+            progress.show(role, numbers)
+            if journal:
+                journal.write(iteration, role, {**numbers, **progress.rates()})
+        if trainer.skipped_in_a_row >= config.run.max_bad_updates:
+            last = trainer.last_skipped
+            raise RunStopped(
+                f"{trainer.skipped_in_a_row} updates in a row were not finite (the last, of the {last.role}, was number "
+                f"{last.iteration + 1}); the last good checkpoint is {checkpoints.newest()}"
+            )
         student_updates = done // (config.distill.critic_updates + 1)
         if role == "student" and due(student_updates, config.run.sample_every):
             draw_samples(trainer, folder / "samples" / f"step_{done:06d}.png")
@@ -148,7 +192,6 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             measurements = evaluate_student(trainer)
             if journal:
                 journal.write(iteration, "evaluation", measurements)
-        checkpoint_due |= due(done, config.run.checkpoint_every) and done < config.run.iterations
         if checkpoint_due and trainer.skipped_in_a_row == 0:  # a checkpoint is a good one
             checkpoints.save(done, trainer.networks, trainer.state())
             checkpoint_due = False
@@ -229,12 +272,12 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         dtype=dtype,
         progress=EncodingProgress() if world.main else None,
     )
-    networks = {}
+    networks, phases = {}, Phases()
     for role in ROLES:
         transformer = backbone.load_transformer(role, dtype, world.device if config.model.random_init else "cpu")
-        networks[role] = Network(role, transformer, backbone, config, world)
+        networks[role] = Network(role, transformer, backbone, config, world, phases)
     distillation = Distillation(backbone.diffusion, config.distill, world.device)
-    return Trainer(config, world, backbone, distillation, networks, prompts, conditioner)
+    return Trainer(config, world, backbone, distillation, networks, prompts, conditioner, phases)
 
 
 def space_needed(trainer: Trainer) -> int:
@@ -332,13 +375,15 @@ class Progress:
             smoothing=0.05,
         )
 
-    def advance(self, role: str, numbers: dict[str, float]) -> None:
+    def advance(self, role: str) -> None:
         now = time.perf_counter()
         seconds, self._last = now - self._last, now
         self._seconds[role].append(seconds)
         self._latest = {"seconds": seconds, "samples_per_second": self._samples / seconds}
-        self._bar.set_postfix({f"{role} loss": f"{numbers['loss']:.4f}"}, refresh=False)
         self._bar.update()
+
+    def show(self, role: str, numbers: dict[str, float]) -> None:
+        self._bar.set_postfix({f"{role} loss": f"{numbers['loss']:.4f}"}, refresh=False)
 
     def rates(self) -> dict[str, float]:
         return self._latest

@@ -21,6 +21,7 @@ from dpdmd.engine import (
     resolve_device,
     resolve_dtype,
 )
+from dpdmd.optimizer import AdamW
 
 DRIVERS = Path(__file__).parent / "drivers"
 
@@ -37,7 +38,7 @@ def results(launcher):
 @pytest.mark.distributed
 def test_gradients_are_those_of_the_plain_module(results):
     """Two processes, chains of forward passes, leaf modules, accumulation, checkpointing: the same full gradient."""
-    assert len(results) == 17
+    assert len(results) == 26
     for case, result in results.items():
         assert result["fused"] == (3 if "fused True" in case else 0), case  # two blocks and the last norm
         # bfloat16: sums of three passes in another order; a wrong reduction is off by its whole size.
@@ -123,9 +124,13 @@ def test_learning_rate():
 def test_optimizer_choice(monkeypatch):
     config = load_config(None).student_optimizer
     parameters = [torch.nn.Parameter(torch.zeros(2))]
-    assert isinstance(build_optimizer(parameters, config, "cpu"), torch.optim.AdamW)
+    assert isinstance(build_optimizer(parameters, config, "cpu", 0), torch.optim.AdamW)
+    sharded = build_optimizer(parameters, config.model_copy(update={"state": "bfloat16"}), "cpu", 3, seed=5)
+    assert isinstance(sharded, AdamW) and sharded.param_groups[0]["state_dtype"] == "bfloat16"
+    assert sharded.param_groups[0]["seed"] == 5
+    assert isinstance(build_optimizer(parameters, config.model_copy(update={"name": "fused"}), "cpu", 0), AdamW)
     with pytest.raises(ConfigError, match="optimizer name = 'apex' cannot be used: it needs a CUDA device"):
-        build_optimizer(parameters, config.model_copy(update={"name": "apex"}), "cpu")
+        build_optimizer(parameters, config.model_copy(update={"name": "apex"}), "cpu", 0)
 
     class Fake:
         def __init__(self, parameters, **arguments):
@@ -136,6 +141,61 @@ def test_optimizer_choice(monkeypatch):
     for module in ("apex.optimizers", "deepspeed.ops.adam"):
         installed |= {"apex.optimizers": SimpleNamespace(), "deepspeed.ops.adam": SimpleNamespace()}
         installed[module] = SimpleNamespace(FusedAdam=Fake)
-        assert isinstance(build_optimizer(parameters, config, "cuda"), Fake)
+        assert isinstance(build_optimizer(parameters, config, "cuda", 1), Fake)
         installed[module] = SimpleNamespace(FusedAdam=lambda *args, **kwargs: 1 / 0)
-    assert build_optimizer(parameters, config, "cuda").defaults["fused"]
+    assert build_optimizer(parameters, config, "cuda", 1).defaults["fused"]
+
+
+@pytest.fixture(scope="module")
+def traffic(launcher, tiny_pipeline):
+    done = subprocess.run(
+        [*launcher(2), DRIVERS / "gathers.py", tiny_pipeline], capture_output=True, text=True, timeout=600
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+# A cycle of two critic updates (each the student's rollout, then the critic's pass) and one of the student (its own chain,
+# the teacher's rollout, then teacher and critic for the score).
+NETWORKS_GATHERED = {
+    "phase": {"student": 2 + 1, "critic": 2 + 1, "teacher": 2},
+    # Once in the run, and after each of its own updates.
+    "whole": {"student": 1, "critic": 2, "teacher": 0},
+}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("residency", NETWORKS_GATHERED)
+def test_a_network_is_gathered_once_a_phase(traffic, residency):
+    """The second and third cycle gather the same: nothing is recorded, nothing invalidated, and nobody else gathers."""
+    for cycle in traffic[residency]["cycles"][1:]:
+        assert {role: each["network_gathers"] for role, each in cycle["roles"].items()} == NETWORKS_GATHERED[residency]
+        units = sum(each["unit_gathers"] for each in cycle["roles"].values())
+        assert units == 4 * sum(NETWORKS_GATHERED[residency].values())  # two blocks, what is before and what is after
+        assert cycle["all_gathers"] == units
+        expected = sum(NETWORKS_GATHERED[residency].values()) * traffic["shard_bytes"]
+        assert sum(each["gathered_bytes"] for each in cycle["roles"].values()) == expected
+        assert sum(each["reduced_bytes"] for each in cycle["roles"].values()) == 3 * traffic["shard_bytes"]
+
+
+@pytest.mark.distributed
+def test_blocks_are_gathered_as_they_run(traffic):
+    """Every pass gathers both blocks, a backward pass again; what lies outside them is gathered for the phase."""
+    passes = {"student": 2 * 4 + 4 + 4, "critic": 2 * (1 + 1) + 1, "teacher": 2 + 1}  # 2 anchor steps
+    for cycle in traffic["block"]["cycles"][1:]:
+        for role, each in cycle["roles"].items():
+            # The block with which the backward pass of the first step ends is there when the second step begins.
+            spared = 1 if role == "student" else 0
+            assert each["unit_gathers"] == 2 * passes[role] + 2 * NETWORKS_GATHERED["phase"][role] - spared, role
+
+
+@pytest.mark.distributed
+def test_residency_changes_no_bit(traffic):
+    losses = [traffic[residency]["losses"] for residency in ("whole", "phase", "block")]
+    assert len(losses[0]) == 9 and losses[0] == losses[1] == losses[2]
+
+
+@pytest.mark.distributed
+def test_shards_are_all_that_stays(traffic):
+    assert traffic["phase"]["whole_after"] == 0 and traffic["block"]["whole_after"] == 0

@@ -23,7 +23,7 @@ def results(launcher):
 def test_outputs_and_gradients_are_the_stock_modules(results):
     """Fused before and after DeepSpeed is initialised, leaves or hooks on every module, with recomputation and without:
     in float32, chains of two passes, before and after an update."""
-    assert len(results) == 7
+    assert len(results) == 8
     for case, result in results.items():
         assert result["output"] < 1e-5 and result["gradient"] < 1e-5, case
         assert result["stock"] == 0, f"{case}: it must be the fused forwards that ran"

@@ -38,7 +38,7 @@ def settings(tiny_pipeline, tmp_path_factory):
         "student_optimizer": {"lr": 1e-3, "decay": "cosine"},
         "critic_optimizer": {"lr": 1e-3, "decay": "cosine"},
         # 0: weights are really sharded.
-        "engine": {"device": "cpu", "batch_size": 2, "zero": {"param_persistence_threshold": 0}},
+        "engine": {"device": "cpu", "batch_size": 2},
         "run": {"iterations": 6, "checkpoint_every": 3, "sample_every": 1, "max_bad_updates": 3},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(values))
@@ -251,7 +251,7 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
                 "prompts.negative_prompt=null",
                 "student_optimizer.warmup=2",
                 "engine.zero={teacher: 3, student: 0, critic: 0}",
-                "engine.checkpointing=true",
+                "engine.checkpointing=selective",
                 "engine.deepspeed={gradient_clipping: 0.5}",
                 "distill.normalizer=sample",
             ],

@@ -51,7 +51,8 @@ def make(dtype):
     return model.to(dtype)
 
 
-def chain_loss(network, shard):
+def chain_losses(network, shard):
+    """The loss in two parts that share no graph, as a student's first step and its others do."""
     generator = torch.Generator().manual_seed(shard)
     x = torch.randn(2, 4, 8, 8, generator=generator)
     cond = {"text": torch.randn(2, 5, 16, generator=generator), "pooled": torch.randn(2, 16, generator=generator)}
@@ -59,20 +60,46 @@ def chain_loss(network, shard):
     with torch.no_grad():
         network(x, t, cond)
     first = x - 0.2 * network(x, t, cond)
+    yield 0.5 * (first + 1).square().mean()
     x = first.detach()
     for _ in range(2):
         x = x - 0.2 * network(x, t, cond)
-    return (x - 1).square().mean() + 0.5 * (first + 1).square().mean()
+    yield (x - 1).square().mean()
+
+
+def backward(network, shard, broken=False):
+    """Both parts, one after the other where the network takes them so, else together."""
+    scale = torch.nan if broken else 1.0
+    if network.differentiates_in_parts:
+        first, second = chain_losses(network, shard), None
+        network.backward(next(first) * scale, more=True)
+        second = next(first)
+        network.backward(second)
+    else:
+        network.backward(sum(chain_losses(network, shard)) * scale)
+
+
+def cases():
+    """(stage, dtype, accumulation, checkpointing, fused, residency)"""
+    for stage, accumulation in itertools.product((0, 1, 2), (1, 2)):
+        yield stage, "float32", accumulation, "none", False, "auto"
+    yield 2, "float32", 1, "full", False, "auto"
+    for residency, accumulation in itertools.product(("whole", "phase", "block"), (1, 2)):
+        yield 3, "float32", accumulation, "none", False, residency
+    for residency, checkpointing in itertools.product(("phase", "block"), ("selective", "full")):
+        yield 3, "float32", 1, checkpointing, False, residency
+    for stage in (0, 1, 2):
+        yield stage, "bfloat16", 1, "none", False, "auto"
+    for accumulation in (1, 2):
+        yield 3, "bfloat16", accumulation, "none", False, "phase"
+    for checkpointing, residency in itertools.product(("none", "selective"), ("phase", "block")):
+        yield 3, "float32", 2, checkpointing, True, residency
 
 
 def main():
     world = None
     results = {}
-    cases = [(stage, "float32", a, c, False) for stage, a, c in itertools.product((0, 1, 2, 3), (1, 2), (False,))]
-    cases += [(3, "float32", 1, True, False), (3, "float32", 2, True, False), (2, "float32", 1, True, False)]
-    cases += [(stage, "bfloat16", 1, False, False) for stage in (0, 1, 2, 3)]
-    cases += [(3, "float32", 2, checkpointing, True) for checkpointing in (False, True)]
-    for stage, dtype_name, accumulation, checkpointing, fused in cases:
+    for stage, dtype_name, accumulation, checkpointing, fused, residency in cases():
         # The fused operations' reference, as the trainer fuses on a GPU only.
         engine.FUSED_ON = ("cpu",) if fused else ()
         engine.why_not = lambda *device: ""
@@ -85,21 +112,21 @@ def main():
                     "accumulation": accumulation,
                     "clip": 0.0,
                     "checkpointing": checkpointing,
-                    # 0: every parameter is really sharded and gathered.
-                    "zero": {"student": stage, "param_persistence_threshold": 0},
+                    "residency": residency,
+                    "zero": {"student": stage},
                 },
             }
         )
         world = world or engine.start(config.engine)
         dtype = getattr(torch, dtype_name)
-        student = engine.Network("student", make(dtype), Backbone, config, world)
+        student = engine.Network("student", make(dtype), Backbone, config, world, engine.Phases())
         plain = make(dtype)
         shards = range(accumulation * world.size)
         for shard in shards:
-            loss = chain_loss(lambda x, t, cond, m=plain, d=dtype: Backbone.predict(m, x, t, cond, d), shard)
-            (loss / len(shards)).backward()
+            losses = chain_losses(lambda x, t, cond, m=plain, d=dtype: Backbone.predict(m, x, t, cond, d), shard)
+            (sum(losses) / len(shards)).backward()
         for micro_batch in range(accumulation):
-            student.backward(chain_loss(student, micro_batch * world.size + world.rank))
+            backward(student, micro_batch * world.size + world.rank)
             if micro_batch + 1 < accumulation:
                 assert student.step() is None
         difference = size = 0.0
@@ -114,16 +141,16 @@ def main():
         # A loss that breaks on one process must stop the update on all, and leave no trace.
         before = student.full_state_dict()
         for micro_batch in range(accumulation):
-            loss = chain_loss(student, micro_batch)
-            student.backward(loss * torch.nan if world.rank == 0 else loss)
+            backward(student, micro_batch, broken=world.rank == 0)
             broken = student.step()
         after = student.full_state_dict()
         unchanged = not world.main or all(torch.equal(before[name], after[name]) for name in before)
         for micro_batch in range(accumulation):
-            student.backward(chain_loss(student, micro_batch))
+            backward(student, micro_batch)
             recovered = student.step()
         results[
-            f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}"
+            f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}, "
+            f"residency {residency}"
         ] = {
             "fused": student.fusion is not None and sum(student.fusion.replaced.values()),
             "gradient_error": (difference / size) ** 0.5,

@@ -1,0 +1,331 @@
+"""When the weights of a network that ZeRO-3 shards are whole, and where its gradients go.
+
+DeepSpeed shards: each process keeps one flat piece of the weights, of the gradient and of the optimizer's state. Its own
+hooks gather the weights anew in every pass of every submodule; with three networks and sixty passes a cycle that costs
+more than the passes. Here a network is gathered for a phase (all passes of a rollout, or a forward chain and its
+backward pass), in units: one a transformer block, one for what lies before the blocks and one for what comes after.
+
+Weights      units gathered and released, for a phase at once or block by block with the next one under way
+Gradients    each unit's gradient averaged over the processes as soon as autograd has finished it; the shard is kept
+
+On one process a gather is no copy: parameters are views of the flat piece.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Policy = str  # "whole": kept until the weights change; "phase": for a phase; "block": each block when it runs
+
+
+class Traffic:
+    """Counts what a network sends for and receives: unit gathers, whole-network gathers, bytes received."""
+
+    def __init__(self):
+        self.reset()
+
+    def reset(self) -> None:
+        self.network_gathers = 0
+        self.unit_gathers = 0
+        self.gathered_bytes = 0
+        self.reduced_bytes = 0
+
+
+class Unit:
+    """Consecutive parameters that are gathered together; their shards are one slice of the flat piece."""
+
+    def __init__(self, parameters: list[nn.Parameter], shard: Tensor, offset: int, world_size: int):
+        self.parameters = parameters
+        self.offset = offset  # of the shard in the flat piece
+        self.sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        self._shard = shard
+        self._world_size = world_size
+        self._work = self._received = None
+        self.whole = False
+
+    @property
+    def size(self) -> int:
+        """Elements of the shard, padding included."""
+        return self._shard.numel()
+
+    def launch(self) -> int:
+        """Starts the gather; returns bytes that it will receive."""
+        if self.whole or self._work is not None or self._world_size == 1:
+            return 0
+        self._received = self._shard.new_empty(self._world_size, self.size)
+        self._work = dist.all_gather_into_tensor(self._received.view(-1), self._shard, async_op=True)
+        return (self._world_size - 1) * self._shard.nbytes
+
+    def finish(self) -> None:
+        """Makes the parameters whole; later work of this stream sees them so."""
+        if self.whole:
+            return
+        if self._world_size == 1:
+            for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
+                parameter.data = self._shard[start : start + size].view(parameter.ds_shape)
+        else:
+            self._work.wait()
+            values = self._shard.new_empty(sum(parameter.ds_numel for parameter in self.parameters))
+            to, of, begin = [], [], 0
+            for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
+                flat = values[begin : begin + parameter.ds_numel]
+                for rank in range(self._world_size):
+                    piece = flat[rank * size : (rank + 1) * size]
+                    if len(piece):
+                        to.append(piece)
+                        of.append(self._received[rank, start : start + len(piece)])
+                parameter.data = flat.view(parameter.ds_shape)
+                begin += parameter.ds_numel
+            torch._foreach_copy_(to, of)
+            self._work = self._received = None
+        self._mark(True)
+
+    def release(self) -> None:
+        if self._work is not None:
+            self._work.wait()
+            self._work = self._received = None
+        if self.whole:
+            for parameter in self.parameters:
+                parameter.data = parameter.data.new_empty(0)
+            self._mark(False)
+
+    def _places(self) -> Iterable[tuple[int, int]]:
+        start = 0
+        for size in self.sizes:
+            yield start, size
+            start += size
+
+    def _mark(self, whole: bool) -> None:
+        # DeepSpeed's own checks, when it saves and loads, ask for the status.
+        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+        status = ZeroParamStatus.AVAILABLE if whole else ZeroParamStatus.NOT_AVAILABLE
+        for parameter in self.parameters:
+            parameter.ds_status = status
+        self.whole = whole
+
+
+class Weights:
+    """The weights of one network under ZeRO-3.
+
+    module: partitioned by DeepSpeed, which has no hooks on it (any more); blocks: its transformer blocks, in the order in
+    which they run; flat: this process's piece, in the order of module.parameters(); None: made here of the parameters'
+    own pieces.
+    """
+
+    def __init__(
+        self, module: nn.Module, blocks: list[nn.Module], policy: Policy, world_size: int, flat: Tensor | None
+    ):
+        self.policy = policy
+        self.traffic = Traffic()
+        self._world_size = world_size
+        parameters = list(module.parameters())
+        if flat is None:
+            flat = _defragment(parameters)
+        owner = {parameter: index for index, block in enumerate(blocks) for parameter in block.parameters()}
+        self.units: list[Unit] = []
+        self._of_block: dict[int, Unit] = {}
+        offset, run = 0, []
+        for i, parameter in enumerate(parameters):
+            run.append(parameter)
+            following = parameters[i + 1] if i + 1 < len(parameters) else None
+            if following is None or owner.get(following) != owner.get(parameter):
+                size = sum(each.ds_tensor.ds_numel for each in run)
+                unit = Unit(run, flat[offset : offset + size], offset, world_size)
+                self.units.append(unit)
+                if parameter in owner:
+                    assert owner[parameter] not in self._of_block, "a block's parameters are not consecutive"
+                    self._of_block[owner[parameter]] = unit
+                offset, run = offset + size, []
+        assert offset == flat.numel(), (offset, flat.numel())
+        self._blockwise = [self._of_block[index] for index in sorted(self._of_block)] if policy == "block" else []
+        self._backward_unit: int | None = None  # the block whose backward pass is under way
+        for index, block in enumerate(blocks if policy == "block" else []):
+            self._guard(block, index)
+
+    def gather(self) -> None:
+        """Makes whole what a phase needs whole: everything, or what is outside the blocks."""
+        outstanding = [unit for unit in self._resident if not unit.whole]
+        if not outstanding:
+            return
+        self.traffic.network_gathers += 1
+        self.prefetch()
+        for unit in outstanding:
+            unit.finish()
+
+    def prefetch(self) -> None:
+        """Starts `gather` without waiting for it."""
+        for unit in self._resident:
+            self._launch(unit)
+
+    def release(self) -> None:
+        for unit in self.units:
+            unit.release()
+        self._backward_unit = None
+
+    def end_of_phase(self) -> None:
+        if self.policy != "whole":
+            self.release()
+
+    def changed(self) -> None:
+        """To be called when an update has written the shards: what is whole is that of before, but on one process."""
+        if self._world_size > 1:
+            self.release()
+
+    @property
+    def _resident(self) -> list[Unit]:
+        return [unit for unit in self.units if unit not in self._blockwise]
+
+    def _launch(self, unit: Unit) -> None:
+        received = unit.launch()
+        self.traffic.gathered_bytes += received
+        self.traffic.unit_gathers += received > 0
+
+    def _guard(self, block: nn.Module, index: int) -> None:
+        """The block's weights are there when it runs, forward and backward, with its neighbour's on the way."""
+        units = self._blockwise
+
+        def before_forward(*_):
+            self._enter(index, index + 1)
+
+        def after_forward(*_):
+            units[index].release()
+
+        def before_backward(*_):
+            # Blocks without differentiable inputs have no hook after their backward pass: the one before them closes it.
+            if self._backward_unit is not None and self._backward_unit != index:
+                units[self._backward_unit].release()
+            self._backward_unit = index
+            self._enter(index, index - 1)
+
+        block.register_forward_pre_hook(before_forward)
+        block.register_forward_hook(after_forward)
+        block.register_full_backward_pre_hook(before_backward)
+
+    def _enter(self, index: int, neighbour: int) -> None:
+        units = self._blockwise
+        self._launch(units[index])
+        if 0 <= neighbour < len(units):
+            self._launch(units[neighbour])
+        units[index].finish()
+
+
+def _defragment(parameters: list[nn.Parameter]) -> Tensor:
+    """One flat tensor of the parameters' pieces, which become views of it."""
+    pieces = [parameter.ds_tensor for parameter in parameters]
+    flat = torch.cat([piece.data.view(-1) for piece in pieces])
+    offset = 0
+    for piece in pieces:
+        piece.data = flat[offset : offset + piece.numel()]
+        offset += piece.numel()
+    return flat
+
+
+class Gradients:
+    """Takes each parameter's gradient when autograd has finished it, averages over the processes, keeps the shard.
+
+    flat: this process's shard of the gradient, in the units' order; float32 or the weights' dtype. The shards of several
+    backward passes are added until `start` is called.
+    """
+
+    def __init__(self, units: list[Unit], flat: Tensor, world_size: int, traffic: Traffic):
+        self.flat = flat
+        self._units = units
+        self._world_size = world_size
+        self._traffic = traffic
+        self._taken: dict[Unit, list[nn.Parameter]] = {unit: [] for unit in units}
+        self._in_flight: deque[Callable[[], None]] = deque()
+        self._first = True  # of the backward passes whose sum is wanted
+        self._reduced: set[Unit] = set()
+        self.held = False  # gradients stay with the parameters, for another backward pass to add to
+        for unit in units:
+            for parameter in unit.parameters:
+                if parameter.requires_grad:
+                    self._watch(unit, parameter)
+
+    def start(self) -> None:
+        """The next backward pass begins a new sum."""
+        self._first = True
+
+    def finish(self) -> None:
+        """After a backward pass: every unit is reduced and the shard complete in the order of this stream."""
+        for unit in self._units:
+            if unit not in self._reduced:
+                self._reduce(unit)
+        while self._in_flight:
+            self._in_flight.popleft()()
+        self._reduced.clear()
+        self._first = False
+
+    def _watch(self, unit: Unit, parameter: nn.Parameter) -> None:
+        def take(_):
+            if self.held:
+                return
+            taken = self._taken[unit]
+            taken.append(parameter)
+            if len(taken) == len(unit.parameters):
+                self._reduce(unit)
+
+        # The node that accumulates takes its shape from the parameter, which must be whole when it is made.
+        parameter.register_post_accumulate_grad_hook(take)
+
+    @torch.no_grad()
+    def _reduce(self, unit: Unit) -> None:
+        shard = self.flat[unit.offset : unit.offset + unit.size]
+        self._taken[unit].clear()
+        self._reduced.add(unit)
+        if self._world_size == 1:
+            self._keep(unit, shard)
+            return
+        sent = self._sent(unit)
+        self._traffic.reduced_bytes += (self._world_size - 1) * sent[0].nbytes
+        direct = self._first and sent.dtype == shard.dtype
+        received = shard if direct else torch.empty_like(sent[0])
+        sent.div_(self._world_size)
+        work = dist.reduce_scatter_tensor(received, sent.view(-1), async_op=True)
+
+        def complete():
+            work.wait()
+            if not direct:
+                shard.copy_(received) if self._first else shard.add_(received)
+
+        self._in_flight.append(complete)
+        if len(self._in_flight) > 2:  # what is sent stays in memory until then
+            self._in_flight.popleft()()
+
+    def _keep(self, unit: Unit, shard: Tensor) -> None:
+        pieces, gradients = [], []
+        start = 0
+        for parameter, size in zip(unit.parameters, unit.sizes, strict=True):
+            if parameter.grad is not None:
+                pieces.append(shard[start : start + parameter.ds_numel])
+                gradients.append(parameter.grad.reshape(-1))
+                parameter.grad = None
+            elif self._first:
+                shard[start : start + size].zero_()
+            start += size
+        if pieces:
+            (torch._foreach_copy_ if self._first else torch._foreach_add_)(pieces, gradients)
+
+    def _sent(self, unit: Unit) -> Tensor:
+        """(processes, unit.size): what each of them is to get, padding and parameters without a gradient 0."""
+        sent = unit.parameters[0].new_zeros(self._world_size, unit.size)
+        to, of, start = [], [], 0
+        for parameter, size in zip(unit.parameters, unit.sizes, strict=True):
+            if parameter.grad is not None:
+                flat = parameter.grad.reshape(-1)
+                for rank in range(self._world_size):
+                    piece = flat[rank * size : (rank + 1) * size]
+                    to.append(sent[rank, start : start + len(piece)])
+                    of.append(piece)
+                parameter.grad = None
+            start += size
+        to, of = [x for x in to if len(x)], [x for x in of if len(x)]
+        if to:
+            torch._foreach_copy_(to, of)
+        return sent

@@ -1,0 +1,72 @@
+"""Started by test_engine.py with the deepspeed launcher: what three cycles gather under each residency, and their losses.
+
+Prints one JSON line.
+"""
+
+import json
+import sys
+import tempfile
+
+import torch.distributed as dist
+
+from dpdmd import engine, train
+from dpdmd.backbones import load_backbone
+from dpdmd.config import parse_config
+from dpdmd.residency import Traffic
+
+PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
+
+
+def run(pipeline, residency, folder):
+    config = parse_config(
+        {
+            "model": {"pipeline": pipeline, "resolution": 32, "max_sequence_length": 8},
+            "prompts": {"file": "unused", "cache_dir": folder},
+            "distill": {"teacher_steps": 6, "anchor": 2, "critic_updates": 2},
+            "student_optimizer": {"lr": 1e-3},
+            "critic_optimizer": {"lr": 1e-3},
+            "engine": {"device": "cpu", "batch_size": 1, "residency": residency},
+            "run": {"output_dir": folder, "iterations": 9},
+        }
+    )
+    world = engine.start(config.engine)
+    trainer = train.build(config, world, load_backbone(config.model), PROMPTS)
+    counted = []
+    gather = dist.all_gather_into_tensor
+    dist.all_gather_into_tensor = lambda *args, **kwargs: counted.append(1) or gather(*args, **kwargs)
+    cycles, losses = [], []
+    for cycle in range(3):
+        for network in trainer.networks.values():
+            network.traffic.reset()
+        counted.clear()
+        for iteration in range(3 * cycle, 3 * cycle + 3):
+            losses.append(trainer.update(train.role_of(iteration, 2), iteration).numbers()["loss"])
+        roles = {role: dict(vars(network.traffic)) for role, network in trainer.networks.items()}
+        cycles.append({"roles": roles, "all_gathers": len(counted)})
+    dist.all_gather_into_tensor = gather
+    whole = sum(parameter.numel() for network in trainer.networks.values() for parameter in network.module.parameters())
+    shard = sum(parameter.ds_tensor.nbytes for parameter in trainer.networks["teacher"].module.parameters())
+    return {"cycles": cycles, "losses": losses, "whole_after": whole}, shard
+
+
+def main():
+    assert vars(Traffic()).keys() == {"network_gathers", "unit_gathers", "gathered_bytes", "reduced_bytes"}
+    pipeline = next(argument for argument in sys.argv[1:] if not argument.startswith("--"))
+    results = {}
+    with tempfile.TemporaryDirectory() as mine:
+        for residency in ("whole", "phase", "block"):
+            world_folder = [mine]
+            if dist.is_initialized():
+                dist.broadcast_object_list(world_folder, 0)
+            else:
+                engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+                dist.broadcast_object_list(world_folder, 0)
+            results[residency], results["shard_bytes"] = run(pipeline, residency, world_folder[0])
+        dist.barrier()
+    if dist.get_rank() == 0:
+        print("RESULT " + json.dumps(results), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
