@@ -149,7 +149,7 @@ def export_student(
             "num_steps": distill.student_steps,
             "times": distillation.student_times.tolist(),
             "pipeline_sigmas": diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid),
-            "guidance_scale": 1.0,
+            "guidance_scale": backbone.pipeline_guidance_scale,
             "resolution": config.model.resolution,
             "max_sequence_length": config.model.max_sequence_length,
         }

@@ -51,13 +51,16 @@ class ModelConfig(_Section):
     critic: str | None = Field(
         None, description="Pipeline whose transformer the critic starts from (default: teacher)."
     )
-    family: Literal["sd3"] = Field("sd3", description="Which backbones/ file knows this architecture.")
+    family: Literal["sd3", "flux"] = Field("sd3", description="Which backbones/ file knows this architecture.")
     random_init: bool = Field(
         False, description="Build the architecture from its configuration alone, with random weights (benchmarks)."
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
     resolution: PositiveInt = Field(1024, description="Height and width of the images, in pixels.")
     max_sequence_length: PositiveInt = Field(256, description="Length of the T5 text embedding, in tokens.")
+    embedded_guidance: float = Field(
+        3.5, ge=0.0, description="Guidance value that guidance-distilled models (FLUX.1-dev) take as an input."
+    )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
         description="Arithmetic of the networks; bfloat16 keeps float32 masters. auto: bfloat16 on CUDA, else float32.",

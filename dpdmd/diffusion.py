@@ -12,6 +12,7 @@ Source: arXiv 2602.03139, with x0 for data and eps for the initial noise.
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import torch
@@ -26,7 +27,11 @@ class Flow:
     """Linear path between data (t = 0) and noise (t = 1), networks predict the velocity.
 
     scheduler: a diffusers FlowMatchEulerDiscreteScheduler; it is copied, never changed.
+    mu: what a scheduler that shifts by resolution (use_dynamic_shifting) shifts by; others have no need of it.
+    even_steps: the pipeline takes n steps as sigmas 1, (n - 1) / n, ..., 1 / n before the shift (FluxPipeline); else
+    it takes the steps that the scheduler makes of the number n (StableDiffusion3Pipeline).
     train_times (1000,) float32: the scheduler's training grid, falling, shift included.
+    Raises ValueError for a scheduler that shifts by resolution and no mu.
     """
 
     prediction = "velocity"
@@ -34,36 +39,55 @@ class Flow:
     # The velocity target is made of states alone; the x0 target below asks the teacher once more at the anchor.
     anchor_needs_teacher = False
 
-    def __init__(self, scheduler):
+    def __init__(self, scheduler, *, mu: float | None = None, even_steps: bool = False):
         self._scheduler = scheduler
+        self._mu = mu
+        self._even_steps = even_steps
         self.num_train_timesteps = scheduler.config.num_train_timesteps
-        self.train_times = type(scheduler).from_config(scheduler.config).sigmas.float()
+        times = type(scheduler).from_config(scheduler.config).sigmas
+        if scheduler.config.use_dynamic_shifting:
+            if mu is None:
+                raise ValueError("mu = None: a scheduler with use_dynamic_shifting needs the shift of its resolution")
+            times = scheduler.time_shift(mu, 1.0, times)
+        self.train_times = times.float()
 
     def times(self, num_steps: int) -> Tensor:
         """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
+        if self._even_steps:
+            return self._walked(sigmas=self.pipeline_sigmas(num_steps, "scheduler"))
+        return self._walked(num_inference_steps=num_steps)
+
+    def _walked(self, **steps) -> Tensor:
         scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(num_steps)
+        scheduler.set_timesteps(**steps, mu=self._mu)
         return scheduler.sigmas.float()
 
     def pipeline_sigmas(self, num_steps: int, grid: Grid) -> list[float]:
         """The list to give a diffusers pipeline as `sigmas`, which shifts it, so that it walks the student's grid."""
-        config = self._scheduler.config
-        if grid == "scheduler":
-            times = type(self._scheduler).from_config(config)
+        if grid == "scheduler" and self._even_steps:
+            sigmas = np.linspace(1.0, 1.0 / num_steps, num_steps)
+        elif grid == "scheduler":
+            times = type(self._scheduler).from_config(self._scheduler.config)
             sigmas = np.linspace(times.sigma_max, times.sigma_min, num_steps)
         elif grid == "uniform":
             sigmas = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
         else:
-            shift = self._scheduler.shift
+            shift = self._shift
             sigmas = np.array(grid, dtype=np.float64)
             sigmas = sigmas / (shift - (shift - 1.0) * sigmas)
         return [float(sigma) for sigma in sigmas.astype(np.float32)]
 
+    @property
+    def _shift(self) -> float:
+        """s, where the scheduler turns sigma into s sigma / (1 + (s - 1) sigma)."""
+        config = self._scheduler.config
+        if not config.use_dynamic_shifting:
+            return self._scheduler.shift
+        return math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
+
     def student_times(self, num_steps: int, grid: Grid) -> Tensor:
         """The student's grid, (num_steps + 1,) float32, bit for bit what a pipeline makes of `pipeline_sigmas`."""
-        scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(sigmas=self.pipeline_sigmas(num_steps, grid))
-        times = scheduler.sigmas.float()
+        times = self._walked(sigmas=self.pipeline_sigmas(num_steps, grid))
         if isinstance(grid, list) and not np.allclose(times[:-1], grid, atol=1e-4):
             raise ValueError(
                 f"distill.student_grid = {grid}: the model's scheduler turns it into {times[:-1].tolist()} "

@@ -1,7 +1,8 @@
 """Pictures from a distilled student:  python -m dpdmd.sample --student runs/demo/student --prompt "a red ring"
 
-The student walks the time grid that it was trained with (dpdmd.json beside its weights) without guidance. The rest of
-the pipeline (text encoders, VAE) comes from the run's base pipeline unless --pipeline names another.
+The student walks the time grid that it was trained with (dpdmd.json beside its weights) without classifier-free
+guidance; where the network takes a guidance value, it is that of the run. The rest of the pipeline (text encoders, VAE)
+comes from the run's base pipeline unless --pipeline names another.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ def load_student(
         revision=description["revision"],
         resolution=description["resolution"],
         max_sequence_length=description["max_sequence_length"],
+        embedded_guidance=description["guidance_scale"],
     )
     backbone = load_backbone(model)
     resolved = torch.device(resolve_device(device))

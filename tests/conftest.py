@@ -64,13 +64,14 @@ def _t5_tokenizer():
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0)
 
 
-def _clip(tokenizer, width: int, projection: int):
-    from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+def _clip(tokenizer, width: int, projection: int | None):
+    """With a projection of the pooled embedding, as SD3 has it, or (None) without, as FLUX."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
-        projection_dim=projection,
+        projection_dim=projection or width,
         intermediate_size=2 * width,
         num_hidden_layers=2,
         num_attention_heads=2,
@@ -79,7 +80,7 @@ def _clip(tokenizer, width: int, projection: int):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModelWithProjection(config).eval()
+    return (CLIPTextModelWithProjection if projection else CLIPTextModel)(config).eval()
 
 
 def _t5(tokenizer, width: int):
@@ -89,14 +90,28 @@ def _t5(tokenizer, width: int):
     return T5EncoderModel(config).eval()
 
 
+def _vae(**factors: float):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(8, 8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        latent_channels=16,
+        sample_size=32,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        **factors,
+    )
+
+
 def save_tiny_pipeline(folder: Path, with_t5: bool) -> Path:
     """A StableDiffusion3Pipeline of 4 pixels a latent, 16 channels and images of at most 64 x 64."""
-    from diffusers import (
-        AutoencoderKL,
-        FlowMatchEulerDiscreteScheduler,
-        SD3Transformer2DModel,
-        StableDiffusion3Pipeline,
-    )
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 
     torch.manual_seed(0)
     tokenizer = _clip_tokenizer()
@@ -115,21 +130,7 @@ def save_tiny_pipeline(folder: Path, with_t5: bool) -> Path:
         dual_attention_layers=(0,),
         qk_norm="rms_norm",
     )
-    vae = AutoencoderKL(
-        in_channels=3,
-        out_channels=3,
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=16,
-        sample_size=32,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
+    vae = _vae(scaling_factor=1.5305, shift_factor=0.0609)
     t5_tokenizer = _t5_tokenizer() if with_t5 else None
     pipeline = StableDiffusion3Pipeline(
         transformer=transformer,
@@ -156,3 +157,48 @@ def tiny_pipeline(tmp_path_factory) -> Path:
 def tiny_pipeline_no_t5(tmp_path_factory) -> Path:
     """The same without T5 (stock from_pretrained wants text_encoder_3=None, tokenizer_3=None). Not to be written to."""
     return save_tiny_pipeline(tmp_path_factory.mktemp("tiny_no_t5") / "pipeline", with_t5=False)
+
+
+def save_tiny_flux(folder: Path, distilled: bool) -> Path:
+    """A FluxPipeline of 4 pixels a latent and 16 channels: guidance-distilled with a shift by resolution, as FLUX.1-dev
+    is, or neither, as FLUX.1-schnell."""
+    from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    tokenizer, t5_tokenizer = _clip_tokenizer(), _t5_tokenizer()
+    transformer = FluxTransformer2DModel(
+        in_channels=64,
+        num_layers=2,
+        num_single_layers=2,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=40,
+        pooled_projection_dim=20,
+        guidance_embeds=distilled,
+        axes_dims_rope=(4, 6, 6),
+    )
+    # Pictures of 32 pixels a side are 16 tokens, of 64 pixels 64: with these numbers their shifts are far apart.
+    shift = {"use_dynamic_shifting": True, "shift": 3.0, "base_image_seq_len": 9, "max_image_seq_len": 100}
+    pipeline = FluxPipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(**(shift if distilled else {"shift": 1.0})),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=_clip(tokenizer, width=20, projection=None),
+        tokenizer=tokenizer,
+        text_encoder_2=_t5(t5_tokenizer, width=40),
+        tokenizer_2=t5_tokenizer,
+    )
+    pipeline.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_flux(tmp_path_factory) -> Path:
+    """Folder of a tiny FluxPipeline of FLUX.1-dev's kind. Not to be written to."""
+    return save_tiny_flux(tmp_path_factory.mktemp("tiny_flux") / "pipeline", distilled=True)
+
+
+@pytest.fixture(scope="session")
+def tiny_schnell(tmp_path_factory) -> Path:
+    """Folder of a tiny FluxPipeline of FLUX.1-schnell's kind. Not to be written to."""
+    return save_tiny_flux(tmp_path_factory.mktemp("tiny_schnell") / "pipeline", distilled=False)

@@ -55,6 +55,17 @@ def test_teacher_and_training_grids_are_the_schedulers():
     assert flow.times(30).dtype == torch.float32
 
 
+def test_a_shift_by_resolution_must_be_told():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    with pytest.raises(ValueError, match=r"mu = None: a scheduler with use_dynamic_shifting needs"):
+        Flow(scheduler)
+    flow = Flow(scheduler, mu=0.7)
+    scheduler.set_timesteps(30, mu=0.7)
+    assert torch.equal(flow.times(30), scheduler.sigmas)
+
+
 def test_the_model_s_scheduler_is_not_changed():
     scheduler = sd3_scheduler()
     before = scheduler.sigmas.clone()

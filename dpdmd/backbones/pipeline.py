@@ -12,6 +12,9 @@ from pathlib import Path
 
 from dpdmd.config import ConfigError
 
+# By model.family.
+PIPELINE_CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
+
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
 
@@ -131,7 +134,9 @@ class PipelineFolder:
         index = self._read_json(self.path / "model_index.json")
         found = index.get("_class_name")
         if found != pipeline_class:
-            raise ConfigError(f"{self}: is a {found}; a {pipeline_class} is needed (model.family)")
+            families = [family for family, its_class in PIPELINE_CLASSES.items() if its_class == found]
+            hint = f"; it takes model.family={families[0]}" if families else ""
+            raise ConfigError(f"{self}: is a {found}; a {pipeline_class} is needed (model.family){hint}")
         return index
 
     def _read_json(self, path: Path) -> dict:

@@ -1,0 +1,181 @@
+"""FLUX.1: how to call the transformer and encode prompts, and which time grids the pipeline walks.
+
+Everything stays what diffusers makes of it: the transformer is a stock FluxTransformer2DModel, embeddings come from
+FluxPipeline.encode_prompt and images from its VAE, bit for bit. The network predicts the velocity v = noise - x of
+z_t = (1 - t) x + t noise. It sees 2 x 2 latents as one token of four times the channels and their places as numbers, and
+takes t as a timestep in [0, 1]. Models that were guidance-distilled (FLUX.1-dev) take a guidance value as well.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd.backbones.base import Backbone, EncodePrompt, network_dtype, read_scheduler
+from dpdmd.backbones.pipeline import PipelineFolder
+from dpdmd.config import ConfigError, ModelConfig
+from dpdmd.diffusion import Flow
+
+
+def _architecture(guidance_embeds: bool) -> dict[str, Any]:
+    return {
+        "patch_size": 1,
+        "in_channels": 64,
+        "out_channels": 64,
+        "num_layers": 19,
+        "num_single_layers": 38,
+        "attention_head_dim": 128,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 4096,
+        "pooled_projection_dim": 768,
+        "guidance_embeds": guidance_embeds,
+        "axes_dims_rope": (16, 56, 56),
+    }
+
+
+# What random_init needs of the published models, so that a benchmark runs where their files are not.
+KNOWN: dict[str, dict[str, Any]] = {
+    "black-forest-labs/FLUX.1-dev": _architecture(guidance_embeds=True),
+    "black-forest-labs/FLUX.1-schnell": _architecture(guidance_embeds=False),
+}
+_KNOWN_SCHEDULERS: dict[str, dict[str, Any]] = {
+    "black-forest-labs/FLUX.1-dev": {"shift": 3.0, "use_dynamic_shifting": True},
+    "black-forest-labs/FLUX.1-schnell": {"shift": 1.0, "use_dynamic_shifting": False},
+}
+
+
+class Flux(Backbone):
+    """Backbone of FluxPipeline folders, guidance-distilled (the guidance value is config.embedded_guidance) or not."""
+
+    family = "flux"
+    transformer_class = "FluxTransformer2DModel"
+    known = KNOWN
+    common = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
+    packing = 2
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config)
+        self._takes_guidance = self._architectures["teacher"]["guidance_embeds"]
+        self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def block_classes(self) -> tuple[type[nn.Module], ...]:
+        from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+
+        return (FluxTransformerBlock, FluxSingleTransformerBlock)
+
+    @property
+    def pipeline_guidance_scale(self) -> float:
+        return self.config.embedded_guidance if self._takes_guidance else 1.0
+
+    def predict(
+        self, transformer, x: Tensor, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype | None = None
+    ) -> Tensor:
+        dtype = dtype or network_dtype(transformer)
+        height, width = x.shape[-2:]
+        image_ids, text_ids = self._ids(height // 2, width // 2, cond["prompt_embeds"].shape[1], x.device)
+        guidance = None
+        if self._takes_guidance:
+            guidance = torch.full((1,), self.config.embedded_guidance, dtype=torch.float32, device=x.device).expand(
+                len(x)
+            )
+        # The network rounds its timestep before it multiplies by 1000, so float32 does not get through. Rounded as the
+        # pipeline does it, what it makes its sines from in bfloat16 is 0.9 off 1000 t on average and 2.0 at most over
+        # FLUX.1-dev's training times at 1024 x 1024; with a float32 t 1.1 and 3.8, and at every second step of a
+        # four-step student another time than the pipeline samples at.
+        timestep = self.diffusion.timestep(t).to(dtype) / self.diffusion.num_train_timesteps
+        velocity = transformer(
+            hidden_states=pack(x.to(dtype)),
+            timestep=timestep,
+            guidance=guidance,
+            encoder_hidden_states=cond["prompt_embeds"].to(dtype),
+            pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return unpack(velocity, height, width)
+
+    def _ids(self, rows: int, columns: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Places of the tokens, float32: (0, row, column) of the image's, (rows columns, 3), and the text's,
+        (length, 3), which are all 0. Made once, as every forward pass needs them."""
+        key = (rows, columns, length, device)
+        if key not in self._places:
+            row, column = torch.meshgrid(
+                torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij"
+            )
+            image_ids = torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
+            self._places[key] = image_ids, torch.zeros(length, 3, device=device)
+        return self._places[key]
+
+    @property
+    def _text_encoders(self) -> dict[str, str]:
+        return {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
+
+    def _read_architecture(self, pipeline: PipelineFolder) -> dict[str, Any]:
+        architecture = super()._read_architecture(pipeline)
+        if architecture["patch_size"] != 1:
+            raise ConfigError(
+                f"{pipeline}: transformer/config.json has patch_size = {architecture['patch_size']}; 1 is needed, as "
+                "FluxPipeline makes the patches itself"
+            )
+        return architecture
+
+    def _check_widths(self, pipeline: PipelineFolder, clips: list, t5) -> None:
+        teacher = self._architectures["teacher"]
+        for name, encoder, width in (
+            ("pooled_projection_dim", "text_encoder", clips[0].hidden_size),
+            ("joint_attention_dim", "text_encoder_2", t5.d_model),
+        ):
+            if teacher[name] != width:
+                raise ConfigError(
+                    f"{pipeline}: transformer/config.json has {name} = {teacher[name]}, but {encoder} is {width} wide"
+                )
+
+    def _text_length(self, clip_length: int) -> int:
+        return self.config.max_sequence_length  # CLIP's embedding is the pooled one alone
+
+    def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
+        from diffusers import FluxPipeline
+
+        pipeline = FluxPipeline(transformer=None, vae=None, scheduler=None, **parts)
+
+        def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+            return pipeline.encode_prompt(prompts, device=device, max_sequence_length=self.config.max_sequence_length)[
+                :2
+            ]
+
+        return encode
+
+    def _flow(self, pipeline: PipelineFolder | None) -> Flow:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
+        if pipeline is None:
+            scheduler = FlowMatchEulerDiscreteScheduler(**_KNOWN_SCHEDULERS[self.config.pipeline])
+        else:
+            scheduler = read_scheduler(pipeline)
+        settings = scheduler.config
+        _, height, width = self.latent_shape
+        mu = calculate_shift(
+            (height // 2) * (width // 2),
+            settings.base_image_seq_len,
+            settings.max_image_seq_len,
+            settings.base_shift,
+            settings.max_shift,
+        )
+        return Flow(scheduler, mu=mu, even_steps=True)
+
+
+def pack(x: Tensor) -> Tensor:
+    """Latents (B, C, H, W), H and W even, to tokens (B, H W / 4, 4 C): a token is 2 x 2 latents, channel by channel."""
+    patches = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, H / 2, 2, W / 2, 2)
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpack(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Tokens (B, H W / 4, 4 C) back to latents (B, C, H, W)."""
+    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height // 2, width // 2))  # (B, H / 2, W / 2, C, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
