@@ -151,22 +151,28 @@ LARGEST = 25  # kernels listed
 
 
 def profile(trainer: train.Trainer, cycle: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of GPU time of one cycle by kind of kernel, and the largest kernels."""
+    """Milliseconds of GPU time of one cycle by kind of kernel, those in which none ran, and the largest kernels."""
     clock = Clock(trainer.world.device)
-    activities = [torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         run_cycle(trainer, cycle, clock)
         torch.cuda.synchronize()
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(file))
+        kernels = gpu_time.kernels_of(json.loads(file.read_text(encoding="utf-8")))
     kinds, names = defaultdict(float), defaultdict(float)
-    for event in profiler.key_averages():
-        milliseconds = event.self_device_time_total / 1e3
-        special = [kind for kind, pattern in SPECIAL.items() if re.search(pattern, event.key, re.IGNORECASE)]
-        kinds[special[0] if special else gpu_time.kind(event.key)] += milliseconds
-        names[event.key[:120]] += milliseconds
+    for name, _, duration in kernels:
+        special = [kind for kind, pattern in SPECIAL.items() if re.search(pattern, name, re.IGNORECASE)]
+        kinds[special[0] if special else gpu_time.kind(name)] += duration / 1e3
+        names[name[:120]] += duration / 1e3
+    begin = min(kernel[1] for kernel in kernels)
+    end = max(kernel[1] + kernel[2] for kernel in kernels)
+    kinds[gpu_time.IDLE] = (end - begin - gpu_time.busy(kernels)) / 1e3
     largest = sorted(names.items(), key=lambda item: -item[1])[:LARGEST]
     if trainer.world.main:
-        print("\n".join(f"{milliseconds:10.1f} ms  {name}" for name, milliseconds in largest), flush=True)
-    return {"kinds": dict(kinds), "largest": dict(largest)}
+        rows = [*largest, *(("all " + kind, milliseconds) for kind, milliseconds in kinds.items())]
+        print("\n".join(f"{milliseconds:10.1f} ms  {name}" for name, milliseconds in rows), flush=True)
+    return {"kinds": dict(kinds), "largest": dict(largest), "num_kernels": len(kernels)}
 
 
 def build(name: str, config, world, backbone) -> train.Trainer:

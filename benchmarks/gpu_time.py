@@ -70,7 +70,7 @@ def by_kind(kernels: list[Kernel], wall_us: float) -> dict[str, Any]:
     milliseconds = dict.fromkeys(KINDS, 0.0)
     for name, total in totals.items():
         milliseconds[kind(name)] += total
-    milliseconds[IDLE] = max(0.0, (wall_us - _busy(kernels)) / 1e3)
+    milliseconds[IDLE] = max(0.0, (wall_us - busy(kernels)) / 1e3)
     largest = []
     for each in KINDS:
         names = sorted((name for name in totals if kind(name) == each), key=totals.get, reverse=True)
@@ -78,7 +78,7 @@ def by_kind(kernels: list[Kernel], wall_us: float) -> dict[str, Any]:
     return {"milliseconds": milliseconds, "num_kernels": len(kernels), "kernels": largest}
 
 
-def _busy(kernels: list[Kernel]) -> float:
+def busy(kernels: list[Kernel]) -> float:
     """Microseconds in which at least one kernel ran."""
     total, last = 0.0, float("-inf")
     for _, begin, duration in sorted(kernels, key=lambda kernel: kernel[1]):

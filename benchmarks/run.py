@@ -7,6 +7,8 @@
     python benchmarks/run.py --op transformer --part forward      a whole transformer, part by part: each some minutes
     python benchmarks/run.py --baseline benchmarks/results/kernels.json
     python benchmarks/run.py --plot                               docs/roofline.png, from benchmarks/results/kernels.json
+    python benchmarks/run.py --op cycle --help                    whole distillation cycles, beside eager, torch.compile and
+                                                                  DeepSpeed's ZeRO-3 (cycle.py)
     python benchmarks/run.py --op transformer --plot              docs/transformer.png, from .../results/transformer.json
     python benchmarks/run.py --markdown benchmarks/results/transformer.json
 
@@ -433,7 +435,7 @@ def _read(files: list[Path]) -> list[dict[str, Any]]:
     return results
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -504,7 +506,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.part = [part for part in transformer.PARTS if not args.part or part in args.part or "all" in args.part]
     args.batch = tuple(args.batch) if args.batch else None
     args.variant = tuple(args.variant) if args.variant else None
-    args.argv = sys.argv[1:] if argv is None else argv
+    args.argv = argv
     return args
 
 
@@ -516,6 +518,11 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:2] == ["--op", "cycle"]:  # has options of its own, and needs what the trainer needs
+        import cycle
+
+        return cycle.compare_main(argv[2:])
     args = parse(argv)
     try:
         if args.markdown:

@@ -11,6 +11,7 @@ No generator state is kept: every draw is a function of (seed, iteration, role, 
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -58,7 +59,7 @@ class Checkpoints:
         self._world.barrier()
         try:
             for role in ("student", "critic"):
-                networks[role].engine.save_checkpoint(str(unfinished), tag=role, save_latest=False)
+                networks[role].save(unfinished)
             self._world.barrier()
             if self._world.main:
                 contents = {"iteration": iteration, "identity": self._identity, **state}
@@ -92,7 +93,7 @@ class Checkpoints:
     def load(self, path: Path, networks: dict[str, Network], state: dict[str, Any]) -> None:
         """Restores weights and optimizer state bit for bit; all processes call."""
         for role in ("student", "critic"):
-            networks[role].engine.load_checkpoint(str(path), tag=role)
+            networks[role].load(path)
             networks[role].updates = state["updates"][role]
 
     def remove_unfinished(self) -> None:
@@ -122,16 +123,22 @@ def _difference(key: str, saved: Any, now: Any) -> str:
     return f"{key} = {saved!r}, and this run has {now!r}"
 
 
-def checkpoint_bytes(num_parameters: int, weight_bytes: int) -> int:
-    """Size of one checkpoint: two networks' weights, float32 masters and two moments."""
-    return 2 * num_parameters * (weight_bytes + 12)
+_MOMENT_BYTES = {"float32": 8, "bfloat16": 4, "float8": 2 + 8 / 256}  # a parameter
+
+
+def checkpoint_bytes(config: Config, num_parameters: int, weight_bytes: int) -> int:
+    """Size of one checkpoint: two networks' weights, float32 masters and two moments; the student's average."""
+    states = [config.student_optimizer.state, config.critic_optimizer.state]
+    each = sum(weight_bytes + 4 + _MOMENT_BYTES[state] for state in states) + 4 * (config.ema is not None)
+    return math.ceil(num_parameters * each)
 
 
 def export_student(
     folder: Path, networks: dict[str, Network], backbone, distillation: Distillation, config: Config, world: World
 ) -> None:
     """Writes the student for others to use; all processes call. An older export is replaced only when this one is whole."""
-    state_dict = networks["student"].full_state_dict()
+    with networks["student"].averaged():
+        state_dict = networks["student"].full_state_dict()
     if world.main:
         unfinished = folder.with_name(_UNFINISHED + folder.name)
         shutil.rmtree(unfinished, ignore_errors=True)

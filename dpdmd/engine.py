@@ -7,11 +7,13 @@ micro-batch, then `step`, which clips, applies the optimizer, or skips an update
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import os
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpdmd.averaging import Average
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
 from dpdmd.kernels import Philox, fuse_transformer, selective_checkpoint
 from dpdmd.kernels.backend import why_not
@@ -97,11 +100,25 @@ def check(config: Config) -> None:
             f"model.fp8 = {config.model.fp8}: FP8 products need a GPU of compute capability 8.9 or newer, and this "
             f"machine's device is {torch.cuda.get_device_name() if device == 'cuda' else device}; model.fp8=off would run"
         )
+    if config.engine.offload == "nvme":
+        _check_nvme(config.engine.nvme_path)
     if config.engine.deepspeed is not None:
         read_deepspeed(config.engine.deepspeed)
     for optimizer in (config.student_optimizer, config.critic_optimizer):
-        if optimizer.name in _FUSED:
+        if optimizer.name in _FUSED and config.engine.offload == "none":
             _fused_adam(optimizer.name, device)
+
+
+def _check_nvme(path: str) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not os.access(path, os.W_OK):
+        raise ConfigError(f"engine.nvme_path = {path!r}: no folder that can be written to")
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise ConfigError(
+            "engine.offload = nvme: DeepSpeed's asynchronous file access cannot be built here, for which it needs the headers "
+            "of libaio (Debian: libaio-dev); engine.offload=cpu would run"
+        )
 
 
 def start(config: EngineConfig) -> World:
@@ -214,13 +231,14 @@ class Network:
         self._micro_batches = 0  # differentiated for the update that is under way
         self._updates = 0
         self._unsettled: Step | None = None
+        self.average: Average | None = None
         module.requires_grad_(self.trained)
         # Before the recomputation below, which goes around the forward that it finds.
         self.fusion = fuse(module, config.model, world.device)
         blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
         self._recomputation = None
-        if self.trained and config.engine.checkpointing != "none":
-            keep = getattr(config.engine.kept_passes, role)
+        if self.trained and config.engine.checkpointing not in ("none", "auto"):
+            keep = getattr(config.engine.kept_passes, role) or 0
             self._recomputation = Recomputation(blocks, config.engine.checkpointing, keep)
         if not self.trained and self.stage == 0:
             self.engine = module.to(world.device).eval()
@@ -236,11 +254,19 @@ class Network:
                 module.to(world.device)
                 seed = Philox.of(config.run.seed, role, world.rank).key
                 optimizer = build_optimizer(
-                    module.parameters(), self._optimizer_config, world.device.type, self.stage, seed
+                    module.parameters(),
+                    self._optimizer_config,
+                    world.device.type,
+                    self.stage,
+                    seed=seed,
+                    offload=config.engine.offload,
                 )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         if self.stage == 3:
             self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
+        if role == "student" and config.ema is not None:
+            device = "cpu" if config.ema.device == "cpu" else None
+            self.average = Average(self.engine.optimizer.fp32_partitioned_groups_flat, config.ema.decay, device)
 
     def _take_over(self, blocks: list[nn.Module], config: Config, world: World, update: bool) -> None:
         """DeepSpeed has cut the weights up and keeps the state; when they are gathered is decided here from now on, and,
@@ -347,6 +373,8 @@ class Network:
         norm = self._update() if self._gradients is not None else self._update_by_deepspeed()
         if self._weights is not None:
             self._weights.changed()
+        if self.average is not None:
+            self.average.update(norm.isfinite())
         self._unsettled = Step(lr, norm)
         return self._unsettled
 
@@ -411,6 +439,34 @@ class Network:
         """Gives the weights back, as DeepSpeed wants to find them when it saves or loads."""
         if self._weights is not None:
             self._weights.release()
+
+    def save(self, folder: Path) -> None:
+        """Weights, optimizer state and moving average into a folder of the role's name; all processes call."""
+        self.release()
+        self.engine.save_checkpoint(str(folder), tag=self.role, save_latest=False)
+        if self.average is not None:
+            self.average.save(self._average_file(folder))
+
+    def load(self, folder: Path) -> None:
+        """What `save` wrote, bit for bit; all processes call."""
+        self.release()
+        self.engine.load_checkpoint(str(folder), tag=self.role)
+        if self.average is not None:
+            self.average.load(self._average_file(folder))
+
+    def _average_file(self, folder: Path) -> Path:
+        return folder / self.role / f"average_rank_{dist.get_rank():05d}.safetensors"
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside the block the weights are their moving average, where there is one."""
+        if self.average is None:
+            yield
+            return
+        self.release()
+        with self.average.in_place_of(self.engine.optimizer.fp16_partitioned_groups_flat):
+            yield
+            self.release()
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""
@@ -488,17 +544,23 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
     if stage == 3:
+        if engine.offload == "none":
+            # Reducing is done in residency.py: there is one flat shard, and no bucket.
+            settings["zero_optimization"] |= {"sub_group_size": 10**15, "contiguous_gradients": False}
         settings["zero_optimization"] |= {
-            # Gathering and reducing are done in residency.py: nothing stays behind on its own account, there is one flat
-            # shard, and no bucket.
-            "stage3_param_persistence_threshold": 0,
-            "sub_group_size": 10**15,
-            "contiguous_gradients": False,
+            "stage3_param_persistence_threshold": 0,  # gathering is: nothing stays behind on its own account
             # DeepSpeed's own linear adds the bias in a second pass over the output.
             "memory_efficient_linear": False,
         }
         if engine.accumulation > 1:
             settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if role != "teacher" and engine.offload != "none":
+        pinned = resolve_device(engine.device) == "cuda"
+        offload = {"device": engine.offload, "pin_memory": pinned}
+        if engine.offload == "nvme":
+            offload |= {"nvme_path": engine.nvme_path, "fast_init": True}
+        settings["zero_optimization"]["offload_optimizer"] = offload
+        settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW updates on the CPU as well
     if role != "teacher" and engine.deepspeed is not None:
         settings = merged(settings, read_deepspeed(engine.deepspeed))
     return settings
@@ -528,14 +590,22 @@ def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
 
 
 def build_optimizer(
-    parameters, config: OptimizerConfig, device: str, stage: int, seed: int = 0
+    parameters, config: OptimizerConfig, device: str, stage: int, *, seed: int = 0, offload: str = "none"
 ) -> torch.optim.Optimizer:
     """AdamW: the one that is named; auto is our own for the flat shards of stage 3 and where moments take fewer bytes,
     else the first of apex, DeepSpeed and torch that is installed. seed: of stochastic rounding.
 
+    offload: "cpu" or "nvme" where the state lives there: torch's on the CPU, or DeepSpeed's where it is named or swaps.
+
     Raises ConfigError when the named one cannot be had here, saying why.
     """
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if offload != "none" and (config.name == "deepspeed" or offload == "nvme"):
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
+    if offload != "none":
+        return torch.optim.AdamW(parameters, fused=True, **arguments)
     if config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32")):
         return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
     for name in _FUSED if config.name == "auto" else {config.name} & set(_FUSED):

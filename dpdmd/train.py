@@ -204,7 +204,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     if config.evaluation.enabled:
         from dpdmd.demo.report import report
 
-        summary["evaluation"] = report(trainer, folder)
+        with trainer.networks["student"].averaged():
+            summary["evaluation"] = report(trainer, folder)
     if journal:
         journal.finish(summary)
         journal.close()
@@ -253,6 +254,9 @@ def identity(config: Config, backbone, world: World) -> dict:
         "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
         "processes": world.size,
         "stage": {"student": zero.student, "critic": zero.critic},
+        "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
+        "offload": config.engine.offload,
+        "ema": config.ema is not None,
     }
 
 
@@ -284,7 +288,7 @@ def space_needed(trainer: Trainer) -> int:
     """Bytes that one checkpoint and the exported student take."""
     parameters = trainer.networks["student"].num_parameters
     weight_bytes = resolve_dtype(trainer.config.model.dtype, trainer.world.device.type).itemsize
-    return checkpoint_bytes(parameters, weight_bytes) + parameters * weight_bytes
+    return checkpoint_bytes(trainer.config, parameters, weight_bytes) + parameters * weight_bytes
 
 
 def extra_prompts(config: Config, prompts: list[str]) -> list[str]:
@@ -309,7 +313,7 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
     noise = noise.to(trainer.world.device)
     distillation = trainer.distillation
     rows = []
-    with torch.no_grad():
+    with torch.no_grad(), trainer.networks["student"].averaged():
         for prompt in prompts:
             cond, uncond = trainer.conditioner.cond([prompt] * len(noise)), trainer.conditioner.uncond(len(noise))
             teacher = rollout(
@@ -335,7 +339,8 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
 def evaluate_student(trainer: Trainer) -> dict[str, float] | None:
     from dpdmd.demo.report import measure_student
 
-    return measure_student(trainer)
+    with trainer.networks["student"].averaged():
+        return measure_student(trainer)
 
 
 class EncodingProgress:

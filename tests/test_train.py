@@ -106,25 +106,75 @@ def test_processes_draw_different_noise(straight):
     assert len(set(ours) | set(theirs)) == 24
 
 
+LEVERS = {
+    "as configured": [],
+    "rounded state": [
+        "model.dtype=bfloat16",
+        "student_optimizer.state=float8",
+        "critic_optimizer.state=bfloat16",
+        "engine.residency=block",
+        "engine.checkpointing=selective",
+        "ema={decay: 0.5}",
+    ],
+    "offload": [
+        "model.dtype=bfloat16",
+        "engine.offload=cpu",
+        "engine.residency=whole",
+        "ema={decay: 0.5, device: cpu}",
+    ],
+}
+
+
 @pytest.mark.distributed
-def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(run, settings, straight, tmp_path):
+@pytest.mark.parametrize("lever", LEVERS)
+def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(run, settings, straight, tmp_path, lever):
     """Covers 3 + resume + 3 as well: the killed run's last complete checkpoint is that of update 3."""
-    folder = tmp_path / "run"
-    killed = run(2, DRIVER, "killed", tmp_path, "--config", settings, f"run.output_dir={folder}")
+    folder, expected = tmp_path / "run", straight / "run"
+    options = LEVERS[lever]
+    if options:
+        expected = tmp_path / "straight"
+        checked(run(2, TRAIN, "--config", settings, *options, f"run.output_dir={expected}"))
+    killed = run(2, DRIVER, "killed", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
     assert killed.returncode != 0
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == [".unfinished-step_000006", "step_000003"]
     assert not (folder / "finished.json").exists()
 
-    refused = run(2, TRAIN, "--config", settings, f"run.output_dir={folder}")
+    refused = run(2, TRAIN, "--config", settings, *options, f"run.output_dir={folder}")
     assert refused.returncode != 0 and "holds an unfinished run" in refused.stderr and "--resume" in refused.stderr
 
-    checked(run(2, TRAIN, "--config", settings, "--resume", f"run.output_dir={folder}"))
+    checked(run(2, TRAIN, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
-    assert same_bits(student_weights(folder), student_weights(straight / "run"))
+    assert same_bits(student_weights(folder), student_weights(expected))
     timings = ("seconds", "samples_per_second")
     strip = lambda lines: [{k: v for k, v in line.items() if k not in timings} for line in lines]  # noqa: E731
-    assert strip(entries(folder)) == strip(entries(straight / "run"))
+    assert strip(entries(folder)) == strip(entries(expected))
+
+
+@pytest.mark.distributed
+def test_the_average_is_what_is_exported(run, settings, straight, tmp_path):
+    """After two student updates: decay^2 start + (1 - decay) decay first + (1 - decay) second, against runs that export
+    the weights themselves after one update and after two; training itself does not notice."""
+    start = load_file(
+        Path(load_config(settings).model.pipeline) / "transformer" / "diffusion_pytorch_model.safetensors"
+    )
+    one, averaged = tmp_path / "one", tmp_path / "averaged"
+    cut = ["run.iterations=3", "run.sample_every=0", "student_optimizer.decay=none", "critic_optimizer.decay=none"]
+    checked(run(0, TRAIN, "--config", settings, *cut, f"run.output_dir={one}"))
+    two = tmp_path / "two"
+    checked(run(0, TRAIN, "--config", settings, *cut, "run.iterations=6", f"run.output_dir={two}"))
+    options = [*cut, "run.iterations=6", "ema={decay: 0.75}", "run.sample_every=1"]
+    checked(run(0, TRAIN, "--config", settings, *options, f"run.output_dir={averaged}"))
+    first, second, found = student_weights(one), student_weights(two), student_weights(averaged)
+    moved = 0.0
+    for name, value in found.items():
+        expected = 0.75**2 * start[name].double() + 0.75 * 0.25 * first[name].double() + 0.25 * second[name].double()
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=1e-5)
+        moved += float((second[name] - value).abs().sum())
+    assert moved > 0
+    timings = ("seconds", "samples_per_second")
+    strip = lambda lines: [{k: v for k, v in line.items() if k not in timings} for line in lines]  # noqa: E731
+    assert strip(entries(averaged)) == strip(entries(two))
 
 
 @pytest.mark.distributed
@@ -309,6 +359,18 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["engine.deepspeed={tmp}/empty.txt"], "engine.deepspeed = .*empty.txt': not a JSON file"),
         (["distill.student_grid=[0.9, 0.6, 0.4, 0.2]"], "distill.student_grid = .*: starts at 0.9000"),
         (["distill.ancor=7"], "nearest known is distill.anchor"),
+        (["student_optimizer={{state: float8, name: torch}}"], "state = float8 needs name = fused"),
+        (
+            ["engine.offload=cpu", "engine.zero.critic=2"],
+            "engine.offload = cpu is of ZeRO stage 3, but engine.zero.critic = 2",
+        ),
+        (
+            ["engine.offload=cpu", "critic_optimizer.state=bfloat16"],
+            "critic_optimizer.name = auto with state = bfloat16",
+        ),
+        (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
+        (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
+        (["ema={{decay: 0.9}}", "engine.zero.student=2"], "ema averages the shards of ZeRO stage 3"),
     ],
 )
 def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, monkeypatch, options, message):

@@ -80,7 +80,7 @@ def backward(network, shard, broken=False):
 
 
 def cases():
-    """(stage, dtype, accumulation, checkpointing, fused, residency)"""
+    """(stage, dtype, accumulation, checkpointing, fused, residency[, offload])"""
     for stage, accumulation in itertools.product((0, 1, 2), (1, 2)):
         yield stage, "float32", accumulation, "none", False, "auto"
     yield 2, "float32", 1, "full", False, "auto"
@@ -94,12 +94,14 @@ def cases():
         yield 3, "bfloat16", accumulation, "none", False, "phase"
     for checkpointing, residency in itertools.product(("none", "selective"), ("phase", "block")):
         yield 3, "float32", 2, checkpointing, True, residency
+    for accumulation, residency in ((1, "phase"), (2, "block")):
+        yield 3, "bfloat16", accumulation, "none", False, residency, "cpu"
 
 
 def main():
     world = None
     results = {}
-    for stage, dtype_name, accumulation, checkpointing, fused, residency in cases():
+    for stage, dtype_name, accumulation, checkpointing, fused, residency, *offload in cases():
         # The fused operations' reference, as the trainer fuses on a GPU only.
         engine.FUSED_ON = ("cpu",) if fused else ()
         engine.why_not = lambda *device: ""
@@ -113,6 +115,7 @@ def main():
                     "clip": 0.0,
                     "checkpointing": checkpointing,
                     "residency": residency,
+                    "offload": offload[0] if offload else "none",
                     "zero": {"student": stage},
                 },
             }
@@ -150,7 +153,7 @@ def main():
             recovered = student.step()
         results[
             f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}, "
-            f"residency {residency}"
+            f"residency {residency}, offload {offload}"
         ] = {
             "fused": student.fusion is not None and sum(student.fusion.replaced.values()),
             "gradient_error": (difference / size) ** 0.5,
