@@ -26,7 +26,7 @@ FORMS = ["float32", "bfloat16", "float8"]
 # One element; part of a block; a block less one, whole, and one more; an odd number of blocks, all but the last whole; a
 # multiple of the largest program; one more than that.
 SIZES = [1, 113, 255, 256, 257, 1023, 4096, 4097]
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
 
 
 def implementations(test):
@@ -161,7 +161,7 @@ def test_triton_is_the_reference_to_the_bit(randn, form, size, dtype):
     """On a GPU, too, where the reference runs on the CPU. Magnitudes over eight decades, and zeros among them."""
     master, states = randn(size), zeros(form, size)
     weight = torch.full((size,), torch.nan, dtype=dtype)
-    expected = [each.cpu() for each in tensors_of(master, *states, weight)]
+    expected = [each.clone().cpu() for each in tensors_of(master, *states, weight)]
     if form == "float8":
         expected = [expected[0], Float8State(*expected[1:3]), Float8State(*expected[3:5]), expected[5]]
     for step in range(1, 4):
