@@ -137,15 +137,17 @@ def simulated(form, size, steps, gradients):
     return master, (exp_avg, exp_avg_sq), exact
 
 
-# Found: 1e-6, 0.007 and 0.063, which rounding to the nearest makes 0.4.
-@pytest.mark.parametrize(("form", "limit"), [("float32", 1e-5), ("bfloat16", 0.012), ("float8", 0.14)])
-def test_forms_against_float64(randn, relative_error, form, limit):
+# Found: 1e-6, 0.007 and 0.063, which rounding to the nearest makes 0.4; of sqrt(v) 2e-6, 0.013 and 0.087.
+@pytest.mark.parametrize(
+    ("form", "limit", "root_limit"), [("float32", 1e-5, 1e-5), ("bfloat16", 0.012, 0.02), ("float8", 0.1, 0.12)]
+)
+def test_forms_against_float64(randn, relative_error, form, limit, root_limit):
     size = 8 * BLOCK
     spread = torch.exp(randn(size, seed=1))  # of magnitudes in a block
     master, states, exact = simulated(form, size, 600, lambda step: spread * (0.3 + randn(size, seed=step + 1)))
     assert relative_error(master, exact.parameter) < limit
     root = moments(*states)[1].double().sqrt()
-    assert relative_error(root, exact.state["exp_avg_sq"].sqrt()) < 2 * limit
+    assert relative_error(root, exact.state["exp_avg_sq"].sqrt()) < root_limit
     assert abs((root / exact.state["exp_avg_sq"].sqrt()).mean() - 1) < 0.1 * limit + 1e-6
 
 
@@ -336,6 +338,14 @@ def numbers(mantissa):
         ],
         dtype=torch.float64,
     )
+
+
+def test_what_a_state_stands_for():
+    """The first moment has a sign and three bits, the second is the square of four."""
+    state = Float8State(torch.arange(256).to(torch.uint8), torch.tensor([0.25]))
+    positive = 0.25 * numbers(3)
+    assert torch.equal(exp_avg_of(state).double(), torch.cat([positive, -positive]))
+    assert torch.equal(exp_avg_sq_of(state).double(), (0.25 * numbers(4)).square())
 
 
 @pytest.mark.parametrize("mantissa", [3, 4])
