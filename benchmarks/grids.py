@@ -42,7 +42,7 @@ class Grid:
 def grids(result: dict[str, Any]) -> list[Grid]:
     """Those that the run has rows for."""
     blocks, attention = result.get("blocks") or [], result.get("attention") or []
-    transformer = result.get("transformer") or []
+    optimizer, transformer = result.get("optimizer") or [], result.get("transformer") or []
     parts = {
         part: [row for row in transformer if row["part"] == part]
         for part in dict.fromkeys(r["part"] for r in transformer)
@@ -50,6 +50,7 @@ def grids(result: dict[str, Any]) -> list[Grid]:
     timed = [row for row in transformer if "times" in row]
     made = [blocks and _blocks(blocks)]
     made += attention and [_attention(attention), _attention_errors(attention)]
+    made += [optimizer and _optimizer(optimizer)]
     made += [timed and _networks(timed), "breakdown" in parts and _breakdown(parts["breakdown"])]
     for summary in parts.get("accuracy of single parameters", []):
         made.append(_accuracy([row for row in parts["accuracy"] if row["batch"] == summary["batch"]], summary))
@@ -131,6 +132,27 @@ def _attention_errors(rows: list[dict[str, Any]]) -> Grid:
             cells.append([size, name, *(number(error, ".2e") for error in (*errors, plain[name]))])
     title = "Attention, relative error against float32 (one sample, two heads)"
     return Grid(title, ("B x S x H x D", "of"), (*backends, "plain PyTorch"), cells)
+
+
+def _optimizer(rows: list[dict[str, Any]]) -> Grid:
+    cells = []
+    for row in rows:
+        way = "gpu_step" if "gpu_step" in row["times"] else "step"
+        cells.append(
+            [
+                row["size"],
+                row["implementation"],
+                f"{row['bytes_a_parameter']:.2f}",
+                *(f"{row['errors'][name]:.1e}" for name in ("change", "exp_avg", "exp_avg_sq")),
+                time_us(row["times"].get("step")),
+                time_us(row["times"].get("gpu_step")),
+                f"{row['tb_s'][way]:.3f} ({row['share_of_copy'][way]:.0%})",
+                *(times(row["ratios"].get(peer, {}).get(way)) for peer in ("eager", "compile")),
+            ]
+        )
+    numbers = ("bytes a parameter", "error of change", "of exp_avg", "of exp_avg_sq", "us", "gpu us", "TB/s (of copy)")
+    title = "AdamW's step on a flat shard (eager: torch's fused AdamW)"
+    return Grid(title, ("parameters", "implementation"), (*numbers, "eager takes", "compile takes"), cells)
 
 
 def _sizes_and_ways(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str]]:

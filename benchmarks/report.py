@@ -24,6 +24,8 @@ WAYS = {  # what the tables call them
     "gpu_forward_backward": "gpu us fwd + bwd",
     "backward": "backward us",
     "gpu_backward": "gpu us backward",
+    "step": "step us",
+    "gpu_step": "gpu us step",
     "training": "training us",
     "training_forward": "training, forward us",
     "training_backward": "training, backward us",
@@ -137,7 +139,9 @@ def _cancellation_table(rows: list[dict[str, Any]]) -> Table:
 
 def timed_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
     """Of every kind of measurement; files from before there were blocks have but the first."""
-    rows = [row for kind in ("rows", "blocks", "attention", "transformer") for row in result.get(kind) or []]
+    rows = [
+        row for kind in ("rows", "blocks", "attention", "optimizer", "transformer") for row in result.get(kind) or []
+    ]
     return [row for row in rows if "times" in row]
 
 

@@ -3,6 +3,7 @@
     python benchmarks/run.py                                      every operation: some ten minutes on a GPU
     python benchmarks/run.py --op losses --json benchmarks/results/kernels.json       at most three
     python benchmarks/run.py --op blocks attention                the operations of a transformer: some seven
+    python benchmarks/run.py --op adamw_step                      the optimizer's step
     python benchmarks/run.py --op dmd_loss --size video --json mine.json
     python benchmarks/run.py --op transformer --part forward      a whole transformer, part by part: each some minutes
     python benchmarks/run.py --baseline benchmarks/results/kernels.json
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import accuracy
+import adamw_rates
 import attention_rates
 import block_operations
 import block_rates
@@ -59,8 +61,10 @@ STORED_TRANSFORMER = ROOT / "benchmarks" / "results" / "transformer.json"
 PICTURE_TRANSFORMER = ROOT / "docs" / "transformer.png"
 PEERS = ("eager", "compile", "none")
 GROUPS = {"losses": tuple(OPERATIONS), "blocks": tuple(BLOCK_OPERATIONS)}  # losses: with the sampler's steps
-CHOICES = (*OPERATIONS, *BLOCK_OPERATIONS, *GROUPS, "attention", "transformer")
-KNOWN_SIZES = tuple(dict.fromkeys([*SIZES, *block_operations.SIZES, *attention_rates.SIZES, *networks.NETWORKS]))
+CHOICES = (*OPERATIONS, *BLOCK_OPERATIONS, *GROUPS, "attention", "adamw_step", "transformer")
+KNOWN_SIZES = tuple(
+    dict.fromkeys([*SIZES, *block_operations.SIZES, *attention_rates.SIZES, *adamw_rates.SIZES, *networks.NETWORKS])
+)
 CPU_SIZES = ("sd35-b1", "awkward")
 # Unless --peers asks for it, torch.compile runs on one size bound by launches and one bound by memory, and no longer
 # than this: each compilation takes seconds, and the whole run has three minutes.
@@ -104,6 +108,7 @@ class Run:
     rows: list[dict[str, Any]] = field(default_factory=list)  # losses and sampler steps
     blocks: list[dict[str, Any]] = field(default_factory=list)
     attention: list[dict[str, Any]] = field(default_factory=list)
+    optimizer: list[dict[str, Any]] = field(default_factory=list)
     transformer: list[dict[str, Any]] = field(default_factory=list)
     cancellation: list[dict[str, Any]] = field(default_factory=list)
     engine_floor: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -285,7 +290,7 @@ def plan(run: Run, args: argparse.Namespace, note: Callable[[dict[str, Any]], No
     """Everything that was asked for, in order. UsageError for a size that an operation does not have."""
     cpu = run.device.type == "cpu"
     named = [each for name in args.op or () for each in GROUPS.get(name, (name,))]
-    names = list(dict.fromkeys(named)) or [*OPERATIONS, *BLOCK_OPERATIONS, "attention"]
+    names = list(dict.fromkeys(named)) or [*OPERATIONS, *BLOCK_OPERATIONS, "attention", "adamw_step"]
     steps: list[Step] = []
 
     def sizes_of(name: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
@@ -308,6 +313,13 @@ def plan(run: Run, args: argparse.Namespace, note: Callable[[dict[str, Any]], No
             default = attention_rates.CPU_SIZES if cpu else [size for size in known if size != "awkward"]
             steps += [
                 (f"attention {size}", functools.partial(attention_rates.run_size, run, size))
+                for size in sizes_of(name, known, default)
+            ]
+        elif name == "adamw_step":
+            known = tuple(adamw_rates.SIZES)
+            default = adamw_rates.CPU_SIZES if cpu else [size for size in known if size != "awkward"]
+            steps += [
+                (f"adamw_step {size}", functools.partial(adamw_rates.run_size, run, size))
                 for size in sizes_of(name, known, default)
             ]
         else:
@@ -353,6 +365,7 @@ def measure(args: argparse.Namespace) -> int:
             "rows": run.rows,
             "blocks": run.blocks,
             "attention": run.attention,
+            "optimizer": run.optimizer,
             "transformer": run.transformer,
             "cancellation": run.cancellation,
             "failures": run.failures,
@@ -372,9 +385,9 @@ def measure(args: argparse.Namespace) -> int:
         console.print(report.CPU_NOTE)
     for name, step in steps:
         print(f"{time.perf_counter() - begin:6.1f} s  {name}", file=sys.stderr, flush=True)
-        known = len(run.blocks), len(run.attention)
+        known = len(run.blocks), len(run.attention), len(run.optimizer)
         step()
-        for row in (*run.blocks[known[0] :], *run.attention[known[1] :]):
+        for row in (*run.blocks[known[0] :], *run.attention[known[1] :], *run.optimizer[known[2] :]):
             print(f"  {grids.line(row)}", file=sys.stderr, flush=True)
         if args.json:
             report.write_run(args.json, collect())

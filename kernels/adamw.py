@@ -22,7 +22,7 @@ update divided by eps: an element that small beside its block's largest sees too
 powers of two, so that dividing by one is exact: what does not change keeps its value when its block's scale does.
 
 Element i takes 16 bits for each moment from word i % 4 of Philox4x32-10's counter i // 4, the upper half for m. Nothing
-else is random, every operation is rounded by itself and there is no sum: on all devices the same bits come out.
+else is random, every operation is rounded by itself and no elements are added up: all devices write the same bits.
 
 Sources: arXiv 1711.05101 (AdamW), in the order of torch.optim.AdamW; arXiv 2110.02861 (8-bit moments in blocks).
 """
@@ -44,8 +44,8 @@ BLOCK = 256  # elements to a scale: its four bytes are 1.6 % of the block's
 MANTISSA = 3  # of exp_avg, beside its sign
 ROOT_MANTISSA = 4  # of sqrt(exp_avg_sq)
 NUM_WARPS = 8
-# Blocks of a program. Four elements to a thread, so that nothing but 16-byte accesses is 16 bytes wide and no value passes
-# from thread to thread; in 8 bits eight, so that a block's largest is found by one warp.
+# Blocks of a program. Four elements to a thread: float32's accesses are 16 bytes wide and no value passes from thread to
+# thread. In 8 bits eight, so that one warp finds a block's largest.
 ROWS, ROWS_FLOAT8 = 4, 8
 # The reference's temporaries are of so many elements: they stay in a CPU's cache.
 CHUNK = 1 << 18
@@ -125,7 +125,8 @@ def exp_avg_of(state: Float8State) -> Tensor:
     """The first moment (n,), float32, that a state stands for."""
     codes = _blocks(state.values.int())
     magnitude = decode(codes & 127, state.scales[:, None], MANTISSA)
-    return torch.where(codes < 128, magnitude, -magnitude).flatten()[: state.values.numel()]
+    signed = (magnitude.view(torch.int32) | ((codes >> 7) << 31)).view(torch.float32)
+    return signed.flatten()[: state.values.numel()]
 
 
 def exp_avg_sq_of(state: Float8State) -> Tensor:
@@ -180,7 +181,7 @@ class Moments(NamedTuple):
             _write(self.exp_avg_sq, round_to_bfloat16(v, random[1]), apply)
         else:
             codes, scales = encode(_blocks(m.abs()), _blocks(random[0]), MANTISSA)
-            codes |= (_blocks(m.view(torch.int32)) < 0).int() << 7
+            codes |= (_blocks(m.view(torch.int32)) >> 24) & 128  # the sign
             _write(self.exp_avg, codes.flatten()[: m.numel()], apply)
             _write(self.exp_avg_scale, scales.flatten(), apply)
             root = _blocks(root)
@@ -343,7 +344,7 @@ def _adamw_kernel(
         codes = tl.load(exp_avg_ptr + offsets, mask=mask, other=0).to(tl.int32)
         scale = tl.load(exp_avg_scale_ptr + blocks[:, None], mask=inside, other=0.0)
         m = _decoded(codes & 127, scale, MANTISSA)
-        m = tl.where(codes < 128, m, -m)
+        m = (m.to(tl.int32, bitcast=True) | ((codes >> 7) << 31)).to(tl.float32, bitcast=True)
         codes = tl.load(exp_avg_sq_ptr + offsets, mask=mask, other=0).to(tl.int32)
         scale = tl.load(exp_avg_sq_scale_ptr + blocks[:, None], mask=inside, other=0.0)
         v = _decoded(codes, scale, ROOT_MANTISSA)
@@ -369,7 +370,7 @@ def _adamw_kernel(
             tl.store(exp_avg_sq_ptr + offsets, _rounded(v, lower), mask=mask)
         else:
             codes, scale = _encoded(tl.abs(m), upper, MANTISSA)
-            codes = codes | tl.where(m.to(tl.int32, bitcast=True) < 0, 128, 0)
+            codes = codes | ((m.to(tl.int32, bitcast=True) >> 24) & 128)
             tl.store(exp_avg_ptr + offsets, codes.to(tl.uint8), mask=mask)
             tl.store(exp_avg_scale_ptr + blocks[:, None], scale, mask=inside)
             codes, scale = _encoded(root, lower, ROOT_MANTISSA)

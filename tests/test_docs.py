@@ -41,3 +41,27 @@ def test_the_example_replaces_the_loss_of_a_dmd2_style_trainer():
     (expected_gradient,) = torch.autograd.grad(expected, x)
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
     torch.testing.assert_close(x.grad, expected_gradient, rtol=1e-3, atol=1e-8)
+
+
+def test_the_example_of_the_optimizers_step():
+    """Clipped, rounded and written, and skipped where the gradient is not finite."""
+    (code,) = re.findall(
+        r"```python\n(import torch\n\nfrom dpdmd.kernels import Float8State.*?)```",
+        (ROOT / "docs" / "kernels.md").read_text(),
+        re.DOTALL,
+    )
+    torch.manual_seed(0)
+    names: dict = {}
+    exec(compile(code, "docs/kernels.md", "exec"), names)
+    torch.manual_seed(0)
+    before = torch.randn(names["n"])
+    clipped = names["gradient"].float() / names["norm"]
+    # The first step of Adam: the sign of the gradient, but for eps.
+    expected = (1 - 1e-7) * before - 1e-5 * clipped / (clipped.abs() + 1e-8)
+    torch.testing.assert_close(names["master"], expected, rtol=1e-6, atol=1e-8)
+    assert torch.equal(names["weight"], names["master"].bfloat16()) and names["exp_avg_sq"].values.any()
+
+    broken = code.replace("norm = ", "gradient[7] = torch.inf\nnorm = ")
+    torch.manual_seed(0)
+    exec(compile(broken, "docs/kernels.md", "exec"), names)
+    assert torch.equal(names["master"], before) and not names["exp_avg_sq"].values.any()

@@ -107,6 +107,7 @@ def test_without_a_gpu(tmp_path):
         assert (errors["loss"] is not None) == (row["operation"] in LOSSES)
     check_ratios(result["rows"])
     check_blocks(result)
+    check_optimizer(result)
     assert {(row["size"], row["implementation"]) for row in result["attention"]} >= {("awkward", "auto")}
     assert result["transformer"] == []  # by name only
     check_cancellation(result["cancellation"])
@@ -141,6 +142,87 @@ def check_blocks(result):
         found == {"forward"} if "quantize" in name else found == {"forward", "backward"}
         for name, found in passes.items()
     )
+
+
+def check_optimizer(result):
+    rows = {row["implementation"]: row for row in result["optimizer"]}
+    assert set(rows) == {"reference float32", "reference bfloat16", "reference float8", "eager"}
+    counted = {"float32": 28.0, "bfloat16": 20.0, "float8": 16 + 2 * 2 * 4 * -(-100_003 // 256) / 100_003}
+    for row in rows.values():
+        assert row["size"] == "awkward" and set(row["times"]) == {"step"}
+        assert row["bytes_a_parameter"] == pytest.approx(counted[row["form"]], rel=1e-3)
+        assert row["tb_s"]["step"] == pytest.approx(row["bytes"] / row["times"]["step"]["median_us"] / 1e6, rel=1e-3)
+        assert 0 < row["errors"]["change"] < 1e-3 and 0 < row["errors"]["weight"] < 2**-8
+        assert set(row["ratios"]) == (set() if row["peer"] else {"eager"})
+
+
+@pytest.mark.parametrize("wrong", ["unwritten", "the weight", "one end", "a moment", "raises", "peer"])
+def test_a_wrong_optimizer_step_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, capsys):
+    rates = importlib.import_module("adamw_rates")
+    right = rates.adamw_step
+
+    def step(master, exp_avg, exp_avg_sq, gradient, *, weight, **settings):
+        if wrong == "unwritten" and settings["step"] > 1:
+            return
+        right(master, exp_avg, exp_avg_sq, gradient, weight=None if wrong == "the weight" else weight, **settings)
+        if settings["step"] > 1 and wrong == "one end":
+            master[-1000:] += 1e-4
+        if settings["step"] > 1 and wrong == "a moment":
+            (exp_avg_sq.scales if isinstance(exp_avg_sq, rates.Float8State) else exp_avg_sq).mul_(1.5)
+        if settings["step"] > 1 and wrong == "raises":
+            raise RuntimeError("out of luck")
+
+    if wrong == "peer":
+        monkeypatch.setattr(rates, "_prepare_torchs", lambda shard: lambda: None)
+    else:
+        monkeypatch.setattr(rates, "adamw_step", step)
+    assert modules["run"].main(["--op", "adamw_step", "--json", str(tmp_path / "run.json")]) == 1
+    assert "FAILED, and not timed: adamw_step awkward, " in capsys.readouterr().out
+    result = json.loads((tmp_path / "run.json").read_text())
+    assert result["optimizer"] == [] and len(result["failures"]) >= (1 if wrong == "peer" else 3)
+
+
+def test_an_optimizer_peer_that_cannot_run_is_left_out(modules, cpu, monkeypatch, capsys):
+    rates = importlib.import_module("adamw_rates")
+    monkeypatch.setattr(rates, "_prepare_torchs", _raise)
+    assert modules["run"].main(["--op", "adamw_step", "--size", "awkward"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: adamw_step awkward, eager: RuntimeError: out of luck" in printed and "reference float8" in printed
+
+
+def test_optimizer_rows_of_a_gpu(modules, cpu, monkeypatch):
+    """GPU time alone has its column, a graph that cannot be captured costs that figure, and memory that is not there the
+    size."""
+    run, timing, rates = modules["run"], modules["timing"], importlib.import_module("adamw_rates")
+    state = run.Run(torch.device("cpu"), ("reference",), ("eager",), copy_tb_s=2.0)
+    taken = timing.Time(10.0, 1.0, 3, 1, [10.0, 10.0])
+
+    def graphs(subjects, sets):
+        assert set(subjects) == {"reference float32", "reference bfloat16", "reference float8", "eager"}
+        return {name: taken for name in subjects if name != "eager"}, {"eager": "no capture today"}
+
+    class Device:
+        """Of tensors the CPU, of the run a GPU."""
+
+        type = "cuda"
+
+    make = rates.make_shard
+    monkeypatch.setattr(rates, "make_shard", lambda size, device, seed: make(size, torch.device("cpu"), seed))
+    monkeypatch.setattr(timing, "on_gpu_in_turns", graphs)
+    monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
+    state.device = Device()
+    rates.run_size(state, "awkward")
+    assert not state.failures and len(state.optimizer) == 4
+    for row in state.optimizer:
+        assert set(row["times"]) == ({"step"} if row["peer"] else {"step", "gpu_step"})
+    assert state.left_out == ["adamw_step awkward, eager, GPU time alone: no capture today"]
+
+    def full(*arguments):
+        raise torch.OutOfMemoryError("tried to allocate\nmuch")
+
+    monkeypatch.setattr(rates, "make_shard", full)
+    rates.run_size(state, "256m")
+    assert state.left_out[1:] == ["adamw_step 256m: tried to allocate"] and len(state.optimizer) == 4
 
 
 def check_cancellation(rows):

@@ -26,7 +26,7 @@ FORMS = ["float32", "bfloat16", "float8"]
 # One element; part of a block; a block less one, whole, and one more; an odd number of blocks, all but the last whole; a
 # multiple of the largest program; one more than that.
 SIZES = [1, 113, 255, 256, 257, 1023, 4096, 4097]
-SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+SETTINGS = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-4, "weight_decay": 0.1}
 
 
 def implementations(test):
@@ -137,15 +137,17 @@ def simulated(form, size, steps, gradients):
     return master, (exp_avg, exp_avg_sq), exact
 
 
-# Found: 1e-6, 0.007 and 0.063, which rounding to the nearest makes 0.4.
-@pytest.mark.parametrize(("form", "limit"), [("float32", 1e-5), ("bfloat16", 0.012), ("float8", 0.14)])
-def test_forms_against_float64(randn, relative_error, form, limit):
+# Found: 1e-6, 0.007 and 0.063, which rounding to the nearest makes 0.4; of sqrt(v) 2e-6, 0.013 and 0.087.
+@pytest.mark.parametrize(
+    ("form", "limit", "root_limit"), [("float32", 1e-5, 1e-5), ("bfloat16", 0.012, 0.02), ("float8", 0.1, 0.12)]
+)
+def test_forms_against_float64(randn, relative_error, form, limit, root_limit):
     size = 8 * BLOCK
     spread = torch.exp(randn(size, seed=1))  # of magnitudes in a block
     master, states, exact = simulated(form, size, 600, lambda step: spread * (0.3 + randn(size, seed=step + 1)))
     assert relative_error(master, exact.parameter) < limit
     root = moments(*states)[1].double().sqrt()
-    assert relative_error(root, exact.state["exp_avg_sq"].sqrt()) < 2 * limit
+    assert relative_error(root, exact.state["exp_avg_sq"].sqrt()) < root_limit
     assert abs((root / exact.state["exp_avg_sq"].sqrt()).mean() - 1) < 0.1 * limit + 1e-6
 
 
@@ -161,7 +163,7 @@ def test_triton_is_the_reference_to_the_bit(randn, form, size, dtype):
     """On a GPU, too, where the reference runs on the CPU. Magnitudes over eight decades, and zeros among them."""
     master, states = randn(size), zeros(form, size)
     weight = torch.full((size,), torch.nan, dtype=dtype)
-    expected = [each.cpu() for each in tensors_of(master, *states, weight)]
+    expected = [each.clone().cpu() for each in tensors_of(master, *states, weight)]
     if form == "float8":
         expected = [expected[0], Float8State(*expected[1:3]), Float8State(*expected[3:5]), expected[5]]
     for step in range(1, 4):
@@ -336,6 +338,14 @@ def numbers(mantissa):
         ],
         dtype=torch.float64,
     )
+
+
+def test_what_a_state_stands_for():
+    """The first moment has a sign and three bits, the second is the square of four."""
+    state = Float8State(torch.arange(256).to(torch.uint8), torch.tensor([0.25]))
+    positive = 0.25 * numbers(3)
+    assert torch.equal(exp_avg_of(state).double(), torch.cat([positive, -positive]))
+    assert torch.equal(exp_avg_sq_of(state).double(), (0.25 * numbers(4)).square())
 
 
 @pytest.mark.parametrize("mantissa", [3, 4])
