@@ -1,10 +1,11 @@
 """What the fused forward passes of diffusers' transformer blocks share: which modules they may go round, matrix products
-that leave the bias to the operation after them, and weights in FP8.
+that leave the bias to the operation after them, with what LoRA adapters add to them, and weights in FP8.
 
 A bias that the next operation adds costs nothing there, and its gradient falls out of that operation's; added by the
 matrix product, its gradient is a pass of its own over the product's.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from dpdmd.kernels._adapters import Adapter, lowered, raised
 from dpdmd.kernels._kept import keeping
+from dpdmd.kernels._rows import rows_product, rows_weight_gradient
 from dpdmd.kernels._saved import save, saved
 from dpdmd.kernels.activation import gelu_tanh
 from dpdmd.kernels.adaln_modulate import adaln_modulate
@@ -26,6 +29,12 @@ from dpdmd.kernels.gelu_mlp import gelu_mlp
 from dpdmd.kernels.linear_gelu import linear_gelu
 from dpdmd.kernels.packed_linear import packed_linear
 from dpdmd.kernels.qk_norm import TokenStream
+
+try:
+    from peft.tuners.lora.layer import Linear as LoraLinear  # diffusers has imported it already
+except ImportError:
+    LoraLinear = None
+_LINEAR = nn.Linear, LoraLinear
 
 
 class Like(NamedTuple):
@@ -92,14 +101,60 @@ def norms_away(attn: nn.Module) -> bool:
 
 
 def plain(*layers: nn.Module) -> bool:
-    """Whether each layer is x W^T + b and nothing else: no LoRA, no quantisation, no hooks."""
+    """Whether each layer is x W^T + b and nothing else: no quantisation, no hooks, no LoRA at work. A LoRA layer of which
+    no adapter is active is plain; W and b are those of `base(layer)`."""
     for layer in layers:
+        if type(layer) is not nn.Linear:
+            if not _lora(layer) or _active(layer):
+                return False
+            layer = base(layer)
+            if type(layer) is not nn.Linear:
+                return False
         # torchao's quantisation leaves the layer its class and changes its weight's.
-        if type(layer) is not nn.Linear or type(layer._parameters.get("weight")) is not nn.Parameter:
+        if type(layer._parameters.get("weight")) is not nn.Parameter:
             return False
-        if hooked(layer) or away(layer):
+        hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
+        if (hooks or "forward" in layer.__dict__) and (hooked(layer) or away(layer)):
             return False
     return True
+
+
+def base(layer: nn.Module) -> nn.Module:
+    """The linear layer itself, or the one inside peft's LoRA layer."""
+    return layer if type(layer) is nn.Linear else layer._modules["base_layer"]
+
+
+def adapter(layer: nn.Module) -> Adapter | None:
+    """What peft's LoRA layer adds to a plain base layer, where it is one adapter's scale (x A^T) B^T in the base's dtype
+    and nothing else. None for what is to be called: several adapters at once, dropout, DoRA, and whatever torch.compile
+    traces."""
+    if type(layer) is nn.Linear or not _lora(layer) or torch.compiler.is_compiling():
+        return None
+    names = _active(layer)
+    if len(names) != 1 or layer.lora_variant:
+        return None
+    modules, (name,) = layer._modules, names
+    down, up, dropout = (modules[part]._modules[name] for part in ("lora_A", "lora_B", "lora_dropout"))
+    if not plain(base(layer), down, up) or down.bias is not None or up.bias is not None:
+        return None
+    weight, down, up = base(layer).weight, down.weight, up.weight
+    if type(dropout) is not nn.Identity or not weight.dtype == down.dtype == up.dtype:
+        return None
+    return Adapter(*_as_autocast(down, up), layer.scaling[name])
+
+
+def _lora(layer: nn.Module) -> bool:
+    """Whether it is peft's LoRA layer, which adds its adapters' products to its base layer's."""
+    return type(layer) is LoraLinear and not layer.merged_adapters and not hooked(layer)
+
+
+def _active(layer: nn.Module) -> list[str]:
+    """Of its adapters, those that peft would apply now."""
+    if layer._disable_adapters:
+        return []
+    active = layer._active_adapter
+    adapters = layer._modules["lora_A"]._modules
+    return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
 
 
 def _weights(norm: nn.LayerNorm) -> str:
@@ -169,10 +224,17 @@ def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -> 
     if isinstance(x, Tensor) and serves(fp8, layer):
         x = quantize_rows(x)
     if isinstance(x, Quantized):
-        return fp8.product(x, layer), layer.bias
+        linear = base(layer)
+        return fp8.product(x, linear), linear.bias
     if plain(layer):
-        return _rows_linear(x, layer.weight), layer.bias
-    return layer(x), None
+        linear = base(layer)
+        return _rows_linear(x, linear.weight), linear.bias
+    added = adapter(layer)
+    if added is None:
+        return layer(x), None
+    (x,), h = lowered(tuple(_as_autocast(x)), [added])
+    y, bias = product(base(layer), x, fp8)
+    return raised(y, h, [added]), bias
 
 
 def product_of_two(
@@ -181,12 +243,19 @@ def product_of_two(
     """`product` with a and b side by side, where they are not put; in FP8 a pair of products, still to be added up."""
     width = a.shape[-1]
     if isinstance(b, Quantized):
-        first = fp8.product(quantize_rows(a), layer, columns=(0, width))
-        second = fp8.product(b, layer, columns=(width, layer.in_features))
-        return (first, second), (layer.bias, None)
+        linear = base(layer)
+        first = fp8.product(quantize_rows(a), linear, columns=(0, width))
+        second = fp8.product(b, linear, columns=(width, linear.in_features))
+        return (first, second), (linear.bias, None)
     if plain(layer):
-        return _LinearOfTwo.apply(*_as_autocast(a, b, layer.weight)), layer.bias
-    return layer(torch.cat((a, b), dim=-1)), None
+        linear = base(layer)
+        return _LinearOfTwo.apply(*_as_autocast(a, b, linear.weight)), linear.bias
+    added = adapter(layer)
+    if added is None:
+        return layer(torch.cat((a, b), dim=-1)), None
+    (a, b), h = lowered(tuple(_as_autocast(a, b)), [added])
+    y, bias = product_of_two(base(layer), a, b if fp8 is None else quantize_rows(b), fp8)
+    return (raised(y, h, [added]) if fp8 is None else (raised(y[0], h, [added]), y[1])), bias
 
 
 def image_stream(attn: nn.Module, x: Tensor | Quantized, head_dim: int, fp8: Fp8 | None = None) -> TokenStream:
@@ -206,13 +275,25 @@ def _projections(
 ) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
     """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D) where all layers are plain, else three (B, S, H, D)."""
     if isinstance(x, Tensor) and not plain(*layers):
-        each = [product(layer, x, fp8) for layer in layers]
-        return tuple(y.unflatten(-1, (-1, head_dim)) for y, _ in each), tuple(bias for _, bias in each)
-    if isinstance(x, Quantized):
-        qkv = fp8.product(x, *layers)
+        added = [adapter(layer) for layer in layers]
+        if not all(each or plain(layer) for each, layer in zip(added, layers, strict=True)):
+            each = [product(layer, x, fp8) for layer in layers]
+            return tuple(y.unflatten(-1, (-1, head_dim)) for y, _ in each), tuple(bias for _, bias in each)
+        layers = tuple(map(base, layers))
+        ends = itertools.accumulate([layer.out_features for layer in layers], initial=0)
+        added = [each._replace(column=start) for each, start in zip(added, ends, strict=False) if each]
+        (x,), h = lowered(tuple(_as_autocast(x)), added)
+        qkv = raised(_packed(layers, x if fp8 is None else quantize_rows(x), fp8), h, added)
     else:
-        qkv = packed_linear(x, tuple(layer.weight for layer in layers))
+        layers = tuple(map(base, layers))
+        qkv = _packed(layers, x, fp8)
     return qkv.unflatten(-1, (3, -1, head_dim)), tuple(layer.bias for layer in layers)
+
+
+def _packed(layers: tuple[nn.Linear, ...], x: Tensor | Quantized, fp8: Fp8 | None) -> Tensor:
+    if isinstance(x, Quantized):
+        return fp8.product(x, *layers)
+    return packed_linear(x, tuple(layer.weight for layer in layers))
 
 
 def _norm_weights(norm_q: nn.Module | None, norm_k: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
@@ -223,15 +304,19 @@ def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None = None) -
     """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
     activation, _, out = ff.net
     proj = activation.proj
-    if fp8 is None and plain(proj, out) and proj.bias is not None:
-        return gelu_mlp(x, proj.weight, proj.bias, out.weight), out.bias
+    if fp8 is None and plain(proj, out):
+        first, second = base(proj), base(out)
+        if first.bias is not None:
+            return gelu_mlp(x, first.weight, first.bias, second.weight), second.bias
     return product(out, activated(proj, x, fp8, quantize=serves(fp8, out)), fp8)
 
 
 def activated(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8 | None, quantize: bool) -> Tensor | Quantized:
     """gelu(x W^T + b)"""
-    if fp8 is None and plain(layer) and layer.bias is not None:
-        return linear_gelu(x, layer.weight, layer.bias)
+    if fp8 is None and plain(layer):
+        linear = base(layer)
+        if linear.bias is not None:
+            return linear_gelu(x, linear.weight, linear.bias)
     return gelu_tanh(*product(layer, x, fp8), quantize=quantize)
 
 
@@ -246,28 +331,15 @@ class _RowsLinear(torch.autograd.Function):
     # F.linear would copy x to make one matrix of it. A batched product reads the samples where they are.
     @staticmethod
     def forward(ctx, x, weight):
-        save(ctx, x, weight)
-        return _rows_product(x, weight.t())
+        save(ctx, x if ctx.needs_input_grad[1] else None, weight)
+        return rows_product(x, weight.t())
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         x, weight = saved(ctx)
         dx = dy @ weight if ctx.needs_input_grad[0] else None
-        return dx, _rows_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
-
-
-def _rows_product(x: Tensor, matrix: Tensor, **out: Tensor) -> Tensor:
-    """x (B, S, K) times matrix (K, N), where the samples of x, and of an `out`, may be apart in memory."""
-    return torch.bmm(x, matrix.expand(len(x), -1, -1), **out)
-
-
-def _rows_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """The sum of dy^T x (N, K) over the samples of dy (B, S, N) and x (B, S, K), rounded once: on a GPU products of half
-    precision, one a sample, are left in float32. (A copy of x costs more: 177 us against 130 for SD3.5-M's, batch 4.)"""
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dy.dtype:
-        return torch.bmm(dy.transpose(1, 2), x, out_dtype=torch.float32).sum(0).to(x.dtype)
-    return dy.flatten(0, 1).t() @ x.flatten(0, 1)
+        return dx, rows_weight_gradient(dy, x) if ctx.needs_input_grad[1] else None
 
 
 def split_products(
@@ -276,6 +348,7 @@ def split_products(
     """`product` of the first `length` rows of joint (B, S, C) with one layer, and of the others with another; fp8 of
     each."""
     if fp8 == (None, None) and plain(first, second):
+        first, second = base(first), base(second)
         y1, y2 = _SplitProducts.apply(*_as_autocast(joint, first.weight, second.weight), length)
         return (y1, first.bias), (y2, second.bias)
     rows1, rows2 = split_rows(joint, length)
@@ -286,9 +359,9 @@ class _SplitProducts(torch.autograd.Function):
     # Reads both parts where they are, and writes their gradients side by side: no copies, no concatenation.
     @staticmethod
     def forward(ctx, joint, weight1, weight2, length):
-        save(ctx, joint, weight1, weight2)
-        ctx.length = length
-        return _rows_product(joint[:, :length], weight1.t()), _rows_product(joint[:, length:], weight2.t())
+        save(ctx, joint if any(ctx.needs_input_grad[1:3]) else None, weight1, weight2)
+        ctx.length, ctx.shape = length, joint.shape
+        return rows_product(joint[:, :length], weight1.t()), rows_product(joint[:, length:], weight2.t())
 
     @staticmethod
     @once_differentiable
@@ -298,13 +371,13 @@ class _SplitProducts(torch.autograd.Function):
         parts = slice(None, ctx.length), slice(ctx.length, None)
         djoint = None
         if for_joint and torch.compiler.is_compiling():  # it takes no slice for `out`
-            djoint = torch.cat((_rows_product(dy1, weight1), _rows_product(dy2, weight2)), dim=1)
+            djoint = torch.cat((rows_product(dy1, weight1), rows_product(dy2, weight2)), dim=1)
         elif for_joint:
-            djoint = torch.empty_like(joint, memory_format=torch.contiguous_format)
-            _rows_product(dy1, weight1, out=djoint[:, parts[0]])
-            _rows_product(dy2, weight2, out=djoint[:, parts[1]])
+            djoint = dy1.new_empty(ctx.shape)
+            rows_product(dy1, weight1, out=djoint[:, parts[0]])
+            rows_product(dy2, weight2, out=djoint[:, parts[1]])
         dweights = [
-            _rows_weight_gradient(dy, joint[:, part]) if wanted else None
+            rows_weight_gradient(dy, joint[:, part]) if wanted else None
             for dy, part, wanted in zip((dy1, dy2), parts, for_weights, strict=True)
         ]
         return djoint, *dweights, None
@@ -315,16 +388,17 @@ class _LinearOfTwo(torch.autograd.Function):
     # with zeros there and add them up. The price is that the first product is rounded before the second is added.
     @staticmethod
     def forward(ctx, a, b, weight):
-        save(ctx, a, b, weight)
-        width = a.shape[-1]
-        y = a.flatten(0, -2) @ weight[:, :width].t()
-        return y.addmm_(b.flatten(0, -2), weight[:, width:].t()).view(*a.shape[:-1], -1)
+        save(ctx, *((a, b) if ctx.needs_input_grad[2] else (None, None)), weight)
+        ctx.width = width = a.shape[-1]
+        y = F.linear(a, weight[:, :width])  # returned as it is, and not a view of it: adapters add to it in place
+        y.view(-1, len(weight)).addmm_(b.flatten(0, -2), weight[:, width:].t())
+        return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         a, b, weight = saved(ctx)
-        width = a.shape[-1]
+        width = ctx.width
         da = dy @ weight[:, :width] if ctx.needs_input_grad[0] else None
         db = dy @ weight[:, width:] if ctx.needs_input_grad[1] else None
         dweight = None
@@ -370,14 +444,17 @@ class _SplitRows(torch.autograd.Function):
 class Fp8Weights:
     """The large weights of a block in FP8, made when a pass without gradient first wants them.
 
-    They are made anew where a weight's memory or version says that it changed, and, in a block that is trained, after
+    They are made anew where a weight's memory or version says that it changed, and, where such weights are trained, after
     any optimizer's step: some write past torch's version counters (apex, DeepSpeed), and ZeRO-3 gathers weights into
     new memory each time. Copies, also pickled ones, start without any.
+
+    names: the layers, in the block.
     """
 
     _steps: int | None = None  # of all optimizers of the process, since there are such weights
 
-    def __init__(self):
+    def __init__(self, names: tuple[str, ...]):
+        self._names = names
         self._kept = {}
         self._trained = False
         if Fp8Weights._steps is None:
@@ -385,15 +462,17 @@ class Fp8Weights:
             register_optimizer_step_post_hook(_count_step)
 
     def __reduce__(self):
-        return Fp8Weights, ()
+        return Fp8Weights, (self._names,)
 
     def clear(self) -> None:
         self._kept.clear()
 
     def note_gradients(self, block: nn.Module) -> None:
-        """In a pass with gradients. A block counts as trained from then on, though its parameters may require
-        gradients only now and then."""
-        self._trained = self._trained or any(parameter.requires_grad for parameter in block.parameters())
+        """In a pass with gradients. The weights count as trained from then on where one of them requires gradients,
+        though it may do so only now and then. Adapters on frozen weights do not change these."""
+        if not self._trained:
+            layers = [block.get_submodule(name) for name in self._names]
+            self._trained = any(base(layer).weight.requires_grad for layer in layers if type(layer) in _LINEAR)
 
     def of(self, *layers: nn.Linear, columns: tuple[int, int] | None = None) -> Quantized:
         """The layers' weights, stacked, or some columns of them."""

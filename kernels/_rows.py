@@ -1,7 +1,7 @@
 """Tensors (..., C) as kernels walk them that work on rows of C elements, dense in memory, and sums down the columns.
 
 Rows follow one another at one stride, or at two: slices of a sequence, as an attention's output for the image alone,
-have one from token to token and another from sample to sample.
+have one from token to token and another from sample to sample. Matrix products that read such slices where they are.
 """
 
 from typing import NamedTuple
@@ -133,3 +133,16 @@ def _launch_sum_rows(x: Tensor) -> Tensor:
 
 
 sum_rows = register("sum_rows_triton(Tensor x) -> Tensor", _launch_sum_rows, lambda x: x.new_empty(x.shape[1]))
+
+
+def rows_product(x: Tensor, matrix: Tensor, **out: Tensor) -> Tensor:
+    """x (B, S, K) times matrix (K, N), where the samples of x, and of an `out`, may be apart in memory."""
+    return torch.bmm(x, matrix.expand(len(x), -1, -1), **out)
+
+
+def rows_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """The sum of dy^T x (N, K) over the samples of dy (B, S, N) and x (B, S, K), rounded once: on a GPU products of half
+    precision, one a sample, are left in float32. (A copy of x costs more: 177 us against 130 for SD3.5-M's, batch 4.)"""
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dy.dtype:
+        return torch.bmm(dy.transpose(1, 2), x, out_dtype=torch.float32).sum(0).to(x.dtype)
+    return dy.flatten(0, 1).t() @ x.flatten(0, 1)

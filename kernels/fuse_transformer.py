@@ -52,8 +52,11 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     A block is left as it was, and named, where it is not what diffusers makes: other norms, activations or attention
     processors, dropout in training, chunked feed-forwards, hooks inside it. Blocks check at every call: where such a
     thing comes later, or a call brings attention arguments (IP-Adapter, masks), the stock forward runs. Linear layers
-    of other classes (LoRA from peft, quantised ones) or with hooks are called, in the fused forward too. Gradients are
-    first-order and reverse-mode: no gradient of a gradient, no torch.func.
+    of other classes (quantised ones) or with hooks are called, in the fused forward too. peft's LoRA layers, added before
+    or after, are fused: the base product runs as without them, what an adapter adds follows in place, and a layer of
+    which no adapter is active is its base layer. Called, as peft has them, are those with dropout, DoRA, several active
+    adapters, an adapter in another dtype than the base, and those that torch.compile traces. Gradients are first-order
+    and reverse-mode: no gradient of a gradient, no torch.func.
 
     Under ZeRO-3 make the blocks leaves (deepspeed.utils.set_z3_leaf_modules): they are gathered as a whole either way.
 
@@ -74,18 +77,16 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
             continue
         # The first block and the last are the ones that rounding hurts most.
         in_fp8 = fp8 == "no_grad" and name in blocks[1:-1]
-        if in_fp8:
-            _check_fp8(name, module, kind.fp8_layers)
-        fused.append((module, kind, in_fp8))
+        fused.append((module, kind, _fp8_layers(name, module, kind.fp8_layers) if in_fp8 else None))
     from dpdmd.kernels._blocks import Fp8Weights
 
-    for module, kind, in_fp8 in fused:
+    for module, kind, fp8_layers in fused:
         if MARK not in module.__dict__:
             module.forward = functools.partial(kind.forward, module)
-        setattr(module, MARK, Fp8Weights() if in_fp8 else None)
+        setattr(module, MARK, None if fp8_layers is None else Fp8Weights(fp8_layers))
         class_name = type(module).__name__
         report.replaced[class_name] = report.replaced.get(class_name, 0) + 1
-        report.num_fp8 += in_fp8
+        report.num_fp8 += fp8_layers is not None
     if verbose:
         print(report)
     return report
@@ -160,10 +161,17 @@ def _replaced(module: nn.Module) -> str:
     return "it has a forward of its own already" if replaced else ""
 
 
-def _check_fp8(name: str, block: nn.Module, layers: tuple[str, ...]) -> None:
+def _fp8_layers(name: str, block: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
+    """Of the named layers those that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
+    says."""
+    from dpdmd.kernels._blocks import LoraLinear, base
+
+    found = []
     for part, layer in block.named_modules():
-        if part not in layers or type(layer) is not nn.Linear:
+        if part not in layers or type(layer) not in (nn.Linear, LoraLinear) or type(base(layer)) is not nn.Linear:
             continue
+        found.append(part)
+        layer = base(layer)
         if layer.in_features % 16 or layer.out_features % 16:
             raise ValueError(
                 f"fp8='no_grad' needs layers of multiples of 16; {name}.{part} is "
@@ -175,3 +183,4 @@ def _check_fp8(name: str, block: nn.Module, layers: tuple[str, ...]) -> None:
                 f"fp8='no_grad' needs a GPU of compute capability 8.9 or newer, and the model is on a "
                 f"{torch.cuda.get_device_name(device)}; fp8=None runs everywhere"
             )
+    return tuple(found)

@@ -32,7 +32,8 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tens
     x (..., K), weight1 (N, K), bias1 (N,), weight2 (K_2, N): float32, float16, bfloat16 or float64, all of one dtype, or
         under autocast any of them. All receive gradients.
 
-    Saved for backward: x, the weights, what GELU is taken of and what it makes.
+    Saved for backward: the weights and what GELU is taken of; x, and what GELU makes, where the weight that multiplies it
+    needs a gradient.
 
     Raises TypeError for a dtype or type, ValueError for a shape.
     """
@@ -82,7 +83,9 @@ class _GeluMlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2):
         u, pre = torch.ops.dpdmd.linear_gelu_aux.default(x.reshape(-1, x.shape[-1]), weight1, bias1)
-        save(ctx, x, weight1, weight2, u, pre)
+        _, for_weight1, _, for_weight2 = ctx.needs_input_grad
+        save(ctx, x if for_weight1 else None, weight1, weight2, u if for_weight2 else None, pre)
+        ctx.shape = x.shape
         return F.linear(u, weight2).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -90,11 +93,11 @@ class _GeluMlp(torch.autograd.Function):
     def backward(ctx, dy):
         x, weight1, weight2, u, pre = saved(ctx)
         for_x, for_weight1, for_bias1, for_weight2 = ctx.needs_input_grad
-        dy = dy.reshape(len(u), -1).contiguous()
+        dy = dy.reshape(len(pre), -1).contiguous()
         dweight2 = dy.t() @ u if for_weight2 else None
         if not (for_x or for_weight1 or for_bias1):
             return None, None, None, dweight2
         dpre = torch.ops.dpdmd.matmul_dgelu.default(dy, weight2, pre)
-        dx = (dpre @ weight1).view(x.shape) if for_x else None
-        dweight1 = dpre.t() @ x.reshape(len(u), -1) if for_weight1 else None
+        dx = (dpre @ weight1).view(ctx.shape) if for_x else None
+        dweight1 = dpre.t() @ x.reshape(len(pre), -1) if for_weight1 else None
         return dx, dweight1, sum_rows(dpre) if for_bias1 else None, dweight2

@@ -20,7 +20,9 @@ class _PackedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, count, *weights_and_biases):
         weights, biases = weights_and_biases[:count], weights_and_biases[count:]
-        save(ctx, x, *weights)  # which are there anyway; their stack is not kept
+        # The weights are there anyway; their stack is not kept, nor x for weights that are frozen.
+        save(ctx, x if any(ctx.needs_input_grad[2 : 2 + count]) else None, *weights)
+        ctx.shape = x.shape
         return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 
     @staticmethod
@@ -29,9 +31,9 @@ class _PackedLinear(torch.autograd.Function):
         for_x, _, *needed = ctx.needs_input_grad
         for_weights, for_biases = needed[: len(weights)], needed[len(weights) :]
         sizes = [len(weight) for weight in weights]
-        count = x.shape[:-1].numel()
+        count = ctx.shape[:-1].numel()
         columns = upstream.reshape(count, sum(sizes))
-        dx = (columns @ torch.cat(weights)).view(x.shape) if for_x else None
+        dx = (columns @ torch.cat(weights)).view(ctx.shape) if for_x else None
         rows = x.reshape(count, x.shape[-1]) if any(for_weights) else None
         return (
             dx,
@@ -63,7 +65,8 @@ def packed_linear(x: Tensor, weights: tuple[Tensor, ...], bias: tuple[Tensor, ..
         bfloat16 and float64 (any of them under autocast, which decides, as for F.linear), any strides, any batch. All
         receive gradients, those of weights as slices of one tensor. Differentiable twice.
 
-    Saved for backward: x and the weights, as separate layers do. One weight alone is F.linear.
+    Saved for backward: the weights, and x where one of them needs a gradient, as separate layers do. One weight alone is
+    F.linear.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and a number of tensors.
     """

@@ -15,11 +15,13 @@ from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpdmd.kernels import _blocks, _blocks_flux, selective_checkpoint, use_backend
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import quantize_rows
 from dpdmd.kernels.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
+from dpdmd.lora import adapter_parameters, add_adapters, use
 
 TOLERANCE = 1e-5  # of relative error, in float32
 TEXT = 5  # tokens
@@ -563,6 +565,264 @@ def test_lora(make, layers):
     torch.testing.assert_close(after(**tensors, **others)[0], model(**tensors, **others)[0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture
+def peft_calls(monkeypatch):
+    """Counts the LoRA layers that are called."""
+    calls = []
+
+    def counted(self, *args, original=_blocks.LoraLinear.forward, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(_blocks.LoraLinear, "forward", counted)
+    return calls
+
+
+def with_roles(model, rank=3, alpha=5.0, **settings):
+    """Two adapters, of which no part is zero."""
+    add_adapters(model, rank=rank, alpha=alpha, seed=1, **settings)
+    generator = torch.Generator("cpu").manual_seed(4)
+    with torch.no_grad():
+        for role in ("student", "critic"):
+            for parameter in adapter_parameters(model, role).values():
+                parameter.copy_(0.15 * torch.randn(parameter.shape, generator=generator, device="cpu"))
+    return model
+
+
+def of_role(model, role, **further):
+    """Output and gradients in the role, of the inputs and of what has one."""
+    use(model, role)
+    output, gradients = output_and_gradients(model, **further)
+    return output, {name: gradient for name, gradient in gradients.items() if gradient is not None}
+
+
+@both
+@models
+def test_roles(implementation, make, stock_calls, peft_calls):
+    """Teacher, student and critic against the stock modules with peft's own layers; nothing is called."""
+    model = with_roles(make())
+    ours = fused(model)
+    for role, trained in (("teacher", 0), ("student", 1), ("critic", 1)):
+        expected = of_role(model, role)
+        stock_calls.clear()
+        peft_calls.clear()
+        got = of_role(ours, role)
+        check_equal(got, expected)
+        assert not stock_calls and not peft_calls, "it must be the fused forward that was compared"
+        assert len(got[1]) == 3 + trained * len(adapter_parameters(model, "student"))
+
+
+@both
+@one_of_each
+def test_teacher_to_the_bit(implementation, make):
+    """Adapters that are not at work change nothing: forward, backward, in FP8, added before fusing or after."""
+    bare = fused(make())
+    later = with_roles(fused(make()))
+    expected = output_and_gradients(bare.requires_grad_(False))
+    for model in (later, fused(with_roles(make()))):
+        check_bits(of_role(model, "teacher"), (expected[0], {n: g for n, g in expected[1].items() if g is not None}))
+        assert torch.equal(run(model), run(bare))
+    bare, model = fused(deep(make), fp8="no_grad"), fused(with_roles(deep(make)), fp8="no_grad")
+    assert torch.equal(run(model), run(bare))
+
+
+@one_of_each
+@pytest.mark.parametrize(
+    "targets", [["to_q"], ["to_k", "net.2"], ["net.0.proj"], ["to_out.0"], ["to_add_out"], ["norm1.linear", "to_v"]]
+)
+def test_roles_with_few_adapters(make, targets):
+    """Some of q, k and v, one half of a feed-forward, one of two streams."""
+    model = with_roles(make(), targets=targets)
+    check_equal(of_role(fused(model), "student"), of_role(model, "student"))
+
+
+def test_roles_of_a_projection_of_two():
+    for targets in (["proj_out"], ["proj_mlp"]):
+        model = with_roles(flux(), targets=targets)
+        check_equal(of_role(fused(model), "student"), of_role(model, "student"))
+
+
+@one_of_each
+def test_roles_no_less_accurate_than_eager(make):
+    """In bfloat16: adapters' gradients as a whole no further from float32 than 1.25 times those of peft's layers."""
+    model = with_roles(make().bfloat16())
+    exact = of_role(copy.deepcopy(model).float(), "student")
+    distances = []
+    for each in (fused(model), model):
+        output, gradients = of_role(each, "student", dtype=torch.bfloat16)
+        names = [name for name in gradients if "lora" in name]
+        assert len(names) == len(adapter_parameters(model, "student")) and output.dtype == torch.bfloat16
+        squares = [(gradients[name].double() - exact[1][name].double()).square().sum() for name in names]
+        distances.append(((output.double() - exact[0].double()).norm(), torch.stack(squares).sum().sqrt()))
+    assert all(ours < 1.25 * eager for ours, eager in zip(*distances, strict=True))
+
+
+class Products(TorchDispatchMode):
+    """The shapes of the matrix products made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        out = function(*arguments, **(keywords or {}))
+        if function.overloadpacket.__name__.rstrip("_") in ("mm", "addmm", "bmm", "baddbmm"):
+            self.shapes.append(tuple(out.shape[-2:]))
+        return out
+
+
+@one_of_each
+@pytest.mark.parametrize("role", ["teacher", "student"])
+def test_frozen_weights_get_no_gradients(make, role):
+    """No product of the backward pass has the shape of a weight of the base, and none is there afterwards."""
+    model = fused(with_roles(make()))
+    use(model, role)
+    tensors, others = inputs_of(model)
+    output = model(**tensors, **others)[0]
+    weights = {tuple(p.shape) for p in model.parameters() if not p.requires_grad and p.ndim == 2}
+    with Products() as products:
+        output.sum().backward()
+    assert products.shapes and not weights & set(products.shapes)
+    assert all(parameter.grad is None for parameter in model.parameters() if not parameter.requires_grad)
+
+
+@one_of_each
+def test_first_block_needs_no_gradient_of_its_input(make):
+    """Where nothing before the adapters is trained, the pass does not make the gradient of what comes in."""
+    model = fused(with_roles(make(), targets=["to_q", "to_k", "to_v"]))
+    stock = with_roles(make(), targets=["to_q", "to_k", "to_v"])
+    gradients, counts = [], []
+    for each in (model, stock):
+        use(each, "student")
+        tensors, others = inputs_of(each)
+        output = each(**{name: tensor.detach() for name, tensor in tensors.items()}, **others)[0]
+        with Products() as products:
+            output.sum().backward()
+        gradients.append({name: p.grad for name, p in adapter_parameters(each, "student").items()})
+        counts.append(sum(shape in ((24, 32), (10, 32)) for shape in products.shapes))
+    for name, gradient in gradients[1].items():
+        torch.testing.assert_close(gradients[0][name], gradient, rtol=1e-4, atol=1e-5)
+    assert counts[0] <= counts[1]
+
+
+@one_of_each
+@pytest.mark.parametrize("checkpoint", [None, reentrant_checkpoint, selective_checkpoint])
+def test_roles_under_checkpoints(make, checkpoint):
+    model = with_roles(make())
+    expected = of_role(model, "critic")
+    model = fused(model)
+    model.enable_gradient_checkpointing(checkpoint)
+    check_equal(of_role(model, "critic"), expected)
+
+
+@one_of_each
+def test_roles_under_a_selective_checkpoint_to_the_bit(make):
+    model = fused(with_roles(make().bfloat16()))
+    use(model, "student")
+    expected = of_role(model, "student", dtype=torch.bfloat16)
+    model.enable_gradient_checkpointing(selective_checkpoint)
+    check_bits(of_role(model, "student", dtype=torch.bfloat16), expected)
+
+
+@one_of_each
+def test_roles_under_autocast(make):
+    model = with_roles(make())
+    exact = of_role(model, "student")
+    with torch.autocast("cpu", torch.bfloat16):
+        eager, ours = of_role(model, "student"), of_role(fused(model), "student")
+    assert ours[0].dtype == eager[0].dtype
+    eager, ours = errors(eager, exact), errors(ours, exact)
+    assert ours["output"] > 1e-4, "nothing ran in bfloat16"
+    assert sum(ours.values()) < 1.25 * sum(eager.values())
+
+
+def two_at_once(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module._active_adapter = ["student", "critic"]
+
+
+def in_float64(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module.lora_A.double(), module.lora_B.double()
+
+
+def hooked_lora(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module.register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def dropping_out(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module.lora_dropout["student"] = nn.Dropout(0.5)
+    model.eval()
+
+
+def hooked_down(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module.lora_A["student"].register_forward_hook(lambda module, args, output: 1.5 * output)
+
+
+def scaled(model):
+    for module in model.modules():
+        if isinstance(module, _blocks.LoraLinear):
+            module.set_scale("student", 0.5)
+
+
+@one_of_each
+@pytest.mark.parametrize(
+    "change, called",
+    [
+        (two_at_once, True),
+        (in_float64, True),
+        (hooked_lora, True),
+        (dropping_out, True),
+        (hooked_down, True),
+        (scaled, False),
+    ],
+)
+def test_lora_that_does_more(make, change, called, peft_calls):
+    """What is not one adapter's product and nothing else is peft's to compute; a strength is read at each call."""
+    model = with_roles(make())
+    use(model, "student")
+    plain = output_and_gradients(model)[0]
+    ours = fused(model)
+    for each in (model, ours):
+        change(each)
+    expected = output_and_gradients(model)
+    assert change is dropping_out or not torch.allclose(expected[0], plain, rtol=1e-6, atol=1e-7)
+    peft_calls.clear()
+    got = output_and_gradients(ours)
+    present = [{name: g for name, g in gradients.items() if g is not None} for _, gradients in (got, expected)]
+    check_equal((got[0], present[0]), (expected[0], present[1]))
+    assert bool(peft_calls) == called
+
+
+def test_merged_adapters():
+    model = with_roles(sd3())
+    use(model, "student")
+    ours = fused(model)
+    for each in (model, ours):
+        each.fuse_lora()
+    torch.testing.assert_close(run(ours), run(model), rtol=1e-4, atol=1e-5)
+
+
+@one_of_each
+def test_roles_compiled_by_blocks(make):
+    model = with_roles(make())
+    expected = {role: of_role(model, role) for role in ("teacher", "student")}
+    model = fused(model)
+    torch._dynamo.reset()
+    for block in [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for role in ("student", "teacher", "student"):
+        check_equal(of_role(model, role), expected[role])
+
+
 def test_compiled_as_a_whole():
     model = sd3(num_layers=1)
     expected = output_and_gradients(model)
@@ -798,6 +1058,22 @@ def test_gradients_of_the_products():
         assert torch.autograd.gradcheck(_blocks._LinearOfTwo.apply, (a, b, w))
 
 
+def test_products_of_frozen_weights_keep_no_inputs():
+    joint, weight, wide = (torch.randn(shape, requires_grad=True) for shape in ((2, 7, 4), (3, 4), (3, 8)))
+    functions = [
+        lambda x, w, wide: _blocks._rows_linear(x[:, 3:], w),
+        lambda x, w, wide: _blocks._SplitProducts.apply(x, w, w, 3)[0],
+        lambda x, w, wide: _blocks._LinearOfTwo.apply(x, x, wide),
+    ]
+    for function in functions:
+        for trained in (True, False):
+            kept = []
+            hooks = torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t)
+            with hooks:
+                function(joint, *(each.detach().requires_grad_(trained) for each in (weight, wide)))
+            assert any(tensor.shape[0] == 2 for tensor in kept) == trained
+
+
 # FP8
 
 
@@ -885,6 +1161,46 @@ def test_fp8_beside_lora(relative_error):
     ours = fused(model, fp8="no_grad")
     exact, got = run(model), run(ours)
     assert 1e-3 < relative_error(got, exact) < 0.2
+
+
+def fake_quantized_bases(model):
+    """The same of a model with LoRA layers: the base products in FP8, the adapters as they are."""
+    model = copy.deepcopy(model)
+    blocks = [*model.transformer_blocks, *getattr(model, "single_transformer_blocks", [])]
+    layers = ("to_q", "to_k", "to_v", "to_out.0", ".ff.net.0.proj", ".ff.net.2", "proj_mlp", "proj_out")
+    for block in blocks[1:-1]:
+        for name, layer in block.named_modules():
+            if isinstance(layer, _blocks.LoraLinear) and f".{name}".endswith(layers):
+                layer.base_layer = FakeQuantized(layer.base_layer, [32, 128] if name == "proj_out" else None)
+    return model
+
+
+@both
+@one_of_each
+def test_fp8_of_the_base_beside_adapters(implementation, make, relative_error, quantisations):
+    """Every role reads the same copies of the weights, which an update of the adapters leaves as they are."""
+    model = with_roles(deep(make))
+    ours = fused(model, fp8="no_grad")
+    optimizer = PastVersions(list(adapter_parameters(ours, "student").values()))
+    made = []
+    for role in ("student", "teacher", "critic"):
+        use(model, role)
+        with use_backend("reference"):
+            exact, emulated = run(model), run(fake_quantized_bases(model))
+        use(ours, role)
+        before = len(quantisations)
+        got = run(ours)
+        made.append(len(quantisations) - before)
+        error = relative_error(emulated, exact)
+        assert 0.005 < error < 0.2
+        assert relative_error(got, emulated) < (0.1 if got.is_cuda else 0.03) * error
+    assert made == [4 + 2 + 4 if make is sd3 else 4 + 2 * 4, 0, 0]
+    use(ours, "student")
+    output_and_gradients(ours)
+    before = run(ours)
+    quantisations.clear()
+    optimizer.step()
+    assert not torch.equal(run(ours), before) and not quantisations
 
 
 class PastVersions(torch.optim.Optimizer):

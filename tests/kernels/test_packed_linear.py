@@ -219,6 +219,17 @@ def test_stack_is_not_kept_for_backward(make):
     assert {tensor.data_ptr() for tensor in kept} <= {tensor.data_ptr() for tensor in tensors}
 
 
+@pytest.mark.parametrize("needed", [0, 1, 4])
+def test_x_is_kept_for_weights_alone(make, needed):
+    """Frozen weights ask for no activations; neither do biases."""
+    x, weights, biases = make(2, 5, 8)
+    (x, *weights, *biases)[needed].requires_grad_()
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        packed_linear(x, weights, biases)
+    assert any(tensor.data_ptr() == x.data_ptr() for tensor in kept) == (needed == 1)
+
+
 def test_weight_written_to_before_the_backward_pass_is_an_error(make):
     x, weights, _ = make(2, 5, 8)
     out = packed_linear(x.requires_grad_(), weights)

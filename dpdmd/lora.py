@@ -1,0 +1,283 @@
+"""Three roles on one copy of the weights: adapters for student and critic on a frozen base, which is the teacher.
+
+    y = x W^T + b + (alpha / rank) (x A^T) B^T      A (rank, K), B (N, rank); W and b are frozen
+
+The layers are peft's, and the file that holds an adapter is what diffusers' pipelines load. Which adapter is at work is
+one list that all layers of a transformer share, so that a role is taken on without a walk over them; nothing is merged
+into W, and nothing changes what requires a gradient. (LoRA: arXiv 2106.09685.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpdmd.config import ConfigError
+
+TEACHER = "teacher"
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the names here are diffusers'
+_METADATA_KEY = "lora_adapter_metadata"
+_PREFIX = "transformer."
+_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
+
+_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+_FEED_FORWARD = ("net.0.proj", "net.2")
+# Of each class of transformer: the projections of both streams' attention and feed-forwards.
+DEFAULT_TARGETS = {
+    "SD3Transformer2DModel": (*_ATTENTION, *_FEED_FORWARD),
+    "FluxTransformer2DModel": (*_ATTENTION, *_FEED_FORWARD, "proj_mlp", "proj_out"),
+}
+
+
+@dataclass
+class _Roles:
+    """What `add_adapters` leaves in the transformer. A copy of the transformer has its own, shared by its own layers."""
+
+    active: list[str]  # the adapter at work, or nothing: every LoRA layer has this very list
+    layer: nn.Module  # one of them, which tells whether that is still so
+
+
+def add_adapters(
+    transformer: nn.Module,
+    *,
+    rank: int,
+    alpha: float,
+    targets: Iterable[str] | None = None,
+    seed: int,
+    roles: tuple[str, ...] = ("student", "critic"),
+) -> None:
+    """Gives a diffusers transformer a LoRA adapter for each role, in place, and leaves it in the role of the teacher.
+
+    transformer: an SD3Transformer2DModel or a FluxTransformer2DModel (with `targets`, any with blocks of those names),
+        on any device. Its own parameters are frozen, those of all adapters require gradients, whatever the role.
+    rank, alpha: what an adapter adds is scaled by alpha / rank.
+    targets: endings of the names of linear layers in the transformer's blocks, such as "to_q" or "ff.net.2". None for
+        the class's DEFAULT_TARGETS.
+    seed: of A, uniform between +- 1 / sqrt(K) as nn.Linear's, drawn on the CPU: the same in every process and on every
+        device. B is 0, so that all roles begin as the teacher.
+
+    The adapters are made in the dtype and on the device of the layer that they are for. In bfloat16 they are what the
+    products read, and the optimizer is to keep float32 masters, as for any other weight.
+
+    Raises ConfigError for a rank, alpha, role or target that cannot be (naming the nearest targets), and for a
+    transformer that has adapters.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    if getattr(transformer, "peft_config", None):
+        raise ConfigError(f"{type(transformer).__name__} has adapters already: {', '.join(transformer.peft_config)}")
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ConfigError(f"rank = {rank!r}: a whole number from 1 on is needed")
+    if not alpha > 0:
+        raise ConfigError(f"alpha = {alpha!r}: a number above 0 is needed")
+    roles = tuple(roles)
+    if not roles or TEACHER in roles or len(set(roles)) < len(roles) or any("." in role for role in roles):
+        raise ConfigError(f"roles = {roles!r}: different names without dots are needed, none of them {TEACHER!r}")
+    pattern = _pattern(transformer, targets)
+
+    transformer.requires_grad_(False)
+    for role in roles:
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the first role's
+            # Without memory at first: peft would draw A on the CPU, from torch's own generator.
+            inject_adapter_in_model(config, transformer, role, low_cpu_mem_usage=True)
+    transformer._hf_peft_config_loaded = True  # for diffusers' own methods
+    layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
+    for index, role in enumerate(roles):
+        generator = torch.Generator("cpu").manual_seed(seed + index)
+        for layer in layers:
+            _draw(layer, role, generator)
+    state = _Roles([], layers[0])
+    for layer in layers:
+        layer._active_adapter = state.active
+    transformer._roles = state
+
+
+def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:
+    """A regular expression of the full names of the targeted layers."""
+    name = type(transformer).__name__
+    if targets is None:
+        if name not in DEFAULT_TARGETS:
+            known = " and ".join(DEFAULT_TARGETS)
+            raise ConfigError(f"targets: none is known for a {name}, only for {known}; name the layers to adapt")
+        targets = DEFAULT_TARGETS[name]
+    targets = tuple(targets)
+    linear = {
+        path.split(".", 2)[2]
+        for path, module in transformer.named_modules()
+        if path.startswith(tuple(f"{blocks}." for blocks in _BLOCKS)) and isinstance(module, nn.Linear)
+    }
+    endings = {".".join(path.split(".")[start:]) for path in linear for start in range(path.count(".") + 1)}
+    if not targets:
+        raise ConfigError(f"targets is empty; a {name} has {', '.join(sorted(linear))}")
+    for target in targets:
+        if target not in endings:
+            nearest = difflib.get_close_matches(target, sorted(endings), n=3, cutoff=0.0)
+            raise ConfigError(
+                f"target {target!r} is no linear layer in the blocks of a {name}; the nearest are {', '.join(nearest)}"
+            )
+    return rf"({'|'.join(_BLOCKS)})\.\d+\.(.+\.)?({'|'.join(map(re.escape, targets))})"
+
+
+def _draw(layer: nn.Module, role: str, generator: torch.Generator) -> None:
+    weight = layer.get_base_layer().weight
+    down, up = layer.lora_A[role], layer.lora_B[role]
+    bound = down.in_features**-0.5
+    drawn = torch.empty(down.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+    down.weight = nn.Parameter(drawn.to(weight.device, weight.dtype))
+    up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=weight.device, dtype=weight.dtype))
+
+
+def use(transformer: nn.Module, role: str) -> None:
+    """Puts the transformer in a role: "teacher" (no adapter), "student" or "critic". Takes about a microsecond.
+
+    A forward pass has the role that is on while it runs; so has a recomputation of one in the backward pass. Whoever
+    checkpoints activations takes the role on again before the backward pass, or checkpoints functions that
+    `remember_role` has made.
+
+    Raises ValueError for an unknown role and where there are no adapters, RuntimeError where diffusers or peft has
+    switched or merged adapters since.
+    """
+    roles = _roles(transformer)
+    layer = roles.layer
+    if layer._active_adapter is not roles.active or layer._disable_adapters or layer.merged_adapters:
+        raise RuntimeError(
+            "the transformer's adapters have been switched or merged by something else (set_adapter, "
+            "disable_adapters, fuse_lora); roles are taken on by dpdmd.lora.use alone"
+        )
+    if role == TEACHER:
+        roles.active.clear()
+    elif role in transformer.peft_config:
+        roles.active[:] = (role,)
+    else:
+        raise ValueError(f"role is {role!r}; it needs to be one of {', '.join((TEACHER, *transformer.peft_config))}")
+
+
+def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, whose every later call runs in the role of now, whichever is on then; afterwards that is on again.
+
+    For what a checkpoint calls a second time in the backward pass, after other roles have been at work:
+
+        selective_checkpoint(remember_role(transformer, block.forward), *args, parameters=parameters)
+    """
+    active = _roles(transformer).active
+    role = tuple(active)
+
+    def in_role(*args, **kwargs):
+        now = tuple(active)
+        active[:] = role
+        try:
+            return function(*args, **kwargs)
+        finally:
+            active[:] = now
+
+    return in_role
+
+
+def _roles(transformer: nn.Module) -> _Roles:
+    roles = transformer.__dict__.get("_roles")
+    if roles is None:
+        raise ValueError(f"the {type(transformer).__name__} has no adapters; dpdmd.lora.add_adapters makes them")
+    return roles
+
+
+def adapter_parameters(transformer: nn.Module, role: str) -> dict[str, nn.Parameter]:
+    """The parameters of a role's adapter, in the order of the layers, A before B: those for its optimizer. The names are
+    those of the file without "transformer.": "transformer_blocks.0.attn.to_q.lora_A.weight" and so on.
+
+    Raises ValueError for an unknown role.
+    """
+    _config(transformer, role)
+    end = f".{role}.weight"
+    return {
+        f"{name.removesuffix(end)}.weight": parameter
+        for name, parameter in transformer.named_parameters()
+        if name.endswith((f".lora_A{end}", f".lora_B{end}"))
+    }
+
+
+def _config(transformer: nn.Module, role: str):
+    configs = getattr(transformer, "peft_config", {})
+    if role not in configs:
+        raise ValueError(f"role is {role!r}; the transformer's adapters are {', '.join(configs) or 'none'}")
+    return configs[role]
+
+
+def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
+    """Writes a role's adapter to folder/pytorch_lora_weights.safetensors, which StableDiffusion3Pipeline's and
+    FluxPipeline's load_lora_weights(folder) take, strength included. Returns the file's path.
+
+    state: the adapter's tensors by the names of `adapter_parameters`, where the transformer's own are not whole (ZeRO-3)
+        or not those to keep (float32 masters); any device and dtype.
+
+    Raises ValueError for an unknown role and a state of other names, OSError where the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    config = _config(transformer, role)
+    own = adapter_parameters(transformer, role)
+    state = own if state is None else state
+    if state.keys() != own.keys():
+        raise ValueError(f"state {_difference(state.keys(), own.keys())}")
+    tensors = {f"{_PREFIX}{name}": state[name].detach().to("cpu").clone().contiguous() for name in own}
+    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+    settings = {f"{_PREFIX}{name}": value for name, value in settings.items()}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    path, unfinished = folder / WEIGHTS_FILE, folder / f".unfinished-{WEIGHTS_FILE}"
+    save_file(tensors, unfinished, metadata={"format": "pt", _METADATA_KEY: json.dumps(settings)})
+    os.replace(unfinished, path)
+    return path
+
+
+def load_adapter(transformer: nn.Module, role: str, folder: str | Path) -> None:
+    """Reads what `save_adapter` wrote into a role's adapter, in the adapter's dtype.
+
+    Under ZeRO-3 call it inside deepspeed.zero.GatheredParameters of the role's parameters, with modifier_rank=0.
+
+    Raises ValueError for an unknown role, ConfigError for a file that is not there, is no adapter, or is one of other
+    layers, rank or alpha.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    config = _config(transformer, role)
+    path = Path(folder) / WEIGHTS_FILE
+    try:
+        with safe_open(path, framework="pt") as file:
+            settings = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+            state = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{path} cannot be read as an adapter: {error}") from error
+    for name, own in (("r", config.r), ("lora_alpha", config.lora_alpha)):
+        if settings.get(_PREFIX + name) != own:
+            raise ConfigError(f"{path} is of {name} = {settings.get(_PREFIX + name)}; the {role}'s is {own}")
+    parameters = adapter_parameters(transformer, role)
+    if state.keys() != parameters.keys():
+        raise ConfigError(f"{path} {_difference(state.keys(), parameters.keys())}")
+    for name, parameter in parameters.items():
+        if parameter.shape != state[name].shape:
+            raise ConfigError(
+                f"{path} has {name} of shape {tuple(state[name].shape)}; the {role}'s is {tuple(parameter.shape)}"
+            )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(state[name])
+
+
+def _difference(names: Iterable[str], expected: Iterable[str]) -> str:
+    """Of two unequal sets of names, in words."""
+    names, expected = set(names), set(expected)
+    problems = [("lacks", expected - names), ("has besides", names - expected)]
+    parts = [f"{verb} {len(group)} tensors, such as {min(group)}" for verb, group in problems if group]
+    return " and ".join(parts)

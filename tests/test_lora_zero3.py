@@ -1,0 +1,41 @@
+"""Adapters on a sharded base, in two real DeepSpeed processes under ZeRO-3, in fused blocks that are leaves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+DRIVER = Path(__file__).parent / "drivers" / "lora_zero3.py"
+
+
+@pytest.fixture(scope="module")
+def results(launcher, tmp_path_factory):
+    command = [*launcher(2), DRIVER, str(tmp_path_factory.mktemp("adapters"))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.distributed
+def test_each_role_is_what_it_is_on_one_process(results):
+    assert len(results) == 3
+    for case, result in results.items():
+        assert result["sharded"] > 100, case
+        assert result["output"] < 1e-5, case
+
+
+@pytest.mark.distributed
+def test_gradients_of_the_student(results):
+    """With checkpoints also after the teacher has been at work."""
+    for case, result in results.items():
+        assert result["gradient"] < 1e-5, case
+
+
+@pytest.mark.distributed
+def test_gathered_saved_and_loaded(results):
+    for case, result in results.items():
+        assert result["loaded"] < 1e-5, case
