@@ -2,7 +2,8 @@
 
 checkpoints/step_000600/   student/ and critic/, each DeepSpeed's sharded weights and optimizer state, and state.json.
                            Written under a temporary name and renamed when complete: a folder of that name is whole.
-student/                   the distilled transformer as a stock diffusers folder (safetensors), with its time grid
+student/                   the distilled transformer as a stock diffusers folder (safetensors), or under LoRA the adapter
+                           that a stock pipeline's load_lora_weights takes, with its time grid
                            (dpdmd.json) and the run's configuration (config.yaml) beside it.
 
 No generator state is kept: every draw is a function of (seed, iteration, role, shard).
@@ -21,6 +22,7 @@ from typing import Any
 from dpdmd.config import Config, ConfigError, to_yaml
 from dpdmd.distill import Distillation
 from dpdmd.engine import Network, World
+from dpdmd.lora import save_adapter
 
 _NAME = re.compile(r"step_(\d+)")
 _UNFINISHED = ".unfinished-"
@@ -142,13 +144,17 @@ def export_student(
     if world.main:
         unfinished = folder.with_name(_UNFINISHED + folder.name)
         shutil.rmtree(unfinished, ignore_errors=True)
-        backbone.export(state_dict, unfinished)
+        if config.lora is None:
+            backbone.export(state_dict, unfinished)
+        else:
+            save_adapter(networks["student"].base.transformer, "student", unfinished, state_dict)
         diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
         if pipeline != "demo" and Path(pipeline).is_dir():
             pipeline = str(Path(pipeline).resolve())
         description = {
             "format": 1,
             "family": config.model.family,
+            "adapter": config.lora is not None,
             "pipeline": pipeline,
             "revision": config.model.revision,
             "prediction": diffusion.prediction,

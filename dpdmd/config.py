@@ -281,6 +281,15 @@ class Config(_Section):
                 f"model.fp8 = {model.fp8} is of the fused operations: set model.fuse=true or model.fp8=off"
             )
         self._possible_offload()
+        if self.lora is not None:
+            for role in ("student", "critic"):
+                if getattr(model, role) is not None:
+                    raise ValueError(
+                        f"model.{role} = {getattr(model, role)!r} with lora: the {role} is an adapter on the teacher's "
+                        f"weights; set model.{role}=null or lora=null"
+                    )
+                if (stage := getattr(self.engine.zero, role)) != 3:
+                    raise ValueError(f"lora needs ZeRO stage 3 for the adapters, but engine.zero.{role} = {stage}")
         if self.ema is not None and self.engine.zero.student != 3:
             raise ValueError(
                 f"ema averages the shards of ZeRO stage 3, but engine.zero.student = {self.engine.zero.student}: set "

@@ -13,8 +13,9 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ from dpdmd.kernels import Philox, fuse_transformer, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
 from dpdmd.kernels.fuse_transformer import FusionReport
+from dpdmd.lora import adapter_parameters, add_adapters, remember_role
+from dpdmd.lora import use as use_role
 from dpdmd.optimizer import AdamW
 from dpdmd.residency import Gradients, Traffic, Weights
 
@@ -206,14 +209,75 @@ class Phases:
         self._current = None
 
 
+class Adapter(nn.Module):
+    """The parameters of one role's LoRA adapter, for DeepSpeed to shard and to keep the state of. names: lora.py's."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter]):
+        super().__init__()
+        self.names = list(parameters)
+        for index, parameter in enumerate(parameters.values()):
+            self.register_parameter(str(index), parameter)
+
+
+class Base:
+    """The transformer that all three roles share under LoRA: its weights are frozen, and are the teacher's."""
+
+    def __init__(self, transformer: nn.Module, backbone, config: Config, world: World):
+        self.transformer = transformer.to(world.device).eval()
+        lora = config.lora
+        add_adapters(
+            self.transformer,
+            rank=lora.rank,
+            alpha=lora.alpha or lora.rank,
+            targets=lora.targets,
+            seed=Philox.of(config.run.seed, "adapters").key,
+        )
+        self.fusion = fuse(self.transformer, config.model, world.device)
+        self.blocks = [child for child in self.transformer.modules() if isinstance(child, backbone.block_classes)]
+        self.recomputation = None
+        if config.engine.checkpointing not in ("none", "auto"):
+            self.recomputation = Recomputation(
+                self.blocks, config.engine.checkpointing, remember=partial(remember_role, self.transformer)
+            )
+        self.weights: Weights | None = None  # None: a copy in every process
+
+    def shard(self, config: Config, world: World) -> None:
+        """Cuts the frozen weights up; to be called once the adapters' engines have theirs."""
+        import deepspeed
+
+        if config.engine.zero.teacher == 0:
+            return
+        frozen = [parameter for parameter in self.transformer.parameters() if not parameter.requires_grad]
+        settings = deepspeed_settings(config, "teacher", frozen[0].dtype, world.size)
+        engine, *_ = deepspeed.initialize(model=self.transformer, config=settings)
+        _without_hooks(self.transformer, engine.optimizer)
+        # All roles need it: it is never released as a whole.
+        policy = "block" if resolve_residency(config.engine.residency, world.size) == "block" else "whole"
+        self.weights = Weights(frozen, self.blocks, policy, world.size)
+
+    def enter(self, role: str) -> nn.Module:
+        """The transformer in a role, its weights where they are needed."""
+        use_role(self.transformer, role)
+        if self.weights is not None:
+            self.weights.gather()
+        return self.transformer
+
+
+def _without_hooks(module: nn.Module, zero) -> None:
+    """Takes DeepSpeed's hooks off: when weights are gathered is decided in residency.py."""
+    zero.destroy()
+    for each in module.modules():
+        each._parameters = each._original_parameters  # DeepSpeed's own ones look into its hooks' state at each access
+
+
 class Network:
     """One role. Call it as (x, t, cond) -> prediction, as distill.py expects.
 
-    role: teacher, student or critic; module: the transformer, in the dtype it is to compute in; predict: the backbone's
-    way to call it, predict(module, x, t, cond, dtype).
+    role: teacher, student or critic; module: the transformer, in the dtype it is to compute in, or the Base that the
+    roles share. The backbone's `predict` calls it: predict(module, x, t, cond, dtype).
     """
 
-    def __init__(self, role: str, module: nn.Module, backbone, config: Config, world: World, phases: Phases):
+    def __init__(self, role: str, module: nn.Module | Base, backbone, config: Config, world: World, phases: Phases):
         import deepspeed
 
         self.role = role
@@ -224,7 +288,9 @@ class Network:
         self._clip = config.engine.clip
         self.stage = getattr(config.engine.zero, role)
         self.trained = role != "teacher"
-        self._dtype = next(module.parameters()).dtype
+        self.base = module if isinstance(module, Base) else None
+        transformer = module if self.base is None else self.base.transformer
+        self._dtype = next(transformer.parameters()).dtype
         self._weights: Weights | None = None  # None: DeepSpeed's stages 0 to 2 leave them whole
         self._gradients: Gradients | None = None  # None: DeepSpeed reduces them and applies the update
         self.differentiating = False  # a forward pass with a graph has run whose backward pass is to come
@@ -232,17 +298,24 @@ class Network:
         self._updates = 0
         self._unsettled: Step | None = None
         self.average: Average | None = None
-        module.requires_grad_(self.trained)
-        # Before the recomputation below, which goes around the forward that it finds.
-        self.fusion = fuse(module, config.model, world.device)
-        blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
-        self._recomputation = None
-        if self.trained and config.engine.checkpointing not in ("none", "auto"):
-            keep = getattr(config.engine.kept_passes, role) or 0
-            self._recomputation = Recomputation(blocks, config.engine.checkpointing, keep)
-        if not self.trained and self.stage == 0:
-            self.engine = module.to(world.device).eval()
-            return
+        self._kept_passes = (getattr(config.engine.kept_passes, role) or 0) if self.trained else 0
+        if self.base is not None:
+            blocks, self.fusion, self._recomputation = [], self.base.fusion, self.base.recomputation
+            if not self.trained:
+                self.engine = transformer
+                return
+            module = Adapter(adapter_parameters(transformer, role))
+        else:
+            module.requires_grad_(self.trained)
+            # Before the recomputation below, which goes around the forward that it finds.
+            self.fusion = fuse(module, config.model, world.device)
+            blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
+            self._recomputation = None
+            if self.trained and config.engine.checkpointing not in ("none", "auto"):
+                self._recomputation = Recomputation(blocks, config.engine.checkpointing)
+            if not self.trained and self.stage == 0:
+                self.engine = module.to(world.device).eval()
+                return
         settings = deepspeed_settings(config, role, self._dtype, world.size)
         optimizer = None
         if self.trained:
@@ -272,11 +345,10 @@ class Network:
         """DeepSpeed has cut the weights up and keeps the state; when they are gathered is decided here from now on, and,
         with an optimizer of ours on the device (update), how gradients are reduced and applied."""
         zero = self.engine.optimizer
-        (zero if update or not self.trained else zero.parameter_offload).destroy()  # its hooks
-        for module in self.module.modules():
-            module._parameters = module._original_parameters  # DeepSpeed's own looks up each access in its hooks' state
+        _without_hooks(self.module, zero if update or not self.trained else zero.parameter_offload)
         policy = resolve_residency(config.engine.residency, world.size)
-        self._weights = Weights(self.module, blocks, policy, world.size, zero.lp_param_buffer if self.trained else None)
+        flat = zero.lp_param_buffer if self.trained else None
+        self._weights = Weights(list(self.module.parameters()), blocks, policy, world.size, flat)
         if update:
             assert len(zero.fp32_partitioned_groups_flat) == 1, "one flat shard is needed"
             self._weights.gather()
@@ -289,18 +361,23 @@ class Network:
             zero._clear_fp32_optimizer_param_groups()
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        if self._weights is None:
+        if self._weights is None and self.base is None:
             return self._predict(self.engine, x, t, cond, self._dtype)
         self._phases.enter(self)
-        self._weights.gather()
+        if self._weights is not None:
+            self._weights.gather()
+        if self._recomputation is not None:
+            self._recomputation.keep = self._kept_passes
         self.differentiating |= self.trained and torch.is_grad_enabled()
-        return self._predict(self.module, x, t, cond, self._dtype)
+        module = self.module if self.base is None else self.base.enter(self.role)
+        return self._predict(module, x, t, cond, self._dtype)
 
     def describe(self) -> str:
         """For the log: size, precision, ZeRO stage, optimizer; and what is fused, with what is not and why."""
         optimizer = type(self.engine.basic_optimizer).__name__ if self.trained else "frozen"
         dtype = str(self._dtype).removeprefix("torch.")
-        size = f"{self.num_parameters / 1e6:.1f} M parameters"
+        adapter = "adapter of " if self.base is not None and self.trained else ""
+        size = f"{adapter}{self.num_parameters / 1e6:.1f} M parameters"
         line = f"{self.role}: {size}, {dtype}, ZeRO stage {self.stage}, {optimizer}"
         if self._weights is not None:
             line += f", gathered by {self._weights.policy}"
@@ -308,8 +385,10 @@ class Network:
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole network, however little of it this process holds."""
-        return sum(getattr(p, "ds_numel", p.numel()) for p in self.module.parameters())
+        """Of the whole network, however little of it this process holds; of the role's adapter under LoRA."""
+        frozen = self.base is not None and not self.trained
+        parameters = [p for p in self.module.parameters() if not (frozen and p.requires_grad)]
+        return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
     @property
     def module(self) -> nn.Module:
@@ -476,7 +555,10 @@ class Network:
         state = {}
         main = dist.get_rank() == 0
         parameters = dict(self.module.named_parameters())
-        for name, value in self.module.state_dict(keep_vars=True).items():
+        tensors = self.module.state_dict(keep_vars=True)
+        if self.base is not None:
+            tensors = parameters = dict(zip(self.module.names, self.module.parameters(), strict=True))
+        for name, value in tensors.items():
             # One tensor at a time: a network's full weights never stand on a device all at once.
             gathered = [value] if self.stage == 3 and name in parameters else []
             with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
@@ -500,31 +582,34 @@ def fuse(module: nn.Module, config: ModelConfig, device: torch.device) -> Fusion
 
 
 class Recomputation:
-    """Activation checkpointing of a network's blocks, inside their hooks, so that weights are whole when they run again.
+    """Activation checkpointing of blocks, inside their hooks, so that their weights are whole when they run again.
 
     keep: how many block passes of each forward chain, the first ones, keep their activations all the same.
+    remember: makes of a block's forward one that runs again as it ran, where that depends on more than its arguments.
     """
 
-    def __init__(self, blocks: list[nn.Module], how: str, keep: int):
-        self._keep = keep
+    def __init__(self, blocks: list[nn.Module], how: str, remember: Callable[[Callable], Callable] | None = None):
+        self.keep = 0
         self._passes = 0  # of the chain that is under way
         for block in blocks:
-            self._wrap(block, how)
+            self._wrap(block, how, remember or (lambda forward: forward))
 
     def end_of_chain(self) -> None:
         self._passes = 0
 
-    def _wrap(self, block: nn.Module, how: str) -> None:
-        forward, parameters = block.forward, list(block.parameters())
+    def _wrap(self, block: nn.Module, how: str, remember: Callable[[Callable], Callable]) -> None:
+        forward = block.forward
+        parameters = [parameter for parameter in block.parameters() if parameter.requires_grad]
 
         def checkpointed(*args, **kwargs):
-            if torch.is_grad_enabled():
-                self._passes += 1
-                if self._passes <= self._keep:
-                    return forward(*args, **kwargs)
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            self._passes += 1
+            if self._passes <= self.keep:
+                return forward(*args, **kwargs)
             if how == "full":
-                return checkpoint(forward, *args, use_reentrant=False, **kwargs)
-            return selective_checkpoint(forward, *args, parameters=parameters, **kwargs)
+                return checkpoint(remember(forward), *args, use_reentrant=False, **kwargs)
+            return selective_checkpoint(remember(forward), *args, parameters=parameters, **kwargs)
 
         block.forward = checkpointed
 

@@ -113,18 +113,22 @@ class Unit:
 class Weights:
     """The weights of one network under ZeRO-3.
 
-    module: partitioned by DeepSpeed, which has no hooks on it (any more); blocks: its transformer blocks, in the order in
-    which they run; flat: this process's piece, in the order of module.parameters(); None: made here of the parameters'
-    own pieces.
+    parameters: partitioned by DeepSpeed, which has no hooks on their modules (any more); blocks: the transformer blocks,
+    in the order in which they run; flat: this process's piece, in the order of parameters; None: made here of the
+    parameters' own pieces.
     """
 
     def __init__(
-        self, module: nn.Module, blocks: list[nn.Module], policy: Policy, world_size: int, flat: Tensor | None
+        self,
+        parameters: list[nn.Parameter],
+        blocks: list[nn.Module],
+        policy: Policy,
+        world_size: int,
+        flat: Tensor | None = None,
     ):
         self.policy = policy
         self.traffic = Traffic()
         self._world_size = world_size
-        parameters = list(module.parameters())
         if flat is None:
             flat = _defragment(parameters)
         owner = {parameter: index for index, block in enumerate(blocks) for parameter in block.parameters()}

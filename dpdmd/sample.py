@@ -20,6 +20,7 @@ from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.distill import Draws, rollout
 from dpdmd.engine import resolve_device, resolve_dtype
+from dpdmd.lora import WEIGHTS_FILE
 
 
 def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -76,7 +77,11 @@ def load_student(
     backbone = load_backbone(model)
     resolved = torch.device(resolve_device(device))
     precision = resolve_dtype(dtype, resolved.type)
-    transformer = backbone.load_exported(folder, precision, resolved)
+    if description.get("adapter"):
+        transformer = backbone.load_transformer("teacher", precision, resolved)
+        transformer.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, local_files_only=True)
+    else:
+        transformer = backbone.load_exported(folder, precision, resolved)
     return Student(backbone, transformer, torch.tensor(description["times"]), precision, resolved)
 
 

@@ -257,6 +257,7 @@ def identity(config: Config, backbone, world: World) -> dict:
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,
         "ema": config.ema is not None,
+        "lora": None if config.lora is None else config.lora.model_dump(),
     }
 
 
@@ -277,9 +278,15 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         progress=EncodingProgress() if world.main else None,
     )
     networks, phases = {}, Phases()
+    load_to = world.device if config.model.random_init else "cpu"
+    base = None
+    if config.lora is not None:
+        base = engine.Base(backbone.load_transformer("teacher", dtype, load_to), backbone, config, world)
     for role in ROLES:
-        transformer = backbone.load_transformer(role, dtype, world.device if config.model.random_init else "cpu")
-        networks[role] = Network(role, transformer, backbone, config, world, phases)
+        module = base or backbone.load_transformer(role, dtype, load_to)
+        networks[role] = Network(role, module, backbone, config, world, phases)
+    if base is not None:
+        base.shard(config, world)
     distillation = Distillation(backbone.diffusion, config.distill, world.device)
     return Trainer(config, world, backbone, distillation, networks, prompts, conditioner, phases)
 

@@ -41,14 +41,15 @@ ALLOWED = {
     "diffusion": {"kernels"},
     "distill": {"config", "diffusion", "kernels"},
     "averaging": set(),
-    "engine": {"averaging", "config", "kernels", "optimizer", "residency"},
+    "engine": {"averaging", "config", "kernels", "lora", "optimizer", "residency"},
+    "lora": {"config"},
     "optimizer": {"kernels"},
     "residency": set(),
     "prompts": {"config"},
     "backbones": {"backbones", "config", "diffusion", "demo"},
     "journal": {"config"},
-    "checkpoint": {"config", "distill", "engine"},
-    "sample": {"backbones", "checkpoint", "config", "distill", "engine"},
+    "checkpoint": {"config", "distill", "engine", "lora"},
+    "sample": {"backbones", "checkpoint", "config", "distill", "engine", "lora"},
 }
 
 

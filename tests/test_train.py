@@ -70,7 +70,8 @@ def straight(run, settings, tmp_path_factory):
 
 
 def student_weights(run_folder):
-    return load_file(run_folder / "student" / "diffusion_pytorch_model.safetensors")
+    (file,) = (run_folder / "student").glob("*.safetensors")
+    return load_file(file)
 
 
 def same_bits(a, b):
@@ -278,6 +279,40 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
 
 
 @pytest.mark.distributed
+def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(run, settings, tiny_pipeline, tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+
+    from dpdmd.sample import load_student, sampling_noise
+
+    folder = tmp_path / "run"
+    options = ["lora={rank: 4, alpha: 8}", "engine.zero.teacher=0", "student_optimizer.lr=0.1"]
+    checked(run(0, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
+    assert not (folder / "student" / "config.json").exists()
+    student = load_student(folder / "student", device="cpu")
+    noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
+    ours = student.latents(student.encode(["a red ring", "a blue square"]), noise)
+
+    description = json.loads((folder / "student" / STUDENT_FILE).read_text())
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tiny_pipeline, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    call = {
+        "prompt": ["a red ring", "a blue square"],
+        "sigmas": description["pipeline_sigmas"],
+        "guidance_scale": 1.0,
+        "latents": noise,
+        "height": 32,
+        "width": 32,
+        "max_sequence_length": 8,
+        "output_type": "latent",
+    }
+    teacher = pipeline(**call).images
+    pipeline.load_lora_weights(folder / "student")
+    theirs = pipeline(**call).images
+    torch.testing.assert_close(ours, theirs.float(), atol=1e-5, rtol=1e-5)
+    assert (theirs - teacher).norm() > 0.01 * teacher.norm()
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(
     "processes, options",
     [
@@ -370,6 +405,8 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
+        (["lora={{rank: 4}}", "engine.zero.critic=1"], "lora needs ZeRO stage 3 .* engine.zero.critic = 1"),
+        (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),
         (["ema={{decay: 0.9}}", "engine.zero.student=2"], "ema averages the shards of ZeRO stage 3"),
     ],
 )

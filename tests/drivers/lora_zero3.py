@@ -1,8 +1,10 @@
-"""Adapters on a base that ZeRO-3 shards, in each role, against the same model on one process: outputs, and the gradients
-of one role's adapter, in float32. Prints RESULT and a JSON object."""
+"""Started by test_lora_zero3.py with the deepspeed launcher: three roles on a base that ZeRO-3 shards, against the same
+adapters on the stock modules of one process, in float32: outputs, and the gradients of one role's adapter, before and
+after an update. Prints RESULT and a JSON object."""
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -11,107 +13,126 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import deepspeed
 import torch
-from fuse_zero3 import ZERO, Backbone, distance, inputs, make
+from fuse_zero3 import Backbone, distance, inputs, make
 
 from dpdmd import engine
 from dpdmd.config import parse_config
-from dpdmd.kernels import fuse_transformer, selective_checkpoint
-from dpdmd.lora import adapter_parameters, add_adapters, load_adapter, remember_role, save_adapter, use
+from dpdmd.lora import adapter_parameters, load_adapter, save_adapter, use
+
+LEARNING_RATE = 0.1
 
 
-def adapted(kind):
-    model = make(kind)
-    add_adapters(model, rank=3, alpha=5.0, seed=7)
+def give_values(model):
+    """B of an adapter is 0 at first, and half of the gradients with it."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for role in ("student", "critic"):
             for parameter in adapter_parameters(model, role).values():
                 parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
-def predict(model, kind, shard):
+def loss_of(network, kind, shard):
     x, cond = inputs(kind, shard)
-    # With a frozen base nothing before the first block has a gradient, and DeepSpeed would release that block's weights
-    # before its backward pass reads them.
-    x.requires_grad_()
-    return Backbone.predict(model, x, torch.full((2,), 0.5), cond)
+    t = torch.full((2,), 0.5)
+    return network(x - 0.3 * network(x, t, cond), t / 2, cond).square().mean()
 
 
-def recompute(model, block):
-    forward, parameters = block.forward, list(block.parameters())
+def run(world, kind, residency, checkpointing, folder):
+    config = parse_config(
+        {
+            "prompts": {"file": "unused"},
+            "lora": {"rank": 3, "alpha": 5.0},
+            "student_optimizer": {"lr": LEARNING_RATE},
+            "critic_optimizer": {"lr": LEARNING_RATE},
+            "engine": {
+                "device": "cpu",
+                "batch_size": 2,
+                "clip": 0.0,
+                "residency": residency,
+                "checkpointing": checkpointing,
+            },
+        }
+    )
+    base = engine.Base(make(kind), Backbone, config, world)
+    give_values(base.transformer)
+    stock = copy.deepcopy(base.transformer)
+    for block in stock.modules():
+        block.__dict__.pop("forward", None)  # the class's own, neither fused nor checkpointed
+    phases = engine.Phases()
+    networks = {role: engine.Network(role, base, Backbone, config, world, phases) for role in engine.ROLES}
+    base.shard(config, world)
 
-    def again(*args, **kwargs):
-        return selective_checkpoint(remember_role(model, forward), *args, parameters=parameters, **kwargs)
-
-    block.forward = again
-
-
-def run(world, kind, checkpointing, folder):
-    stock, model = adapted(kind), adapted(kind)
-    assert not fuse_transformer(model, verbose=False).left
-    blocks = [block for block in model.modules() if isinstance(block, Backbone.block_classes)]
-    for block in blocks:
-        # A leaf is gathered as a whole, in whichever role; hooks on every module would find other ones at work in each.
-        engine._LeafBlock(block)
-        if checkpointing:
-            recompute(model, block)
-    settings = {
-        "train_micro_batch_size_per_gpu": 2,
-        "train_batch_size": 2 * world.size,
-        "steps_per_print": None,
-        "zero_allow_untested_optimizer": True,
-        "zero_optimization": ZERO | {"stage": 3},
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    network, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(trained, lr=0.1), config=settings)
-
-    found = {"output": 0.0, "sharded": sum(parameter.numel() == 0 for parameter in model.parameters())}
-    for role in ("critic", "teacher", "student"):
-        with torch.no_grad():
+    def plain(role):
+        def network(x, t, cond):
             use(stock, role)
-            use(model, role)
-            error = distance(predict(network, kind, world.rank), predict(stock, kind, world.rank))
+            return Backbone.predict(stock, x, t, cond)
+
+        return network
+
+    found = {"fused": sum(base.fusion.replaced.values()), "output": 0.0, "gradient": 0.0, "after": 0.0}
+    found["sharded"] = sum(parameter.numel() == 0 for parameter in base.transformer.parameters())
+    for role in ("critic", "teacher", "student"):
+        x, cond = inputs(kind, world.rank)
+        t = torch.full((2,), 0.5)
+        with torch.no_grad():
+            error = distance(networks[role](x, t, cond), plain(role)(x, t, cond))
         found["output"] = max(found["output"], error)
 
-    for shard in range(world.size):
-        (predict(stock, kind, shard).square().mean() / world.size).backward()
-    loss = predict(network, kind, world.rank).square().mean()
-    if checkpointing:
-        with torch.no_grad():
-            use(model, "teacher")
-            predict(network, kind, world.rank)
-    network.backward(loss)
-    difference = size = 0.0
+    student = networks["student"]
     expected = adapter_parameters(stock, "student")
-    for name, parameter in adapter_parameters(model, "student").items():
-        gradient = deepspeed.utils.safe_get_full_grad(parameter)
-        difference += float((gradient - expected[name].grad).square().sum())
-        size += float(expected[name].grad.square().sum())
-    found["gradient"] = (difference / size) ** 0.5
+    for update in range(2):
+        shards = [10 * update + rank for rank in range(world.size)]
+        for shard in shards:
+            (loss_of(plain("student"), kind, shard) / world.size).backward()
+        loss = loss_of(student, kind, shards[world.rank])
+        with torch.no_grad():  # whatever runs before the backward pass, a checkpointed block runs again as the student
+            x, cond = inputs(kind, 5)
+            networks["critic"](x, t, cond)
+            networks["teacher"](x, t, cond)
+        student.backward(loss)
+        difference = size = 0.0
+        for name, parameter in adapter_parameters(base.transformer, "student").items():
+            gradient = deepspeed.utils.safe_get_full_grad(parameter)
+            difference += float((gradient - expected[name].grad).square().sum())
+            size += float(expected[name].grad.square().sum())
+        found["gradient"] = max(found["gradient"], (difference / size) ** 0.5)
+        assert student.step().applied
+        phases.end()
+        # The stock student takes the weights that the update made, and both go on from there.
+        state = student.full_state_dict()
+        states = [state]
+        torch.distributed.broadcast_object_list(states, 0)
+        with torch.no_grad():
+            for name, parameter in expected.items():
+                parameter.copy_(states[0][name])
+                parameter.grad = None
+        with torch.no_grad():
+            found["after"] = max(found["after"], distance(student(x, t, cond), plain("student")(x, t, cond)))
 
-    # To disk and back, with the parameters gathered.
-    own = adapter_parameters(model, "student")
-    with deepspeed.zero.GatheredParameters(list(own.values())):
-        state = {name: parameter.detach().clone() for name, parameter in own.items()}
     if world.main:
-        save_adapter(model, "student", folder, state)
+        save_adapter(base.transformer, "student", folder, state)
     world.barrier()
-    others = list(adapter_parameters(model, "critic").values())
-    with deepspeed.zero.GatheredParameters(others, modifier_rank=0):
-        load_adapter(model, "critic", folder)
-    use(model, "critic")
+    load_adapter(stock, "critic", folder)
     with torch.no_grad():
-        use(stock, "student")
-        found["loaded"] = distance(predict(network, kind, world.rank), predict(stock, kind, world.rank))
+        found["loaded"] = distance(student(x, t, cond), plain("critic")(x, t, cond))
+    # What stays whole between phases: nothing of the adapters, and of a base by block only what is outside the blocks.
+    phases.end()
+    found["adapters_left"] = sum(p.numel() for p in base.transformer.parameters() if p.requires_grad)
     return found
 
 
 def main():
-    config = parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}})
-    world = engine.start(config.engine)
-    cases = {"sd3.5": ("sd3.5", False), "sd3.5, checkpointing": ("sd3.5", True), "flux, checkpointing": ("flux", True)}
-    results = {name: run(world, *case, Path(sys.argv[-1]) / case[0]) for name, case in cases.items()}
+    engine.FUSED_ON, engine.why_not = ("cpu",), lambda *device: ""  # the fused operations' reference
+    engine.ROLES = ("teacher", "student", "critic")
+    world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+    folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
+    cases = {
+        "sd3.5": ("sd3.5", "phase", "none"),
+        "sd3.5, by block, checkpointing": ("sd3.5", "block", "selective"),
+        "flux, checkpointing": ("flux", "phase", "selective"),
+        "flux, by block, full checkpointing": ("flux", "block", "full"),
+    }
+    results = {name: run(world, *case, folder / case[0]) for name, case in cases.items()}
     everyone = world.gather(results)
     if world.main:
         worst = {name: {key: max(each[name][key] for each in everyone) for key in results[name]} for name in results}
