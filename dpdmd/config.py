@@ -65,6 +65,11 @@ class ModelConfig(_Section):
         "auto",
         description="Arithmetic of the networks; bfloat16 keeps float32 masters. auto: bfloat16 on CUDA, else float32.",
     )
+    teacher_storage: Literal["full", "float8"] = Field(
+        "full",
+        description="float8: the teacher's shard is kept and gathered in FP8, a byte a weight, and becomes whole in dtype for "
+        "a phase (ZeRO stage 3; its weights are rounded by it).",
+    )
     fuse: bool = Field(
         True, description="On a GPU: the fused operations in the transformers' blocks (dpdmd.kernels.fuse_transformer)."
     )
@@ -281,6 +286,12 @@ class Config(_Section):
                 f"model.fp8 = {model.fp8} is of the fused operations: set model.fuse=true or model.fp8=off"
             )
         self._possible_offload()
+        if model.teacher_storage == "float8" and (self.engine.zero.teacher != 3 or self.lora is not None):
+            found = "lora" if self.lora is not None else f"engine.zero.teacher = {self.engine.zero.teacher}"
+            raise ValueError(
+                f"model.teacher_storage = float8 is of a teacher of its own under ZeRO stage 3, but there is {found}: set "
+                "model.teacher_storage=full"
+            )
         if self.lora is not None:
             for role in ("student", "critic"):
                 if getattr(model, role) is not None:

@@ -348,13 +348,16 @@ class Network:
         _without_hooks(self.module, zero if update or not self.trained else zero.parameter_offload)
         policy = resolve_residency(config.engine.residency, world.size)
         flat = zero.lp_param_buffer if self.trained else None
-        self._weights = Weights(list(self.module.parameters()), blocks, policy, world.size, flat)
+        float8 = not self.trained and config.model.teacher_storage == "float8"
+        if float8 and policy == "whole":
+            policy = "phase"  # whole they have the model's dtype
+        self._weights = Weights(list(self.module.parameters()), blocks, policy, world.size, flat, float8=float8)
         if update:
             assert len(zero.fp32_partitioned_groups_flat) == 1, "one flat shard is needed"
             self._weights.gather()
-            self._gradients = Gradients(
-                self._weights.units, zero.grad_partitions_flat_buffer, world.size, self._weights.traffic
-            )
+            buffer = zero.grad_partitions_flat_buffer
+            self._gradients = Gradients(self._weights.units, buffer.dtype, world.size, self._weights.traffic)
+            buffer.untyped_storage().resize_(0)  # DeepSpeed's, which nothing fills
             self._weights.end_of_phase()
             zero._set_fp32_optimizer_param_groups()
             zero.optimizer.create_state(zero.fp32_partitioned_groups_flat[0])
@@ -484,7 +487,7 @@ class Network:
             apply=norm.isfinite(),
         )
         zero._clear_fp32_optimizer_param_groups()
-        self._gradients.start()
+        self._gradients.clear()
         return norm
 
     def _update_by_deepspeed(self) -> Tensor:

@@ -42,57 +42,71 @@ class Unit:
     def __init__(self, parameters: list[nn.Parameter], shard: Tensor, offset: int, world_size: int):
         self.parameters = parameters
         self.offset = offset  # of the shard in the flat piece
+        self.size = len(shard)  # elements, padding included
         self.sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
-        self._shard = shard
+        self._pieces: tuple[Tensor, ...] = (shard,)  # what travels: the shard, or its codes and their scales
+        self._dtype, self._device = shard.dtype, shard.device
         self._world_size = world_size
-        self._work = self._received = None
+        self._works: list = []
+        self._received: list[Tensor] = []
         self.whole = False
 
-    @property
-    def size(self) -> int:
-        """Elements of the shard, padding included."""
-        return self._shard.numel()
+    def compress(self) -> None:
+        """From now on the shard is kept, and travels, in FP8."""
+        self._pieces = to_float8(self._pieces[0])
+
+    def empty(self, size: int, dtype: torch.dtype) -> Tensor:
+        """Uninitialised, where the shard is."""
+        return torch.empty(size, dtype=dtype, device=self._device)
 
     def launch(self) -> int:
         """Starts the gather; returns bytes that it will receive."""
-        if self.whole or self._work is not None or self._world_size == 1:
+        if self.whole or self._works or self._world_size == 1:
             return 0
-        self._received = self._shard.new_empty(self._world_size, self.size)
-        self._work = dist.all_gather_into_tensor(self._received.view(-1), self._shard, async_op=True)
-        return (self._world_size - 1) * self._shard.nbytes
+        self._received = [piece.new_empty(self._world_size, *piece.shape) for piece in self._pieces]
+        for received, piece in zip(self._received, self._pieces, strict=True):
+            self._works.append(dist.all_gather_into_tensor(received.view(-1), piece.view(-1), async_op=True))
+        return (self._world_size - 1) * sum(piece.nbytes for piece in self._pieces)
 
     def finish(self) -> None:
         """Makes the parameters whole; later work of this stream sees them so."""
         if self.whole:
             return
         if self._world_size == 1:
+            values = self._values(self._pieces)
             for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
-                parameter.data = self._shard[start : start + size].view(parameter.ds_shape)
+                parameter.data = values[start : start + size].view(parameter.ds_shape)
         else:
-            self._work.wait()
-            values = self._shard.new_empty(sum(parameter.ds_numel for parameter in self.parameters))
+            for work in self._works:
+                work.wait()
+            rows = self._values(self._received)
+            whole = self.empty(sum(parameter.ds_numel for parameter in self.parameters), self._dtype)
             to, of, begin = [], [], 0
             for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
-                flat = values[begin : begin + parameter.ds_numel]
+                flat = whole[begin : begin + parameter.ds_numel]
                 for rank in range(self._world_size):
                     piece = flat[rank * size : (rank + 1) * size]
                     if len(piece):
                         to.append(piece)
-                        of.append(self._received[rank, start : start + len(piece)])
+                        of.append(rows[rank, start : start + len(piece)])
                 parameter.data = flat.view(parameter.ds_shape)
                 begin += parameter.ds_numel
             torch._foreach_copy_(to, of)
-            self._work = self._received = None
+            self._works, self._received = [], []
         self._mark(True)
 
     def release(self) -> None:
-        if self._work is not None:
-            self._work.wait()
-            self._work = self._received = None
+        for work in self._works:
+            work.wait()
+        self._works, self._received = [], []
         if self.whole:
             for parameter in self.parameters:
                 parameter.data = parameter.data.new_empty(0)
             self._mark(False)
+
+    def _values(self, pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+        """(..., size) in the weights' dtype."""
+        return pieces[0] if len(pieces) == 1 else from_float8(*pieces, self._dtype)[..., : self.size]
 
     def _places(self) -> Iterable[tuple[int, int]]:
         start = 0
@@ -110,12 +124,29 @@ class Unit:
         self.whole = whole
 
 
+GROUP = 128  # elements of a shard that share a scale: its four bytes are 3 % of theirs
+_LARGEST = torch.finfo(torch.float8_e4m3fn).max
+
+
+def to_float8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (groups, 128), uint8 that hold e4m3, and scales (groups, 1), float32, of x (n,), its end filled up with 0:
+    x = code * scale to a 16th of itself, or to 2^-18 of the largest in its group."""
+    groups = torch.nn.functional.pad(x, (0, -len(x) % GROUP)).view(-1, GROUP).float()
+    scales = (groups.abs().amax(dim=1, keepdim=True) / _LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
+    return (groups / scales).to(torch.float8_e4m3fn).view(torch.uint8), scales
+
+
+def from_float8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """(..., 128 groups) of codes (..., groups, 128) and scales (..., groups, 1)."""
+    return (codes.view(torch.float8_e4m3fn).float() * scales).to(dtype).flatten(-2)
+
+
 class Weights:
     """The weights of one network under ZeRO-3.
 
     parameters: partitioned by DeepSpeed, which has no hooks on their modules (any more); blocks: the transformer blocks,
     in the order in which they run; flat: this process's piece, in the order of parameters; None: made here of the
-    parameters' own pieces.
+    parameters' own pieces; float8: frozen weights are kept and sent in FP8, and are rounded by it.
     """
 
     def __init__(
@@ -125,6 +156,8 @@ class Weights:
         policy: Policy,
         world_size: int,
         flat: Tensor | None = None,
+        *,
+        float8: bool = False,
     ):
         self.policy = policy
         self.traffic = Traffic()
@@ -147,6 +180,11 @@ class Weights:
                     self._of_block[owner[parameter]] = unit
                 offset, run = offset + size, []
         assert offset == flat.numel(), (offset, flat.numel())
+        if float8:
+            for unit in self.units:
+                unit.compress()
+            for parameter in parameters:
+                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
         self._blockwise = [self._of_block[index] for index in sorted(self._of_block)] if policy == "block" else []
         self._backward_unit: int | None = None  # the block whose backward pass is under way
         for index, block in enumerate(blocks if policy == "block" else []):
@@ -177,9 +215,12 @@ class Weights:
             self.release()
 
     def changed(self) -> None:
-        """To be called when an update has written the shards: what is whole is that of before, but on one process."""
+        """To be called when an update has written the shards: what is whole is that of before, but on one process. Weights
+        that are to stay whole are fetched anew while others work."""
         if self._world_size > 1:
             self.release()
+            if self.policy == "whole":
+                self.prefetch()
 
     @property
     def _resident(self) -> list[Unit]:
@@ -233,12 +274,14 @@ def _defragment(parameters: list[nn.Parameter]) -> Tensor:
 class Gradients:
     """Takes each parameter's gradient when autograd has finished it, averages over the processes, keeps the shard.
 
-    flat: this process's shard of the gradient, in the units' order; float32 or the weights' dtype. The shards of several
-    backward passes are added until `start` is called.
+    flat: this process's shard of the gradient, in the units' order, in `dtype` (float32 or the weights'). The shards of
+    several backward passes are added until `clear` is called; between two updates there is none, so that networks that
+    take turns need the memory once.
     """
 
-    def __init__(self, units: list[Unit], flat: Tensor, world_size: int, traffic: Traffic):
-        self.flat = flat
+    def __init__(self, units: list[Unit], dtype: torch.dtype, world_size: int, traffic: Traffic):
+        self.flat: Tensor | None = None
+        self._dtype = dtype
         self._units = units
         self._world_size = world_size
         self._traffic = traffic
@@ -252,8 +295,9 @@ class Gradients:
                 if parameter.requires_grad:
                     self._watch(unit, parameter)
 
-    def start(self) -> None:
-        """The next backward pass begins a new sum."""
+    def clear(self) -> None:
+        """The sum has been used; the next backward pass begins a new one."""
+        self.flat = None
         self._first = True
 
     def finish(self) -> None:
@@ -280,6 +324,8 @@ class Gradients:
 
     @torch.no_grad()
     def _reduce(self, unit: Unit) -> None:
+        if self.flat is None:
+            self.flat = unit.empty(sum(each.size for each in self._units), self._dtype)
         shard = self.flat[unit.offset : unit.offset + unit.size]
         self._taken[unit].clear()
         self._reduced.add(unit)
@@ -313,6 +359,7 @@ class Gradients:
             elif self._first:
                 shard[start : start + size].zero_()
             start += size
+        assert start == len(shard)
         if pieces:
             (torch._foreach_copy_ if self._first else torch._foreach_add_)(pieces, gradients)
 

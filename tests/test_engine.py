@@ -197,5 +197,17 @@ def test_residency_changes_no_bit(traffic):
 
 
 @pytest.mark.distributed
+def test_a_teacher_in_float8(traffic):
+    """A quarter of float32's bytes travel and a scale for each 128; the run is another by the rounding, not more."""
+    cycle, exact = traffic["float8"]["cycles"][1], traffic["phase"]["cycles"][1]
+    assert cycle["roles"]["teacher"]["network_gathers"] == 2
+    received, full = (each["roles"]["teacher"]["gathered_bytes"] for each in (cycle, exact))
+    assert 0.25 * full < received < 0.26 * full + 2 * 4 * 132
+    losses = list(zip(traffic["float8"]["losses"], traffic["phase"]["losses"], strict=True))
+    assert all(a == b for a, b in losses[:2]) and losses[2][0] != losses[2][1]  # only the student's updates ask it
+    assert all(a == pytest.approx(b, rel=0.1) for a, b in losses)
+
+
+@pytest.mark.distributed
 def test_shards_are_all_that_stays(traffic):
     assert traffic["phase"]["whole_after"] == 0 and traffic["block"]["whole_after"] == 0

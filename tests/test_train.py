@@ -405,6 +405,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
+        (["model.teacher_storage=float8", "engine.zero.teacher=0"], "but there is engine.zero.teacher = 0"),
         (["lora={{rank: 4}}", "engine.zero.critic=1"], "lora needs ZeRO stage 3 .* engine.zero.critic = 1"),
         (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),
         (["ema={{decay: 0.9}}", "engine.zero.student=2"], "ema averages the shards of ZeRO stage 3"),

@@ -7,11 +7,14 @@ cut after the first) through DeepSpeed and through the plain module, and compare
 import itertools
 import json
 import sys
+from pathlib import Path
 
-import deepspeed
+sys.path.insert(0, str(Path(__file__).parent))
+
 import torch
 from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
+from gradients import full_gradient
 
 from dpdmd import engine
 from dpdmd.config import parse_config
@@ -135,7 +138,7 @@ def main():
         difference = size = 0.0
         for ours, theirs in zip(student.module.parameters(), plain.parameters(), strict=True):
             if theirs.grad is not None:
-                full = deepspeed.utils.safe_get_full_grad(ours).double()
+                full = full_gradient(student, ours).double()
                 difference += float((full - theirs.grad.double()).square().sum())
                 size += float(theirs.grad.double().square().sum())
         step = student.step()

@@ -17,10 +17,10 @@ from dpdmd.residency import Traffic
 PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
 
 
-def run(pipeline, residency, folder):
+def run(pipeline, residency, folder, storage="full"):
     config = parse_config(
         {
-            "model": {"pipeline": pipeline, "resolution": 32, "max_sequence_length": 8},
+            "model": {"pipeline": pipeline, "resolution": 32, "max_sequence_length": 8, "teacher_storage": storage},
             "prompts": {"file": "unused", "cache_dir": folder},
             "distill": {"teacher_steps": 6, "anchor": 2, "critic_updates": 2},
             "student_optimizer": {"lr": 1e-3},
@@ -62,6 +62,7 @@ def main():
                 engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
                 dist.broadcast_object_list(world_folder, 0)
             results[residency], results["shard_bytes"] = run(pipeline, residency, world_folder[0])
+        results["float8"], _ = run(pipeline, "whole", world_folder[0], "float8")
         dist.barrier()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(results), flush=True)
