@@ -7,6 +7,7 @@ micro-batch, then `step`, which clips, applies the optimizer, or skips an update
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import json
@@ -26,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpdmd.averaging import Average
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
-from dpdmd.kernels import Philox, fuse_transformer, selective_checkpoint
+from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
 from dpdmd.kernels.fuse_transformer import FusionReport
@@ -145,7 +146,16 @@ def start(config: EngineConfig) -> World:
         # Processes that share cores stall one another when each starts a thread for every core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_processes()))
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
+    if device == "cpu":
+        atexit.register(_remove_shared_memory)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device, local_rank if device == "cuda" else None))
+
+
+def _remove_shared_memory() -> None:
+    """DeepSpeed's CPU communication leaves 69 MB a process in shared memory, which is memory until the machine restarts."""
+    run = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{run}"):
+        file.unlink(missing_ok=True)
 
 
 def _local_processes() -> int:
@@ -399,8 +409,9 @@ class Network:
 
     @property
     def traffic(self) -> Traffic | None:
-        """What gathering and reducing has cost so far; None where DeepSpeed does it."""
-        return None if self._weights is None else self._weights.traffic
+        """What gathering and reducing has cost so far, of a shared base under the teacher; None where DeepSpeed does it."""
+        weights = self.base.weights if self.base is not None and not self.trained else self._weights
+        return None if weights is None else weights.traffic
 
     @property
     def updates(self) -> int:
@@ -455,6 +466,7 @@ class Network:
         norm = self._update() if self._gradients is not None else self._update_by_deepspeed()
         if self._weights is not None:
             self._weights.changed()
+        self._forget_rounded()
         if self.average is not None:
             self.average.update(norm.isfinite())
         self._unsettled = Step(lr, norm)
@@ -533,6 +545,7 @@ class Network:
         """What `save` wrote, bit for bit; all processes call."""
         self.release()
         self.engine.load_checkpoint(str(folder), tag=self.role)
+        self._forget_rounded()
         if self.average is not None:
             self.average.load(self._average_file(folder))
 
@@ -547,8 +560,15 @@ class Network:
             return
         self.release()
         with self.average.in_place_of(self.engine.optimizer.fp16_partitioned_groups_flat):
+            self._forget_rounded()
             yield
             self.release()
+        self._forget_rounded()
+
+    def _forget_rounded(self) -> None:
+        """FP8 copies are made anew: shards are written to past whatever else could tell."""
+        if self.fusion is not None and self.fusion.num_fp8 and self.base is None:
+            requantize(self.module)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""

@@ -123,6 +123,11 @@ class Trainer:
             self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
             self.last_skipped = self.last_skipped if update.applied else update
 
+    def received_bytes(self) -> int:
+        """By gathers and reductions of ZeRO stage 3, on this process, so far."""
+        traffic = [network.traffic for network in self.networks.values() if network.traffic is not None]
+        return sum(each.gathered_bytes + each.reduced_bytes for each in traffic)
+
     def state(self) -> dict:
         """What a checkpoint keeps beside weights and optimizer state."""
         self.settle()
@@ -201,6 +206,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         checkpoints.save(config.run.iterations, trainer.networks, trainer.state())
     export_student(folder / "student", trainer.networks, backbone, trainer.distillation, config, world)
     summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary()}
+    if received := trainer.received_bytes():
+        cycles = (config.run.iterations - first) / (config.distill.critic_updates + 1)
+        summary["received_bytes_a_cycle"] = received / max(cycles, 1)
+        if world.main:
+            print(f"communication: {summary['received_bytes_a_cycle'] / 1e9:.3g} GB received a cycle and process")
     if config.evaluation.enabled:
         from dpdmd.demo.report import report
 

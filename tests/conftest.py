@@ -28,16 +28,26 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def launcher():
     """launcher(2): a command line that starts a script in two processes, on a port of its own, as other tests may run
-    beside this one."""
+    beside this one. What a killed process left in shared memory is removed when the next one is started."""
+    ports = []
+
+    def clean():
+        for port in ports:
+            for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+                file.unlink(missing_ok=True)
+        ports.clear()
 
     def command(processes: int) -> list[str]:
+        clean()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        ports.append(port)
         runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
         return [*runner, "--num_accelerators", str(processes), "--master_port", str(port)]
 
-    return command
+    yield command
+    clean()
 
 
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"

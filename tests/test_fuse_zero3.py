@@ -23,7 +23,7 @@ def results(launcher):
 def test_outputs_and_gradients_are_the_stock_modules(results):
     """Fused before and after DeepSpeed is initialised, leaves or hooks on every module, with recomputation and without:
     in float32, chains of two passes, before and after an update."""
-    assert len(results) == 8
+    assert len(results) == 9
     for case, result in results.items():
         assert result["output"] < 1e-5 and result["gradient"] < 1e-5, case
         assert result["stock"] == 0, f"{case}: it must be the fused forwards that ran"
@@ -32,7 +32,7 @@ def test_outputs_and_gradients_are_the_stock_modules(results):
 @pytest.mark.distributed
 def test_weights_are_given_back(results):
     for case, result in results.items():
-        assert result["kept"] == 0, case
+        assert (result["kept"] == 0) == ("whole" not in case), case
 
 
 @pytest.mark.distributed

@@ -9,12 +9,16 @@ import copy
 import functools
 import json
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 import deepspeed
 import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
+from gradients import full_gradient
 
 from dpdmd import engine
 from dpdmd.config import parse_config
@@ -126,7 +130,7 @@ class PlainEngine:
         self.engine.step()
 
 
-def our_engine(module, world, checkpointing, residency):
+def our_engine(module, world, checkpointing, residency, fp8):
     config = parse_config(
         {
             "prompts": {"file": "unused"},
@@ -141,12 +145,16 @@ def our_engine(module, world, checkpointing, residency):
             },
         }
     )
-    build = engine.build_optimizer
-    engine.build_optimizer = lambda parameters, *_: torch.optim.SGD(parameters, lr=LEARNING_RATE)
+    # As on a GPU, where it is the engine that fuses: it has to know of FP8 copies.
+    fuse, build = engine.fuse, engine.build_optimizer
+    if fp8:
+        engine.fuse = lambda model, *_: fuse_transformer(model, fp8=fp8, verbose=False)
+    else:
+        engine.build_optimizer = lambda parameters, *_, **__: torch.optim.SGD(parameters, lr=LEARNING_RATE)
     try:
         network = engine.Network("student", module, Backbone, config, world, engine.Phases())
     finally:
-        engine.build_optimizer = build
+        engine.fuse, engine.build_optimizer = fuse, build
     return network
 
 
@@ -173,7 +181,7 @@ def run(world, kind, with_engine, fuse, checkpointing=False, fp8=None, residency
     if fuse == "before":
         assert not fuse_transformer(model, fp8=fp8, verbose=False).left
     if with_engine == "ours":
-        network = our_engine(model, world, checkpointing, residency)
+        network = our_engine(model, world, checkpointing, residency, fp8)
     else:
         if checkpointing:
             model.enable_gradient_checkpointing()
@@ -218,11 +226,16 @@ def run(world, kind, with_engine, fuse, checkpointing=False, fp8=None, residency
         found["stock"] += len(stock_forwards & blocks)
         difference = size = 0.0
         for ours, theirs in zip(model.parameters(), stock.parameters(), strict=True):
-            gradient = deepspeed.utils.safe_get_full_grad(ours)
+            gradient = full_gradient(network, ours)
             difference += float((gradient - theirs.grad).square().sum())
             size += float(theirs.grad.square().sum())
         found["gradient"] = max(found["gradient"], (difference / size) ** 0.5)
         network.step()
+        if with_engine == "ours" and fp8:  # with the engine's own optimizer: its weights are what is to be followed
+            states = [network.full_state_dict()]
+            torch.distributed.broadcast_object_list(states, 0)
+            stock.load_state_dict(states[0])
+            continue
         with torch.no_grad():
             for parameter in stock.parameters():
                 parameter -= LEARNING_RATE * parameter.grad
@@ -235,7 +248,8 @@ CASES = {
     "sd3.5, our engine, checkpointing, by block": ("sd3.5", "ours", "before", True, None, "block"),
     "sd3.0, another trainer": ("sd3.0", "plain", "before"),
     "sd3.5, another trainer, fused after, checkpointing": ("sd3.5", "plain", "after", True),
-    "sd3.5, our engine, fp8": ("sd3.5", "ours", "before", False, "no_grad"),
+    "sd3.5, our engine, fp8": ("sd3.5", "ours", "engine", False, "no_grad"),
+    "sd3.5, our engine, fp8, whole": ("sd3.5", "ours", "engine", False, "no_grad", "whole"),
     "flux, our engine, checkpointing, by block": ("flux", "ours", "before", True, None, "block"),
     "flux, another trainer, fp8": ("flux", "plain", "before", False, "no_grad"),
 }

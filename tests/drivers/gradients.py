@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 def full_gradient(network, parameter):
     """The mean over the processes, whole, after the backward passes and before the step."""
-    gradients = network._gradients
+    gradients = getattr(network, "_gradients", None)
     if gradients is None:
         return deepspeed.utils.safe_get_full_grad(parameter)
     for unit in gradients._units:
