@@ -107,7 +107,16 @@ def check(config: Config) -> None:
     if config.engine.offload == "nvme":
         _check_nvme(config.engine.nvme_path)
     if config.engine.deepspeed is not None:
-        read_deepspeed(config.engine.deepspeed)
+        zero = read_deepspeed(config.engine.deepspeed).get("zero_optimization", {})
+        for key, instead in (
+            ("offload_optimizer", "engine.offload"),
+            ("offload_param", "engine.zero, residency or lora"),
+        ):
+            if key in zero:
+                raise ConfigError(
+                    f"engine.deepspeed sets zero_optimization.{key}: the engine decides itself where state and weights are; "
+                    f"take {instead} instead"
+                )
     for optimizer in (config.student_optimizer, config.critic_optimizer):
         if optimizer.name in _FUSED and config.engine.offload == "none":
             _fused_adam(optimizer.name, device)

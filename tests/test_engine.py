@@ -85,6 +85,15 @@ def test_bad_deepspeed_file(tmp_path, content, message):
         read_deepspeed(str(file))
 
 
+@pytest.mark.parametrize("key, instead", [("offload_optimizer", "engine.offload"), ("offload_param", "engine.zero")])
+def test_deepspeed_settings_that_the_engine_has_its_own_for(key, instead):
+    config = load_config(
+        None, [f"engine.deepspeed={{zero_optimization: {{{key}: {{device: cpu}}}}}}", "engine.device=cpu"]
+    )
+    with pytest.raises(ConfigError, match=f"zero_optimization.{key}: .* take {instead}"):
+        check(config)
+
+
 def test_fp8_where_there_is_none(monkeypatch):
     config = load_config(None, ["model.fp8=no_grad", "engine.device=cpu"])
     with pytest.raises(
