@@ -30,7 +30,7 @@ def settings(tiny_flux, tmp_path_factory):
         "student_optimizer": {"lr": 1e-3},
         "critic_optimizer": {"lr": 1e-3},
         # 0: weights are really sharded.
-        "engine": {"device": "cpu", "batch_size": 2, "zero": {"param_persistence_threshold": 0}},
+        "engine": {"device": "cpu", "batch_size": 2},
         "run": {"iterations": 6},
     }
     (folder / "settings.yaml").write_text(yaml.safe_dump(values))
@@ -46,7 +46,7 @@ def train(start, settings, folder, *options):
 @pytest.fixture(scope="module")
 def straight(launcher, settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
-    train(launcher(2), settings, folder, "run.sample_every=1", "engine.checkpointing=true")
+    train(launcher(2), settings, folder, "run.sample_every=1", "engine.checkpointing=selective")
     return folder
 
 
