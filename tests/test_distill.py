@@ -179,7 +179,7 @@ def test_student_update_is_the_papers(kind, options):
     cond, uncond = make_cond(1), make_cond(2)
 
     loss = distillation.student_loss(*networks_of(networks), eps, cond, uncond, Draws(0, 5, "student", 0))
-    loss.total.backward()
+    loss.remaining.backward()
     ours = gradient(models["student"])
     assert all(p.grad is None for role in ("teacher", "critic") for p in models[role].parameters())
 
@@ -238,6 +238,38 @@ class SeparateSteps(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["flow", "noise"])
+@pytest.mark.parametrize("options, calls", [({}, 1), ({"detach": False}, 0), ({"method": "dmd"}, 0)], ids=str)
+def test_first_step_differentiated_by_itself_gives_the_same_gradient(kind, options, calls):
+    """Before the second step's forward pass, where the two share no graph; else all is left for the end."""
+    config = DistillConfig(teacher_steps=6, anchor=2, guidance_scale=SCALE, **options)
+    distillation = Distillation(make_diffusion(kind), config)
+    gradients, totals = [], []
+    for in_parts in (False, True):
+        _, _, models, networks, _, eps = setup(kind)
+        passes, seen = [], []
+        student, teacher, critic = networks_of(networks)
+
+        def counted(x, t, cond, passes=passes, student=student):
+            passes.append(torch.is_grad_enabled())
+            return student(x, t, cond)
+
+        def backward(loss, passes=passes, seen=seen):
+            seen.append(len(passes))
+            loss.backward()
+
+        draws = Draws(0, 5, "student", 0)
+        losses = distillation.student_loss(
+            counted, teacher, critic, eps, make_cond(1), make_cond(2), draws, backward if in_parts else None
+        )
+        losses.remaining.backward()
+        assert len(passes) == config.student_steps and seen == [1] * (calls if in_parts else 0)
+        gradients.append(gradient(models["student"]))
+        totals.append(float(losses.total))
+    assert relative(gradients[1], gradients[0]) < 1e-6 and totals[0] == totals[1]
+    assert not losses.total.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["flow", "noise"])
 @pytest.mark.parametrize("detach", [True, False])
 def test_detach_keeps_the_dmd_gradient_from_the_first_step(kind, detach):
     diffusion = make_diffusion(kind)
@@ -247,7 +279,7 @@ def test_detach_keeps_the_dmd_gradient_from_the_first_step(kind, detach):
     student = SeparateSteps(distillation.student_times[:-1])
     teacher, critic = (lambda x, t, cond, w=w: torch.tanh(w * x) + cond for w in (0.5, 0.8))
     eps, cond = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    distillation.student_loss(student, teacher, critic, eps, cond, None, Draws(0, 0, "student", 0)).total.backward()
+    distillation.student_loss(student, teacher, critic, eps, cond, None, Draws(0, 0, "student", 0)).remaining.backward()
     first, *later = [step.weight.grad for step in student.maps]
     assert all(grad.abs().sum() > 0 for grad in later)
     # With weight 0 the diversity term's gradient is exactly 0, so whatever is there came from DMD.
@@ -260,7 +292,7 @@ def test_diversity_alone_trains_the_first_step_alone():
     student = SeparateSteps(distillation.student_times[:-1])
     same = lambda x, t, cond: torch.tanh(x) + cond  # noqa: E731  teacher and critic agree: no DMD gradient
     eps, cond = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    distillation.student_loss(student, same, same, eps, cond, None, Draws(0, 0, "student", 0)).total.backward()
+    distillation.student_loss(student, same, same, eps, cond, None, Draws(0, 0, "student", 0)).remaining.backward()
     first, *later = [step.weight.grad for step in student.maps]
     assert first.abs().sum() > 0
     assert all(grad.abs().sum() == 0 for grad in later)
@@ -277,7 +309,7 @@ def test_method_dmd_trains_every_step_without_a_teacher_rollout():
 
     eps = torch.randn(4, 6, dtype=torch.float64)
     loss = distillation.student_loss(student, teacher, lambda x, t, c: x, eps, eps, None, Draws(0, 0, "student", 0))
-    loss.total.backward()
+    loss.remaining.backward()
     assert len(calls) == 1 and float(loss.diversity) == 0.0
     assert all(step.weight.grad.abs().sum() > 0 for step in student.maps)
 
@@ -319,7 +351,7 @@ def test_random_rollout_gradient_is_that_of_one_step():
         torch.testing.assert_close(
             loss.sample, full.student_loss(*arguments, Draws(0, iteration, "student", 0)).sample, rtol=0, atol=0
         )
-        loss.total.backward()
+        loss.remaining.backward()
         with_gradient = [
             n for n, step in enumerate(student.maps) if step.weight.grad is not None and step.weight.grad.any()
         ]
@@ -375,7 +407,7 @@ def test_broken_score_network_shows_in_the_loss():
     broken = lambda x, t, cond: x * torch.nan  # noqa: E731
     loss = distillation.student_loss(student, lambda x, t, c: x, broken, eps, eps, None, Draws(0, 0, "student", 0))
     assert loss.total.isnan()
-    loss.total.backward()
+    loss.remaining.backward()
     assert not student.maps[0].weight.grad.isfinite().any()
 
 
