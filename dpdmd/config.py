@@ -243,8 +243,12 @@ class Config(_Section):
     student_optimizer: OptimizerConfig = OptimizerConfig()
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
-    lora: LoraConfig | None = None  # student and critic as adapters on the teacher's weights, instead of copies of them
-    ema: EmaConfig | None = None  # exponential moving average of the student, which is then what is exported
+    lora: LoraConfig | None = Field(
+        None, description="Student and critic as adapters on the teacher's weights, instead of copies of them."
+    )
+    ema: EmaConfig | None = Field(
+        None, description="Exponential moving average of the student, which is then what is exported."
+    )
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
