@@ -156,8 +156,8 @@ class ZeroConfig(_Section):
 
 
 class KeptPassesConfig(_Section):
-    student: int = Field(0, ge=0, description="Block passes of each forward chain of the student.")
-    critic: int = Field(0, ge=0, description="Block passes of the critic's forward pass.")
+    student: int | None = Field(None, ge=0, description="Block passes of each forward chain of the student.")
+    critic: int | None = Field(None, ge=0, description="Block passes of the critic's forward pass.")
 
 
 class EngineConfig(_Section):
@@ -168,19 +168,40 @@ class EngineConfig(_Section):
     residency: Literal["auto", "whole", "phase", "block"] = Field(
         "auto",
         description="ZeRO stage 3: how long gathered weights stay. whole: until an update changes them; phase: for a phase "
-        "(a rollout, or a forward chain with its backward pass); block: each transformer block while it runs.",
+        "(a rollout, or a forward chain with its backward pass); block: each transformer block while it runs. auto: the "
+        "first of them that fits.",
     )
-    checkpointing: Literal["none", "selective", "full"] = Field(
-        "none",
+    checkpointing: Literal["auto", "none", "selective", "full"] = Field(
+        "auto",
         description="Activations of the transformer blocks that the backward pass computes again. selective: all but "
-        "attention's outputs (where the blocks are fused; else as full); full: all.",
+        "attention's outputs (where the blocks are fused; else as full); full: all; auto: the first of them that fits.",
     )
-    kept_passes: KeptPassesConfig = KeptPassesConfig()  # with checkpointing: that keep their activations all the same
+    # With checkpointing: that keep their activations all the same; null: as many as fit.
+    kept_passes: KeptPassesConfig = KeptPassesConfig()
+    offload: Literal["none", "cpu", "nvme"] = Field(
+        "none",
+        description="ZeRO stage 3: where masters and moments live and are updated (DeepSpeed's CPU AdamW): cpu, or nvme "
+        "under nvme_path.",
+    )
+    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme.")
     deepspeed: str | dict[str, Any] | None = Field(
         None,
         description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+
+
+class LoraConfig(_Section):
+    rank: PositiveInt = Field(64, description="Rank of the adapters.")
+    alpha: float | None = Field(None, gt=0.0, description="Adapters are scaled by alpha / rank (default: rank).")
+    targets: list[str] | None = Field(
+        None, description="Modules that get an adapter (default: attention and feed-forward products of the blocks)."
+    )
+
+
+class EmaConfig(_Section):
+    decay: float = Field(0.999, gt=0.0, lt=1.0, description="The average keeps this share at each student update.")
+    device: Literal["same", "cpu"] = Field("same", description="Where the float32 shard of the average lives.")
 
 
 class EvaluationConfig(_Section):
@@ -217,6 +238,8 @@ class Config(_Section):
     student_optimizer: OptimizerConfig = OptimizerConfig()
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
+    lora: LoraConfig | None = None  # student and critic as adapters on the teacher's weights, instead of copies of them
+    ema: EmaConfig | None = None  # exponential moving average of the student, which is then what is exported
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
