@@ -199,6 +199,9 @@ def run_one(args, settings: list[str]) -> int:
         config = load_config(args.config, [*fixed, *settings, *CONTENDERS[args.contender].settings])
         backbone = load_backbone(config.model)
         world = start(config.engine)
+        plan = None
+        if CONTENDERS[args.contender].peer is None:
+            config, plan = train.plan_run(config, backbone, world)
         begin = time.perf_counter()
         trainer = build(args.contender, config, world, backbone)
         build_seconds = time.perf_counter() - begin
@@ -215,6 +218,8 @@ def run_one(args, settings: list[str]) -> int:
         "cycles": args.cycles,
         **measure(trainer, args.cycles, args.warmup),
     }
+    if plan is not None and plan.phases:
+        result["predicted_peak_gib"] = plan.peak / 2**30
     if args.profile:
         result["gpu_milliseconds"] = profile(trainer, args.warmup + args.cycles)
     if world.main:

@@ -23,6 +23,7 @@ from dpdmd.config import Config, ConfigError, to_yaml
 from dpdmd.distill import Distillation
 from dpdmd.engine import Network, World
 from dpdmd.lora import save_adapter
+from dpdmd.optimizer import STATE_BYTES
 
 _NAME = re.compile(r"step_(\d+)")
 _UNFINISHED = ".unfinished-"
@@ -125,13 +126,10 @@ def _difference(key: str, saved: Any, now: Any) -> str:
     return f"{key} = {saved!r}, and this run has {now!r}"
 
 
-_MOMENT_BYTES = {"float32": 8, "bfloat16": 4, "float8": 2 + 8 / 256}  # a parameter
-
-
 def checkpoint_bytes(config: Config, num_parameters: int, weight_bytes: int) -> int:
     """Size of one checkpoint: two networks' weights, float32 masters and two moments; the student's average."""
     states = [config.student_optimizer.state, config.critic_optimizer.state]
-    each = sum(weight_bytes + 4 + _MOMENT_BYTES[state] for state in states) + 4 * (config.ema is not None)
+    each = sum(weight_bytes + 4 + STATE_BYTES[state] for state in states) + 4 * (config.ema is not None)
     return math.ceil(num_parameters * each)
 
 

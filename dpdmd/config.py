@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -361,9 +362,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
     if not isinstance(values, dict):
         raise ConfigError(f"--config {path}: holds a {type(values).__name__}; sections with keys are needed")
     on_cpu = values.pop("on_cpu", None) or {}
-    given = {}
-    for override in overrides:
-        _apply(given, override)
+    given = read_overrides(overrides)
     if on_cpu and _without_gpu(merged(values, given)):
         values = merged(values, on_cpu)
     return parse_config(merged(values, given))
@@ -398,6 +397,14 @@ def parse_config(values: dict[str, Any]) -> Config:
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `load_config` reads back to the same."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`section.key=value`, values as YAML has them, as a nested mapping. Raises ConfigError for what has another form."""
+    given: dict[str, Any] = {}
+    for override in overrides:
+        _apply(given, override)
+    return given
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

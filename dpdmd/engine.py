@@ -1,7 +1,7 @@
 """Teacher, student and critic on DeepSpeed: who is sharded how, and what one update is.
 
 Each role is a `Network`: a callable (x, t, cond) -> prediction for distill.py, whose weights DeepSpeed keeps (stage 3:
-sharded over the processes and gathered block by block). Student and critic can also be updated: `backward` for each
+sharded over the processes, and gathered as residency.py has it). Student and critic can also be updated: `backward` for each
 micro-batch, then `step`, which clips, applies the optimizer, or skips an update that is not finite.
 """
 
@@ -34,7 +34,7 @@ from dpdmd.kernels.fuse_transformer import FusionReport
 from dpdmd.lora import adapter_parameters, add_adapters, remember_role
 from dpdmd.lora import use as use_role
 from dpdmd.optimizer import AdamW
-from dpdmd.residency import Gradients, Traffic, Weights
+from dpdmd.residency import Gradients, Policy, Traffic, Weights
 
 FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
 
@@ -254,7 +254,7 @@ class Base:
         self.fusion = fuse(self.transformer, config.model, world.device)
         self.blocks = [child for child in self.transformer.modules() if isinstance(child, backbone.block_classes)]
         self.recomputation = None
-        if config.engine.checkpointing not in ("none", "auto"):
+        if config.engine.checkpointing != "none":
             self.recomputation = Recomputation(
                 self.blocks, config.engine.checkpointing, remember=partial(remember_role, self.transformer)
             )
@@ -271,7 +271,7 @@ class Base:
         engine, *_ = deepspeed.initialize(model=self.transformer, config=settings)
         _without_hooks(self.transformer, engine.optimizer)
         # All roles need it: it is never released as a whole.
-        policy = "block" if resolve_residency(config.engine.residency, world.size) == "block" else "whole"
+        policy = "block" if residency(config, world.size) == "block" else "whole"
         self.weights = Weights(frozen, self.blocks, policy, world.size)
 
     def enter(self, role: str) -> nn.Module:
@@ -330,7 +330,7 @@ class Network:
             self.fusion = fuse(module, config.model, world.device)
             blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
             self._recomputation = None
-            if self.trained and config.engine.checkpointing not in ("none", "auto"):
+            if self.trained and config.engine.checkpointing != "none":
                 self._recomputation = Recomputation(blocks, config.engine.checkpointing)
             if not self.trained and self.stage == 0:
                 self.engine = module.to(world.device).eval()
@@ -341,8 +341,7 @@ class Network:
             self._optimizer_config = getattr(config, f"{role}_optimizer")
             student_updates = config.run.iterations // (config.distill.critic_updates + 1)
             self._total_updates = student_updates if role == "student" else config.run.iterations - student_updates
-            # With an offloaded optimizer DeepSpeed builds its own CPU one from the settings.
-            if "optimizer" not in settings:
+            if "optimizer" not in settings:  # of engine.deepspeed, for DeepSpeed to build
                 module.to(world.device)
                 seed = Philox.of(config.run.seed, role, world.rank).key
                 optimizer = build_optimizer(
@@ -365,7 +364,7 @@ class Network:
         with an optimizer of ours on the device (update), how gradients are reduced and applied."""
         zero = self.engine.optimizer
         _without_hooks(self.module, zero if update or not self.trained else zero.parameter_offload)
-        policy = resolve_residency(config.engine.residency, world.size)
+        policy = residency(config, world.size)
         flat = zero.lp_param_buffer if self.trained else None
         float8 = not self.trained and config.model.teacher_storage == "float8"
         if float8 and policy == "whole":
@@ -437,6 +436,7 @@ class Network:
 
         more: another backward pass of the same micro-batch follows, and the gradients are reduced only after it.
         """
+        self._phases.enter(self)
         loss = loss * torch.where(loss.isfinite(), 1.0, torch.nan)
         if self._gradients is not None:
             self._gradients.held = more
@@ -586,24 +586,21 @@ class Network:
         self.release()
         state = {}
         main = dist.get_rank() == 0
-        parameters = dict(self.module.named_parameters())
         tensors = self.module.state_dict(keep_vars=True)
         if self.base is not None:
-            tensors = parameters = dict(zip(self.module.names, self.module.parameters(), strict=True))
+            tensors = dict(zip(self.module.names, self.module.parameters(), strict=True))
         for name, value in tensors.items():
             # One tensor at a time: a network's full weights never stand on a device all at once.
-            gathered = [value] if self.stage == 3 and name in parameters else []
+            gathered = [value] if self.stage == 3 and isinstance(value, nn.Parameter) else []
             with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
                 if main:
                     state[name] = value.detach().to("cpu", copy=True)
         return state if main else None
 
 
-def resolve_residency(residency: str, world_size: int) -> str:
-    """'auto' to a policy of `Weights`. On one process weights are whole at no cost."""
-    if world_size == 1:
-        return "whole"
-    return "phase" if residency == "auto" else residency
+def residency(config: Config, world_size: int) -> Policy:
+    """As configured; on one process weights are whole at no cost."""
+    return "whole" if world_size == 1 else config.engine.residency
 
 
 def fuse(module: nn.Module, config: ModelConfig, device: torch.device) -> FusionReport | None:

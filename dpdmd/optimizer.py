@@ -21,7 +21,8 @@ from torch import Tensor
 from dpdmd.kernels import Float8State, Philox, adamw_step
 from dpdmd.kernels.adamw import check_hyperparameters
 
-STATE_DTYPES = ("float32", "bfloat16", "float8")
+STATE_BYTES = {"float32": 8.0, "bfloat16": 4.0, "float8": 2 + 8 / 256}  # of both moments, an element
+STATE_DTYPES = tuple(STATE_BYTES)
 
 
 class AdamW(torch.optim.Optimizer):

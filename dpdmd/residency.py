@@ -14,13 +14,16 @@ On one process a gather is no copy: parameters are views of the flat piece.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Policy = str  # "whole": kept until the weights change; "phase": for a phase; "block": each block when it runs
+# How long weights stay whole: until an update changes them; for a phase; while a block runs.
+Policy = Literal["whole", "phase", "block"]
 
 
 class Traffic:
@@ -43,7 +46,9 @@ class Unit:
         self.parameters = parameters
         self.offset = offset  # of the shard in the flat piece
         self.size = len(shard)  # elements, padding included
-        self.sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        starts = accumulate(sizes, initial=0)
+        self.places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]  # in the shard
         self._pieces: tuple[Tensor, ...] = (shard,)  # what travels: the shard, or its codes and their scales
         self._dtype, self._device = shard.dtype, shard.device
         self._world_size = world_size
@@ -74,24 +79,18 @@ class Unit:
             return
         if self._world_size == 1:
             values = self._values(self._pieces)
-            for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
-                parameter.data = values[start : start + size].view(parameter.ds_shape)
+            for parameter, place in zip(self.parameters, self.places, strict=True):
+                parameter.data = values[place].view(parameter.ds_shape)
         else:
             for work in self._works:
                 work.wait()
             rows = self._values(self._received)
             whole = self.empty(sum(parameter.ds_numel for parameter in self.parameters), self._dtype)
-            to, of, begin = [], [], 0
-            for parameter, (start, size) in zip(self.parameters, self._places(), strict=True):
-                flat = whole[begin : begin + parameter.ds_numel]
-                for rank in range(self._world_size):
-                    piece = flat[rank * size : (rank + 1) * size]
-                    if len(piece):
-                        to.append(piece)
-                        of.append(rows[rank, start : start + len(piece)])
-                parameter.data = flat.view(parameter.ds_shape)
-                begin += parameter.ds_numel
+            flats = whole.split([parameter.ds_numel for parameter in self.parameters])
+            to, of = self.pieces(flats, rows)
             torch._foreach_copy_(to, of)
+            for parameter, flat in zip(self.parameters, flats, strict=True):
+                parameter.data = flat.view(parameter.ds_shape)
             self._works, self._received = [], []
         self._mark(True)
 
@@ -108,11 +107,16 @@ class Unit:
         """(..., size) in the weights' dtype."""
         return pieces[0] if len(pieces) == 1 else from_float8(*pieces, self._dtype)[..., : self.size]
 
-    def _places(self) -> Iterable[tuple[int, int]]:
-        start = 0
-        for size in self.sizes:
-            yield start, size
-            start += size
+    def pieces(self, flats: Sequence[Tensor | None], rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """What belongs together, without padding: of each parameter's elements flats[i] (None: left out) those that a
+        process has, and where they are in rows (processes, size)."""
+        of_flats, of_rows = [], []
+        for flat, place in zip(flats, self.places, strict=True):
+            size = place.stop - place.start
+            for rank, piece in enumerate(() if flat is None else flat.split(size)):
+                of_flats.append(piece)
+                of_rows.append(rows[rank, place][: len(piece)])
+        return of_flats, of_rows
 
     def _mark(self, whole: bool) -> None:
         # DeepSpeed's own checks, when it saves and loads, ask for the status.
@@ -166,7 +170,7 @@ class Weights:
             flat = _defragment(parameters)
         owner = {parameter: index for index, block in enumerate(blocks) for parameter in block.parameters()}
         self.units: list[Unit] = []
-        self._of_block: dict[int, Unit] = {}
+        of_block: dict[int, Unit] = {}
         offset, run = 0, []
         for i, parameter in enumerate(parameters):
             run.append(parameter)
@@ -176,8 +180,8 @@ class Weights:
                 unit = Unit(run, flat[offset : offset + size], offset, world_size)
                 self.units.append(unit)
                 if parameter in owner:
-                    assert owner[parameter] not in self._of_block, "a block's parameters are not consecutive"
-                    self._of_block[owner[parameter]] = unit
+                    assert owner[parameter] not in of_block, "a block's parameters are not consecutive"
+                    of_block[owner[parameter]] = unit
                 offset, run = offset + size, []
         assert offset == flat.numel(), (offset, flat.numel())
         if float8:
@@ -185,7 +189,8 @@ class Weights:
                 unit.compress()
             for parameter in parameters:
                 parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
-        self._blockwise = [self._of_block[index] for index in sorted(self._of_block)] if policy == "block" else []
+        self._blockwise = [of_block[index] for index in range(len(blocks))] if policy == "block" else []
+        self._resident = [unit for unit in self.units if unit not in self._blockwise]
         self._backward_unit: int | None = None  # the block whose backward pass is under way
         for index, block in enumerate(blocks if policy == "block" else []):
             self._guard(block, index)
@@ -221,10 +226,6 @@ class Weights:
             self.release()
             if self.policy == "whole":
                 self.prefetch()
-
-    @property
-    def _resident(self) -> list[Unit]:
-        return [unit for unit in self.units if unit not in self._blockwise]
 
     def _launch(self, unit: Unit) -> None:
         received = unit.launch()
@@ -349,34 +350,26 @@ class Gradients:
             self._in_flight.popleft()()
 
     def _keep(self, unit: Unit, shard: Tensor) -> None:
-        pieces, gradients = [], []
-        start = 0
-        for parameter, size in zip(unit.parameters, unit.sizes, strict=True):
-            if parameter.grad is not None:
-                pieces.append(shard[start : start + parameter.ds_numel])
-                gradients.append(parameter.grad.reshape(-1))
-                parameter.grad = None
-            elif self._first:
-                shard[start : start + size].zero_()
-            start += size
-        assert start == len(shard)
-        if pieces:
-            (torch._foreach_copy_ if self._first else torch._foreach_add_)(pieces, gradients)
+        gradients = _taken(unit)
+        for gradient, place in zip(gradients, unit.places, strict=True):
+            if gradient is None and self._first:
+                shard[place].zero_()
+        of, to = unit.pieces(gradients, shard.unsqueeze(0))
+        if to:
+            (torch._foreach_copy_ if self._first else torch._foreach_add_)(to, of)
 
     def _sent(self, unit: Unit) -> Tensor:
         """(processes, unit.size): what each of them is to get, padding and parameters without a gradient 0."""
         sent = unit.parameters[0].new_zeros(self._world_size, unit.size)
-        to, of, start = [], [], 0
-        for parameter, size in zip(unit.parameters, unit.sizes, strict=True):
-            if parameter.grad is not None:
-                flat = parameter.grad.reshape(-1)
-                for rank in range(self._world_size):
-                    piece = flat[rank * size : (rank + 1) * size]
-                    to.append(sent[rank, start : start + len(piece)])
-                    of.append(piece)
-                parameter.grad = None
-            start += size
-        to, of = [x for x in to if len(x)], [x for x in of if len(x)]
+        of, to = unit.pieces(_taken(unit), sent)
         if to:
             torch._foreach_copy_(to, of)
         return sent
+
+
+def _taken(unit: Unit) -> list[Tensor | None]:
+    """The parameters' gradients, flat, taken from them."""
+    gradients = [None if parameter.grad is None else parameter.grad.reshape(-1) for parameter in unit.parameters]
+    for parameter in unit.parameters:
+        parameter.grad = None
+    return gradients

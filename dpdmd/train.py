@@ -26,6 +26,7 @@ from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Later, Network, Phases, Step, World, resolve_dtype, start
 from dpdmd.journal import Journal, check_space, check_writers, prepare_folder
+from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
 
@@ -150,6 +151,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     backbone = load_backbone(config.model)
     check(config, backbone)
     world = start(config.engine)
+    config, plan = plan_run(config, backbone, world)
     folder = Path(config.run.output_dir)
     world.on_main(prepare_folder, folder, resume=resume, overwrite=overwrite)
     checkpoints = Checkpoints(
@@ -166,7 +168,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     first = state["iteration"] if resumed else 0
     journal = Journal(folder, config, first) if world.main else None
     if world.main:
-        print("\n".join(network.describe() for network in trainer.networks.values()), flush=True)
+        print("\n".join([*(network.describe() for network in trainer.networks.values()), plan.summary()]), flush=True)
     progress = Progress(config, first, world)
     checkpoint_due = False
 
@@ -205,7 +207,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     if first < config.run.iterations:
         checkpoints.save(config.run.iterations, trainer.networks, trainer.state())
     export_student(folder / "student", trainer.networks, backbone, trainer.distillation, config, world)
-    summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary()}
+    summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary(plan)}
     if received := trainer.received_bytes():
         cycles = (config.run.iterations - first) / (config.distill.critic_updates + 1)
         summary["received_bytes_a_cycle"] = received / max(cycles, 1)
@@ -219,6 +221,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     if journal:
         journal.finish(summary)
         journal.close()
+        if "peak_memory_gib" in summary:
+            print(
+                "peak memory: {predicted_peak_memory_gib:.1f} GiB predicted, {peak_memory_gib:.1f} measured".format(
+                    **summary
+                )
+            )
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
 
 
@@ -230,6 +238,13 @@ def check(config: Config, backbone) -> None:
         Distillation(backbone.diffusion, config.distill)
     except ValueError as error:  # a time grid that the model's scheduler cannot walk
         raise ConfigError(str(error)) from error
+
+
+def plan_run(config: Config, backbone, world: World) -> tuple[Config, Plan]:
+    """`config` with `auto` replaced by what fits the smallest GPU, the same on every process. Raises ConfigError where
+    nothing does."""
+    memory = min(world.gather(gpu_bytes())) if world.device.type == "cuda" else None
+    return resolve(config, backbone, world.size, memory)
 
 
 def quieten() -> None:
@@ -410,12 +425,13 @@ class Progress:
     def rates(self) -> dict[str, float]:
         return self._latest
 
-    def summary(self) -> dict[str, float]:
-        """Median seconds an update of each role, and the peak of device memory."""
+    def summary(self, plan: Plan) -> dict[str, float]:
+        """Median seconds an update of each role, and the peak of device memory, as planned and as it was."""
         summary = {
             f"{role}_seconds": sorted(seconds)[len(seconds) // 2] for role, seconds in self._seconds.items() if seconds
         }
         if self._world.device.type == "cuda":
+            summary["predicted_peak_memory_gib"] = plan.peak / 2**30
             summary["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return summary
 

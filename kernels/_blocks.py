@@ -416,7 +416,7 @@ class _LinearOfTwo(torch.autograd.Function):
 def _as_autocast(*tensors: Tensor) -> list[Tensor]:
     """As F.linear takes them under autocast, which does not reach into autograd functions."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta tensors
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 

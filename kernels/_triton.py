@@ -26,6 +26,9 @@ except ImportError:  # the modules with kernels must import all the same
 
 _LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
 
+# Set by backend.shapes_only: the registered operations are called, which on meta tensors run their fakes.
+shapes_only = False
+
 
 @functools.cache
 def missing(device_type: str, index: int | None) -> str:
@@ -146,6 +149,6 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*arguments):
-        return (operation if torch.compiler.is_compiling() else function)(*arguments)
+        return (operation if shapes_only or torch.compiler.is_compiling() else function)(*arguments)
 
     return call

@@ -132,6 +132,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         )
         if backend == "cudnn" and keeping():  # whose output cannot be kept: torch's node computes it
             backend = "triton+cudnn"
+    if backend == "auto" and q.device.type == "meta" and not _why_not_triton(q, k, scale):  # in backend.shapes_only
+        backend = "triton"
     if backend in TRITON:
         reason = _why_not_triton(q, k, scale)
         if reason:

@@ -42,6 +42,18 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside the block operations on meta tensors, which have shapes and no values, take the way of the Triton kernels, of
+    which none runs: autograd keeps what it keeps on a GPU. Outside of it, and without Triton's kernels, meta tensors take
+    the references, which keep more. Needs neither Triton nor a GPU. Not per thread: the process's."""
+    before, _triton.shapes_only = _triton.shapes_only, True
+    try:
+        yield
+    finally:
+        _triton.shapes_only = before
+
+
 def requested() -> str:
     """The implementation asked for: by `use_backend`, else by DPDMD_KERNELS, else "auto"."""
     if _forced is not None:
@@ -57,6 +69,8 @@ def choose(
 ) -> Callable:
     """The callable in `implementations` (by name, "reference" always there) to run for this device and arithmetic."""
     name = requested()
+    if _triton.shapes_only and device.type == "meta" and "triton" in implementations:
+        return implementations["triton"]
     if name == "auto":
         if device.type != "cuda" or arithmetic == torch.float64:
             return implementations["reference"]
@@ -91,6 +105,8 @@ def served(index: int | None) -> tuple[str, ...]:
 
 def why_not(name: str, device_type: str, index: int | None) -> str:
     """What keeps implementation `name` from running on a device, and how to get it; "" where it runs."""
+    if name == "triton" and device_type == "meta" and _triton.shapes_only:
+        return ""
     return MISSING[name](device_type, index)
 
 

@@ -70,7 +70,8 @@ def packed_linear(x: Tensor, weights: tuple[Tensor, ...], bias: tuple[Tensor, ..
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and a number of tensors.
     """
-    autocast = torch.is_autocast_enabled(x.device.type) if isinstance(x, Tensor) else False
+    # Of meta tensors torch does not know it.
+    autocast = isinstance(x, Tensor) and x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     _check(x, weights, bias, autocast)
     tensors = (x, *weights, *(bias or ()))
     if autocast:

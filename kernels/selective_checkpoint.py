@@ -131,7 +131,7 @@ class _Surroundings:
     """Autocast and the random generators' states as they are now."""
 
     def __init__(self, devices: set[torch.device]):
-        self._devices = [device for device in devices if device.type != "cpu"]
+        self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind), torch.is_autocast_cache_enabled())
             for kind in {device.type for device in devices}

@@ -48,7 +48,10 @@ ALLOWED = {
     "prompts": {"config"},
     "backbones": {"backbones", "config", "diffusion", "demo"},
     "journal": {"config"},
-    "checkpoint": {"config", "distill", "engine", "lora"},
+    "footprint": {"config", "kernels", "lora"},
+    "budget": {"config", "footprint", "optimizer", "residency"},
+    "plan": {"backbones", "budget", "config"},
+    "checkpoint": {"config", "distill", "engine", "lora", "optimizer"},
     "sample": {"backbones", "checkpoint", "config", "distill", "engine", "lora"},
 }
 

@@ -7,7 +7,6 @@ one JSON line.
 
 import copy
 import functools
-import json
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from gradients import full_gradient
+from gradients import full_gradient, report
 
 from dpdmd import engine
 from dpdmd.config import parse_config
@@ -260,10 +259,7 @@ def main():
     world = engine.start(config.engine)
     note_stock_forwards()
     results = {name: run(world, *case) for name, case in CASES.items()}
-    everyone = world.gather(results)
-    if world.main:
-        worst = {name: {key: max(each[name][key] for each in everyone) for key in results[name]} for name in results}
-        print("RESULT " + json.dumps(worst), flush=True)
+    report(world, results)
     return 0
 
 

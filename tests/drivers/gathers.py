@@ -25,7 +25,7 @@ def run(pipeline, residency, folder, storage="full"):
             "distill": {"teacher_steps": 6, "anchor": 2, "critic_updates": 2},
             "student_optimizer": {"lr": 1e-3},
             "critic_optimizer": {"lr": 1e-3},
-            "engine": {"device": "cpu", "batch_size": 1, "residency": residency},
+            "engine": {"device": "cpu", "batch_size": 1, "residency": residency, "checkpointing": "none"},
             "run": {"output_dir": folder, "iterations": 9},
         }
     )

@@ -1,4 +1,6 @@
-"""For drivers that compare gradients: what a Network has of a parameter's, put together from all processes."""
+"""For drivers that compare gradients: what a Network has of a parameter's, put together from all processes; and the report."""
+
+import json
 
 import deepspeed
 import torch
@@ -11,11 +13,18 @@ def full_gradient(network, parameter):
     if gradients is None:
         return deepspeed.utils.safe_get_full_grad(parameter)
     for unit in gradients._units:
-        start = unit.offset
-        for each, size in zip(unit.parameters, unit.sizes, strict=True):
+        shard = gradients.flat[unit.offset : unit.offset + unit.size]
+        for each, place in zip(unit.parameters, unit.places, strict=True):
             if each is parameter:
-                pieces = [torch.empty(size, dtype=gradients.flat.dtype) for _ in range(dist.get_world_size())]
-                dist.all_gather(pieces, gradients.flat[start : start + size].contiguous())
+                pieces = [torch.empty_like(shard[place]) for _ in range(dist.get_world_size())]
+                dist.all_gather(pieces, shard[place].contiguous())
                 return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
-            start += size
     raise AssertionError("not a parameter of this network")
+
+
+def report(world, results):
+    """Prints each case's numbers, of each the worst that a process has, for the test that started the driver."""
+    everyone = world.gather(results)
+    if world.main:
+        worst = {name: {key: max(each[name][key] for each in everyone) for key in results[name]} for name in results}
+        print("RESULT " + json.dumps(worst), flush=True)

@@ -5,7 +5,6 @@ after an update. Prints RESULT and a JSON object."""
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from fuse_zero3 import Backbone, distance, inputs, make
-from gradients import full_gradient
+from gradients import full_gradient, report
 
 from dpdmd import engine
 from dpdmd.config import parse_config
@@ -133,10 +132,7 @@ def main():
         "flux, by block, full checkpointing": ("flux", "block", "full"),
     }
     results = {name: run(world, *case, folder / case[0]) for name, case in cases.items()}
-    everyone = world.gather(results)
-    if world.main:
-        worst = {name: {key: max(each[name][key] for each in everyone) for key in results[name]} for name in results}
-        print("RESULT " + json.dumps(worst), flush=True)
+    report(world, results)
     return 0
 
 

@@ -1,0 +1,453 @@
+"""Will it fit, before anything is loaded; what `auto` stands for; and what else would do.
+
+    python -m dpdmd.plan --config FILE [--gpus N ...] [--gpu-memory GIB] [section.key=value ...] [--output FILE.yaml]
+
+`resolve` is what train.py calls: it replaces `auto` by the fastest that fits, and refuses what cannot fit. Nothing is
+read but configuration files, and no GPU is needed. What a configuration takes is counted in budget.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpdmd.backbones import load_backbone
+from dpdmd.budget import (
+    ALIKE,
+    GIB,
+    GPUS_A_NODE,
+    PARTS,
+    STATE_BYTES,
+    Footprints,
+    Memory,
+    Plan,
+    block_passes,
+    gib,
+    plan_of,
+)
+from dpdmd.config import (
+    Config,
+    ConfigError,
+    KeptPassesConfig,
+    LoraConfig,
+    load_config,
+    merged,
+    parse_config,
+    read_overrides,
+    to_yaml,
+)
+
+WORTH = 0.05  # so much faster is what makes a change of settings one to recommend
+
+
+class Planner:
+    """Plans of configurations that share model and method. What was measured is kept for the next one."""
+
+    def __init__(self, footprints: Footprints, num_gpus: int, gpu_memory: float | None):
+        self.footprints, self.num_gpus, self.gpu_memory = footprints, num_gpus, gpu_memory
+
+    def with_gpus(self, num_gpus: int) -> Planner:
+        return Planner(self.footprints, num_gpus, self.gpu_memory)
+
+    def plan(self, config: Config) -> Plan:
+        """Of a configuration without `auto`."""
+        return plan_of(config, self.footprints, self.num_gpus, self.gpu_memory)
+
+    def resolve(self, config: Config) -> Plan:
+        """The fastest that fits of what `auto` leaves open; the one that needs least where nothing fits."""
+        engine = config.engine
+        residencies = [engine.residency]
+        if engine.residency == "auto":
+            residencies = ["whole", "phase", "block"] if self.num_gpus > 1 else ["whole"]
+        ways = ["none", "selective", "full"] if engine.checkpointing == "auto" else [engine.checkpointing]
+        if not config.model.fuse and engine.checkpointing == "auto":
+            ways.remove("selective")  # which is as full there
+        plans = []
+        for residency, how in itertools.product(residencies, ways):
+            settled = _with(config, residency=residency, checkpointing=how)
+            plans.append(self.plan(self._with_kept_passes(settled)))
+        fitting = [plan for plan in plans if plan.fits]
+        if fitting:
+            shortest = min(plan.cycle for plan in fitting)
+            return next(plan for plan in fitting if plan.cycle <= (1 + ALIKE) * shortest)
+        return min(plans, key=lambda plan: plan.needed)
+
+    def _with_kept_passes(self, config: Config) -> Config:
+        """null replaced by the largest number with which the role's updates fit, else 0; the roles do not meet."""
+        for role in ("critic", "student"):
+            if getattr(config.engine.kept_passes, role) is None:
+                most = block_passes(config, self.footprints, role)
+                if config.engine.checkpointing != "none":
+                    most = _largest(partial(self._fits_with, config, role), most)
+                config = _with_kept(config, role, most)
+        return config
+
+    def _fits_with(self, config: Config, role: str, kept: int) -> bool:
+        memory = Memory(_with_kept(config, role, kept), self.footprints, self.num_gpus)
+        phases = memory.critic_phases() if role == "critic" else memory.student_phases()
+        return self.gpu_memory is None or max(phase.total for phase in phases) <= self.gpu_memory
+
+
+def _with_kept(config: Config, role: str, number: int) -> Config:
+    return _with(config, kept_passes=config.engine.kept_passes.model_copy(update={role: number}))
+
+
+def _largest(fits, most: int) -> int:
+    """The largest number up to `most` that fits, 0 where none does; what fits does so with fewer too."""
+    if fits(most):
+        return most
+    low, high = 0, most  # high does not fit
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _with(config: Config, **engine: Any) -> Config:
+    return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
+
+
+# What train.py calls
+
+
+def resolve(config: Config, backbone, num_gpus: int, gpu_memory: float | None) -> tuple[Config, Plan]:
+    """`config` with engine.residency, engine.checkpointing and engine.kept_passes decided, and its plan.
+
+    gpu_memory: bytes of the smallest GPU; None without GPUs, where weights are gathered by phase, activations kept, and
+    nothing is judged. Raises ConfigError for what cannot fit, naming the cheapest changes that would.
+    """
+    if gpu_memory is None:
+        engine = config.engine
+        settled = _with(
+            config,
+            residency="phase" if engine.residency == "auto" else engine.residency,
+            checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
+            kept_passes=KeptPassesConfig(
+                student=engine.kept_passes.student or 0, critic=engine.kept_passes.critic or 0
+            ),
+        )
+        return settled, Plan(settled, num_gpus, None)
+    planner = Planner(Footprints(backbone), num_gpus, gpu_memory)
+    plan = planner.resolve(config)
+    if not plan.possible:
+        raise ConfigError(refusal(config, plan, planner))
+    return plan.config, plan
+
+
+def refusal(config: Config, plan: Plan, planner: Planner) -> str:
+    """Why it does not fit, and the cheapest changes that would."""
+    gpus = f"{plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}"
+    text = (
+        f"this needs {gib(plan.needed)} GiB a GPU ({plan.fullest.name}, with {plan.choice}), and there are {gpus} of "
+        f"{gib(plan.gpu_memory)} GiB"
+    )
+    fitting = [each for each in alternatives(config, planner) if each.plan.fits]
+    if fitting:
+        fewest = min(each.moves for each in fitting)
+        cheapest = [each for each in fitting if each.moves == fewest][:3]
+        named = [f"{' '.join(each.changes)} would fit ({gib(each.plan.needed)} GiB)" for each in cheapest]
+        return f"{text}; {', or '.join(named)}"
+    for factor in (2, 4, 8, 16, 32, 64):
+        if planner.with_gpus(factor * plan.num_gpus).resolve(config).fits:
+            return f"{text}; {factor * plan.num_gpus} such GPUs would do"
+    return f"{text}; no change that is known here would fit, nor 64 times as many GPUs: a smaller model is needed"
+
+
+# What else would do
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """changes: settings, as for the command line, of so many moves: a move may take two settings."""
+
+    changes: tuple[str, ...]
+    moves: int
+    plan: Plan
+
+
+def alternatives(config: Config, planner: Planner) -> list[Alternative]:
+    """Other ways to train the same: what was fixed of residency and checkpointing left to auto, batches in parts of an
+    update, smaller moments, offload; and adapters. Those that fit first, then those that train the whole network, then the
+    fastest."""
+    engine = config.engine
+    fixed = [f"engine.kept_passes.{role}=null" for role, kept in engine.kept_passes if kept is not None]
+    if engine.checkpointing != "auto":
+        fixed.append("engine.checkpointing=auto")
+    if engine.residency != "auto" and planner.num_gpus > 1:
+        fixed.append("engine.residency=auto")
+    batches: list[tuple[str, ...]] = [()]
+    for parts in (2, 4):
+        if engine.batch_size % parts == 0:
+            batch, times = engine.batch_size // parts, engine.accumulation * parts
+            batches.append((f"engine.batch_size={batch}", f"engine.accumulation={times}"))
+    updates: list[tuple[str, ...]] = [()]
+    optimizers = {name: getattr(config, name) for name in ("student_optimizer", "critic_optimizer")}
+    if engine.offload == "none" and all(each.name in ("auto", "fused") for each in optimizers.values()):
+        for state in ("bfloat16", "float8"):
+            larger = [name for name, each in optimizers.items() if STATE_BYTES[each.state] > STATE_BYTES[state]]
+            if larger:
+                updates.append(tuple(f"{name}.state={state}" for name in larger))
+        if engine.zero.student == engine.zero.critic == 3:
+            states = [f"{name}.state=float32" for name, each in optimizers.items() if each.state != "float32"]
+            updates.append(("engine.offload=cpu", *states))
+    combinations = list(itertools.product(batches, updates))
+    if config.lora is None:
+        adapters = [f"lora.rank={LoraConfig().rank}"]
+        if config.model.teacher_storage == "float8":
+            adapters.append("model.teacher_storage=full")
+        elif engine.zero.teacher == 3:
+            combinations += [(("model.teacher_storage=float8",), update) for update in updates]
+        combinations += [(tuple(adapters), batch) for batch in batches[:2]]
+    if fixed:
+        both = [] if planner.resolve(config).fits else combinations[1:]
+        combinations += [(tuple(fixed),), *((tuple(fixed), *others) for others in both)]
+    found = []
+    for combination in combinations:
+        changes = tuple(itertools.chain.from_iterable(combination))
+        if changes:
+            found.append(Alternative(changes, sum(map(bool, combination)), planner.resolve(changed(config, changes))))
+    return sorted(found, key=_rank)
+
+
+def _rank(each: Alternative) -> tuple:
+    adapters = any(change.startswith("lora") for change in each.changes)
+    return not each.plan.fits, adapters, each.plan.seconds_an_image, each.moves
+
+
+def changed(config: Config, changes: tuple[str, ...]) -> Config:
+    """`config` with settings as the command line has them."""
+    return parse_config(merged(config.model_dump(mode="json"), read_overrides(changes)))
+
+
+# Command line
+
+EXPLAINED = (  # by the beginning of a setting
+    ("engine.residency=whole", "weights stay gathered until an update changes them: fewest bytes sent, most memory"),
+    ("engine.residency=phase", "weights are gathered for a rollout or a chain and given back: more bytes, less memory"),
+    ("engine.residency=block", "each block is gathered as it runs, in every pass: most bytes sent, beside the passes"),
+    ("engine.checkpointing=none", "every activation is kept: nothing is computed twice"),
+    (
+        "engine.checkpointing=selective",
+        "block passes beyond kept_passes are computed again in the backward pass, not attention",
+    ),
+    ("engine.checkpointing=full", "block passes beyond kept_passes are computed again in the backward pass, whole"),
+    ("engine.checkpointing=auto", "activations are kept or computed again as memory allows"),
+    ("engine.residency=auto", "weights stay gathered as long as memory allows"),
+    ("engine.kept_passes", ""),
+    ("engine.batch_size", "the same update from smaller batches: passes of fewer samples, gradients added in float32"),
+    ("engine.accumulation", ""),
+    ("engine.offload=cpu", "masters and moments in the machine's memory: updates wait for PCIe and the CPU"),
+    ("student_optimizer.state=bfloat16", "moments in 4 bytes a parameter for 8, stochastically rounded; costs no time"),
+    ("student_optimizer.state=float8", "moments in 2 bytes a parameter for 8, stochastically rounded; costs no time"),
+    ("student_optimizer", "moments in float32, which offload needs"),
+    ("critic_optimizer", ""),
+    (
+        "model.teacher_storage=float8",
+        "the teacher's weights in a byte each, rounded to a 16th; made whole for its phases",
+    ),
+    ("lora.rank", "adapters on the teacher's weights in place of student and critic: less to train, another result"),
+)
+
+
+def explain(setting: str) -> str:
+    """What a setting changes and costs; "" where another line says so."""
+    return next((text for beginning, text in EXPLAINED if setting.startswith(beginning)), "")
+
+
+def recommend(config: Config, planner: Planner, others: list[Alternative]) -> Alternative | None:
+    """The fastest that fits: as configured where that is as fast as any, else of what trains the whole network."""
+    own = Alternative((), 0, planner.resolve(config))
+    fitting = [each for each in (own, *others) if each.plan.fits]
+    fitting = [each for each in fitting if _rank(each)[1] == _rank(fitting[0])[1]]
+    if not fitting:
+        return None
+    shortest = min(each.plan.seconds_an_image for each in fitting)
+    alike = [each for each in fitting if each.plan.seconds_an_image <= (1 + WORTH) * shortest]
+    return min(alike, key=lambda each: (each.moves, each.plan.seconds_an_image))
+
+
+def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
+    """All that the command prints, and the recommended plan; None where nothing fits."""
+    gpus = planner.num_gpus
+    plan = planner.resolve(config)
+    student = planner.footprints.of(config, "student", config.engine.batch_size)
+    trained = f", {student.trained / 1e6:.1f} million in each adapter" if config.lora is not None else ""
+    frozen = student.parameters - (student.trained if config.lora is not None else 0)
+    machines = -(-gpus // GPUS_A_NODE)
+    lines = [
+        f"{config.model.pipeline}: {frozen / 1e9:.2f} billion parameters{trained}; batch {config.engine.batch_size} a GPU, "
+        f"{config.model.resolution} pixels",
+        f"{gpus} GPU{'s' * (gpus > 1)} of {gib(planner.gpu_memory)} GiB"
+        + (f" in {machines} machines of {GPUS_A_NODE}" if machines > 1 else ""),
+        f"{plan.choice}",
+        "",
+        "GiB a GPU at the fullest moment of each phase",
+        *phase_table(plan),
+        "",
+        f"peak: {gib(plan.peak)} GiB allocated, {gib(plan.needed)} with context and reserve: "
+        + ("fits" if plan.fits else "tight" if plan.possible else "does not fit"),
+        "memory of each machine: " + "; ".join(f"{name} {gib(size)} GiB" for name, size in plan.host.items()),
+        f"a cycle takes about {plan.cycle:.1f} s, {plan.seconds_an_image**-1:.1f} images a second: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in plan.seconds.items()),
+        f"a GPU receives {plan.traffic['gathered'] / 1e9:.1f} GB and sends {plan.traffic['reduced'] / 1e9:.1f} GB a cycle",
+        "",
+        "By residency and checkpointing, as many block passes kept as fit",
+        *ways_table(config, planner),
+        "",
+    ]
+    others = alternatives(config, planner)
+    lines += ["Other settings, the fastest first", *alternatives_table(others), ""]
+    best = recommend(config, planner, others)
+    if best is None:
+        return "\n".join([*lines, refusal(config, plan, planner)]), None
+    lines += [f"recommended: {' '.join(best.changes) or 'as configured'}"]
+    lines += [f"  {best.plan.choice}"]
+    for setting in (*best.changes, *best.plan.choice.split()):
+        if explain(setting):
+            lines.append(f"  {setting}: {explain(setting)}")
+    lines.append(
+        f"  {gib(best.plan.peak)} GiB allocated at the peak, {gib(best.plan.needed)} of {gib(planner.gpu_memory)} GiB; "
+        f"a cycle takes about {best.plan.cycle:.1f} s"
+    )
+    return "\n".join(lines), best.plan
+
+
+def phase_table(plan: Plan) -> list[str]:
+    rows = [["phase", *PARTS, "total"]]
+    for phase in plan.phases:
+        rows.append([phase.name, *(gib(phase.parts[part]) for part in PARTS), gib(phase.total)])
+    return _table(rows)
+
+
+def ways_table(config: Config, planner: Planner) -> list[str]:
+    rows = [["residency", "checkpointing", "kept student", "kept critic", "GiB", "fits", "s a cycle, about", "GB sent"]]
+    residencies = ("whole", "phase", "block") if planner.num_gpus > 1 else ("whole",)
+    null = KeptPassesConfig()
+    for residency, how in itertools.product(residencies, ("none", "selective", "full")):
+        plan = planner.resolve(_with(config, residency=residency, checkpointing=how, kept_passes=null))
+        kept = plan.config.engine.kept_passes
+        sent = (plan.traffic["gathered"] + plan.traffic["reduced"]) / 1e9
+        row = [residency, how, str(kept.student), str(kept.critic), gib(plan.needed), "yes" if plan.fits else "no"]
+        rows.append([*row, f"{plan.cycle:.1f}", f"{sent:.1f}"])
+    return _table(rows)
+
+
+def alternatives_table(found: list[Alternative], most: int = 16) -> list[str]:
+    rows = [["settings", "residency", "checkpointing", "GiB", "fits", "s a cycle, about", "GiB of the machine"]]
+    for each in found[:most]:
+        engine, plan = each.plan.config.engine, each.plan
+        row = [" ".join(each.changes), engine.residency, engine.checkpointing, gib(plan.needed)]
+        host = max(plan.host.values(), default=0.0)
+        rows.append([*row, "yes" if plan.fits else "no", f"{plan.cycle:.1f}", gib(host)])
+    return _table(rows)
+
+
+def scaling_table(config: Config, planner: Planner, counts: list[int]) -> str:
+    """In Markdown, a line for each number of GPUs: what is recommended there, and what each residency would send."""
+    lines = [
+        "| GPUs | settings | residency | block passes kept (student, critic) | GiB | s a cycle | images a second "
+        "| GB a GPU receives and sends a cycle: whole, phase, block |",
+        "| ---: | --- | --- | --- | ---: | ---: | ---: | --- |",
+    ]
+    for gpus in counts:
+        there = planner.with_gpus(gpus)
+        best = recommend(config, there, alternatives(config, there))
+        if best is None:
+            lines.append(f"| {gpus} | does not fit |  |  | {gib(there.resolve(config).needed)} |  |  |  |")
+            continue
+        found, engine = best.plan, best.plan.config.engine
+        kept = "all" if engine.checkpointing == "none" else f"{engine.kept_passes.student}, {engine.kept_passes.critic}"
+        sent = [
+            sum(there.plan(_with(found.config, residency=residency)).traffic.values()) / 1e9
+            for residency in ("whole", "phase", "block")
+        ]
+        changes = "<br>".join(f"`{change}`" for change in best.changes) or "as configured"
+        lines.append(
+            f"| {gpus} | {changes} | {engine.residency} | {kept} | {gib(found.needed)} | {found.cycle:.1f} "
+            f"| {found.seconds_an_image**-1:.1f} | {', '.join(f'{each:.0f}' for each in sent) if gpus > 1 else ''} |"
+        )
+    return "\n".join(lines)
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    texts = [not any(row[i].replace(".", "").isdigit() for row in rows[1:]) for i in range(len(widths))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(row, widths, texts, strict=True)
+        ]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return lines
+
+
+def gpu_bytes() -> float | None:
+    """Memory of this process's GPU; None without one."""
+    if not torch.cuda.is_available():
+        return None
+    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+
+
+def architecture_only(config: Config):
+    """The backbone of a configuration, of whose model nothing but configuration files is looked at, and for a published
+    model that is known by name not even those."""
+    return load_backbone(config.model.model_copy(update={"random_init": True}))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.plan", description=__doc__.split("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over those of the file")
+    parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        nargs="+",
+        default=[1],
+        metavar="N",
+        help="GPUs, a process each (default: 1); of several numbers a table of what is recommended for each",
+    )
+    parser.add_argument(
+        "--gpu-memory", type=float, metavar="GIB", help="of each GPU (default: of the one that is here)"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write the recommended configuration")
+    args = parser.parse_intermixed_args(argv)
+    try:
+        if min(args.gpus) < 1:
+            raise ConfigError(f"--gpus = {min(args.gpus)}: 1 or more are needed")
+        if len(args.gpus) > 1 and args.output is not None:
+            raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
+        memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
+        if memory is None:
+            raise ConfigError(
+                "--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB"
+            )
+        # For GPUs, wherever it is planned: what a file has for the CPU does not count.
+        config = load_config(args.config, [*args.settings, "engine.device=cuda"])
+        config = _with(config, device="auto")
+        planner = Planner(Footprints(architecture_only(config)), args.gpus[0], memory)
+        if len(args.gpus) > 1:
+            print(scaling_table(config, planner, args.gpus))
+            return 0
+        text, plan = report(config, planner)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(text)
+    if plan is None:
+        return 1
+    if args.output is not None:
+        header = f"# By python -m dpdmd.plan for {args.gpus[0]} GPUs of {gib(memory)} GiB.\n"
+        args.output.write_text(header + to_yaml(plan.config), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
