@@ -41,7 +41,7 @@ def fake_results():
     def run(method, seed, accuracy):
         row = dict.fromkeys(curves.METRICS, 0.9)
         return {
-            "method": method,
+            "variant": method,
             "seed": seed,
             "updates": [10, 20, 30],
             **{metric: [0.1, accuracy, accuracy + 0.2] for metric in curves.METRICS},
@@ -89,7 +89,7 @@ def test_curves_command_trains_every_method_and_seed(tmp_path):
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "out.json").read_text())
-    assert [(run["method"], run["seed"], run["updates"]) for run in results["runs"]] == [
+    assert [(run["variant"], run["seed"], run["updates"]) for run in results["runs"]] == [
         ("dpdmd", 0, [1]),
         ("dmd", 0, [1]),
     ]

@@ -1,7 +1,8 @@
-"""Accuracy and variety over updates, dpdmd beside dmd, several seeds each.
+"""Accuracy and variety over updates, several seeds each: dpdmd beside dmd, or smaller optimizer state beside float32.
 
     python -m dpdmd.demo.curves train  --output benchmarks/results/demo_curves.json   trains the demo and keeps the numbers
     python -m dpdmd.demo.curves draw   benchmarks/results/demo_curves.json            draws them to docs/demo-curves.png
+    python -m dpdmd.demo.curves train  --compare moments --output FILE                other variants
 
 A single checkpoint says little: DMD hops between modes from one to the next. So every run is measured every `--every`
 student updates, and the verdict is the mean over the last `--last` measurements of each run.
@@ -19,18 +20,26 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-METHODS = ("dpdmd", "dmd")
+# What --compare takes: the settings of each variant.
+VARIANTS = {
+    "methods": {method: (f"distill.method={method}",) for method in ("dpdmd", "dmd")},
+    "moments": {
+        state: (f"student_optimizer.state={state}", f"critic_optimizer.state={state}")
+        for state in ("float32", "bfloat16", "float8")
+    },
+}
 METRICS = ("accuracy", "validity", "background_entropy", "position_spread")
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs every (method, seed) that is not finished under args.runs, args.parallel at a time; returns all numbers."""
+    """Runs every (variant, seed) that is not finished under args.runs, args.parallel at a time; returns all numbers."""
     from dpdmd.config import load_config
     from dpdmd.provenance import provenance
 
     config = load_config()
     iterations = args.updates * (config.distill.critic_updates + 1)
-    waiting = [(method, seed) for seed in range(args.seeds) for method in METHODS]
+    variants = VARIANTS[args.compare]
+    waiting = [(variant, seed) for seed in range(args.seeds) for variant in variants]
     folders = {key: args.runs / f"{key[0]}-{key[1]}" for key in waiting}
     running: list[tuple[tuple[str, int], subprocess.Popen, Any]] = []
     waiting = [key for key in waiting if not (folders[key] / "finished.json").exists()]
@@ -44,7 +53,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 "-m",
                 "dpdmd.train",
                 "--overwrite",
-                f"distill.method={key[0]}",
+                *variants[key[0]],
                 f"run.seed={key[1]}",
             ]
             command += [
@@ -61,7 +70,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             raise RuntimeError(f"{key[0]}, seed {key[1]} failed; see {log.name}")
         log.close()
         print(f"{key[0]}, seed {key[1]}: done", flush=True)
-    arguments = f"--seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
+    arguments = f"--compare {args.compare} --seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
     command = " ".join(["python -m dpdmd.demo.curves train", arguments, *args.settings])
     return {**provenance(command), "last": args.last, "runs": [_read(folder, key) for key, folder in folders.items()]}
 
@@ -74,7 +83,7 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
         line["iteration"]: number for number, line in enumerate((x for x in lines if x["kind"] == "student"), 1)
     }
     return {
-        "method": key[0],
+        "variant": key[0],
         "seed": key[1],
         "updates": [students[line["iteration"]] for line in measured],
         **{metric: [round(line[metric], 4) for line in measured] for metric in METRICS},
@@ -85,14 +94,14 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
 
 
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each method and metric: mean over seeds of a run's mean over its last measurements, and the seeds' spread."""
+    """For each variant and metric: mean over seeds of a run's mean over its last measurements, and the seeds' spread."""
     summary = {}
-    for method in METHODS:
-        runs = [run for run in results["runs"] if run["method"] == method]
-        summary[method] = {}
+    for variant in dict.fromkeys(run["variant"] for run in results["runs"]):
+        runs = [run for run in results["runs"] if run["variant"] == variant]
+        summary[variant] = {}
         for metric in METRICS:
             means = [statistics.fmean(run[metric][-results["last"] :]) for run in runs]
-            summary[method][metric] = (statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0)
+            summary[variant][metric] = (statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0)
     return summary
 
 
@@ -113,12 +122,12 @@ def draw(results: dict[str, Any], output: Path) -> None:
     reference = teacher(results)
     for axis, (metric, title) in zip(axes, shown.items(), strict=True):
         axis.axhline(reference[metric], color="black", linestyle="--", linewidth=1, label="teacher, 30 guided steps")
-        for method, color in zip(METHODS, ("tab:blue", "tab:orange"), strict=True):
-            runs = [run for run in results["runs"] if run["method"] == method]
+        for variant, color in zip(summarise(results), ("tab:blue", "tab:orange", "tab:green"), strict=False):
+            runs = [run for run in results["runs"] if run["variant"] == variant]
             for run in runs:
                 axis.plot(run["updates"], run[metric], color=color, alpha=0.25, linewidth=1)
             means = [statistics.fmean(values) for values in zip(*(run[metric] for run in runs), strict=True)]
-            axis.plot(runs[0]["updates"], means, color=color, linewidth=2, label=f"{method}, {len(runs)} seeds")
+            axis.plot(runs[0]["updates"], means, color=color, linewidth=2, label=f"{variant}, {len(runs)} seeds")
         axis.set(xlabel="student updates", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right")
@@ -134,14 +143,15 @@ def print_summary(results: dict[str, Any]) -> None:
     )
     print(f"{'':12}" + "".join(f"{metric:>24}" for metric in METRICS))
     print(f"{'teacher':12}" + "".join(f"{reference[metric]:>24.3f}" for metric in METRICS))
-    for method, metrics in summarise(results).items():
-        print(f"{method:12}" + "".join(f"{mean:>16.3f} ± {spread:.3f}" for mean, spread in metrics.values()))
+    for variant, metrics in summarise(results).items():
+        print(f"{variant:12}" + "".join(f"{mean:>16.3f} ± {spread:.3f}" for mean, spread in metrics.values()))
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpdmd.demo.curves", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
-    training = commands.add_parser("train", help="train every method and seed, write their numbers")
+    training = commands.add_parser("train", help="train every variant and seed, write their numbers")
+    training.add_argument("--compare", choices=VARIANTS, default="methods", help="the methods, or optimizer.state")
     training.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_curves.json"))
     training.add_argument(
         "--runs", type=Path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
