@@ -1,4 +1,4 @@
-"""Whole runs on a pipeline made on the spot, most of them by the deepspeed launcher in two processes under ZeRO-3."""
+"""Whole runs on a pipeline made on the spot, most of them in two processes under ZeRO-3."""
 
 from __future__ import annotations
 

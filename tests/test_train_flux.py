@@ -1,4 +1,4 @@
-"""A whole run on a FLUX pipeline made on the spot, by the deepspeed launcher in two processes under ZeRO-3."""
+"""A whole run on a FLUX pipeline made on the spot, in two processes under ZeRO-3."""
 
 from __future__ import annotations
 

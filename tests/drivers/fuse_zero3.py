@@ -1,4 +1,4 @@
-"""Started by test_fuse_zero3.py with the deepspeed launcher: fused transformers under ZeRO-3, case by case.
+"""Started by test_fuse_zero3.py in two processes: fused transformers under ZeRO-3, case by case.
 
 Two updates a case, on two processes: outputs and full gradients against the stock module on one, whose weights follow
 with the same updates. Every parameter is really sharded, and none stays for the next module that might want it. Prints

@@ -1,4 +1,4 @@
-"""Started by test_lora_zero3.py with the deepspeed launcher: three roles on a base that ZeRO-3 shards, against the same
+"""Started by test_lora_zero3.py in two processes: three roles on a base that ZeRO-3 shards, against the same
 adapters on the stock modules of one process, in float32: outputs, and the gradients of one role's adapter, before and
 after an update. Prints RESULT and a JSON object."""
 
