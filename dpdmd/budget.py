@@ -214,6 +214,17 @@ def residency_of(config: Config, role: str) -> str:
     return "phase" if float8 and policy == "whole" else policy
 
 
+def replayed(config: Config, role: str, num_gpus: int) -> bool:
+    """Whether passes without gradient become CUDA graphs: where the weights stay whole."""
+    engine, stage = config.engine, getattr(config.engine.zero, role)
+    if stage < 3:
+        return engine.cuda_graphs and role == "teacher"
+    if role == "teacher" and config.model.teacher_storage == "float8":
+        return False
+    moving = residency_of(config, "teacher" if config.lora is not None else role)  # of adapters the base
+    return engine.cuda_graphs and (num_gpus == 1 or moving == "whole")
+
+
 def stored_bytes(config: Config, role: str, width: int) -> float:
     """Of a weight, where it is kept and as it is sent."""
     float8 = role == "teacher" and config.model.teacher_storage == "float8"
@@ -291,6 +302,9 @@ class Memory:
         guided = 2 if config.distill.guidance_scale != 1.0 else 1
         self._teacher = footprints.of(config, "teacher", guided * batch)
         self._state = self._persistent()
+        passes = {"teacher": self._teacher, "student": self._at["student"], "critic": self._at["critic"]}
+        # CUDA graphs keep what a pass makes on the way, once for all of them.
+        self._graphs = max((fp.no_grad for role, fp in passes.items() if replayed(config, role, num_gpus)), default=0.0)
 
     # What is there all the time
 
@@ -376,7 +390,7 @@ class Memory:
         if updated is not None and reduced_here(self._config, updated):
             parts["gradients"] = parts.get("gradients", 0.0) + self._gradient(updated)
         total = {part: self._state[part] + parts.get(part, 0.0) for part in PARTS}
-        total["reserve"] = CONTEXT + (NCCL if self._gpus > 1 else 0.0) + MARGIN * sum(total.values())
+        total["reserve"] = CONTEXT + (NCCL if self._gpus > 1 else 0.0) + MARGIN * sum(total.values()) + self._graphs
         return Phase(name, total)
 
     def _chain(self, role: str, steps: int) -> Chain:
@@ -478,8 +492,8 @@ class Memory:
         one = student.dtype_bytes * student.largest if self._gpus > 1 else 0.0
         return [
             self._phase("start, the networks taken over", activations=max(0.0, arriving)),
-            self._phase("checkpoint"),
-            self._phase("export, a tensor at a time", gathered=one),
+            self._phase("checkpoint", gathered=self._whole()),
+            self._phase("export, a tensor at a time", gathered=self._whole() + one),
         ]
 
     def _of_critic(self) -> dict[str, float]:
@@ -581,10 +595,10 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
         Chain(student, steps, engine.checkpointing, engine.kept_passes.student or 0) for steps in lengths if steps
     ]
 
-    def no_grad(fp: Footprint) -> float:
+    def no_grad(role: str, fp: Footprint) -> float:
         fp8 = fp.fp8_bytes / fp.parameters
         on_gpu = _time(fp.forward, rates[0]) - fp.forward.gemm * fp8 * (1 / GEMM - 1 / FP8_GEMM)
-        return max(on_gpu, HOST[0] * len(fp.blocks))
+        return on_gpu if replayed(config, role, num_gpus) else max(on_gpu, HOST[0] * len(fp.blocks))
 
     def forward(fp: Footprint) -> float:
         return max(_time(fp.forward, rates[0]), HOST[0] * len(fp.blocks))
@@ -600,12 +614,12 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
         return max(chain.steps * once + again * chain.recomputed / len(blocks), launched)
 
     result = {
-        "student's rollouts": times * updates * distill.student_steps * no_grad(student),
+        "student's rollouts": times * updates * distill.student_steps * no_grad("student", student),
         "critic's passes": times * updates * (forward(critic) + backward(chains["critic"][0])),
-        "teacher's passes": times * ((distill.anchor if first else 0) + 1) * no_grad(teacher),
+        "teacher's passes": times * ((distill.anchor if first else 0) + 1) * no_grad("teacher", teacher),
         "student's passes": times
         * sum(chain.steps * forward(student) + backward(chain) for chain in chains["student"]),
-        "critic's score": times * no_grad(critic),
+        "critic's score": times * no_grad("critic", critic),
         "optimizers": _update_seconds(config, footprints, num_gpus),
     }
     if num_gpus > 1:

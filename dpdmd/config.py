@@ -184,6 +184,9 @@ class EngineConfig(_Section):
     )
     # With checkpointing: that keep their activations all the same; null: as many as fit.
     kept_passes: KeptPassesConfig = KeptPassesConfig()
+    cuda_graphs: bool = Field(
+        True, description="Passes without gradient are replayed as CUDA graphs, where weights stay whole (residency)."
+    )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
         description="ZeRO stage 3: where masters and moments live and are updated (DeepSpeed's CPU AdamW): cpu, or nvme "

@@ -34,6 +34,7 @@ from dpdmd.kernels.fuse_transformer import FusionReport
 from dpdmd.lora import adapter_parameters, add_adapters, remember_role
 from dpdmd.lora import use as use_role
 from dpdmd.optimizer import AdamW
+from dpdmd.replay import Replay
 from dpdmd.residency import Gradients, Policy, Traffic, Weights
 
 FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
@@ -211,10 +212,14 @@ class Step:
 
 
 class Phases:
-    """Which network is at work. One whose residency is `phase` is released when another one's turn comes."""
+    """Which network is at work. One whose residency is `phase` is released when another one's turn comes.
+
+    pool: of memory for CUDA graphs, which the networks take turns to use; None without a GPU.
+    """
 
     def __init__(self):
         self._current: Network | None = None
+        self.pool = torch.cuda.graph_pool_handle() if torch.cuda.is_available() else None
 
     def enter(self, network: Network) -> None:
         previous, self._current = self._current, network
@@ -317,6 +322,8 @@ class Network:
         self._updates = 0
         self._unsettled: Step | None = None
         self.average: Average | None = None
+        self._graphs = config.engine.cuda_graphs and world.device.type == "cuda"
+        self._replay: Replay | None = None  # of passes without gradient
         self._kept_passes = (getattr(config.engine.kept_passes, role) or 0) if self.trained else 0
         if self.base is not None:
             blocks, self.fusion, self._recomputation = [], self.base.fusion, self.base.recomputation
@@ -382,16 +389,30 @@ class Network:
             zero._clear_fp32_optimizer_param_groups()
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
-        if self._weights is None and self.base is None:
-            return self._predict(self.engine, x, t, cond, self._dtype)
         self._phases.enter(self)
         if self._weights is not None:
             self._weights.gather()
         if self._recomputation is not None:
             self._recomputation.keep = self._kept_passes
         self.differentiating |= self.trained and torch.is_grad_enabled()
-        module = self.module if self.base is None else self.base.enter(self.role)
-        return self._predict(module, x, t, cond, self._dtype)
+        if self.base is not None:
+            module = self.base.enter(self.role)
+        else:
+            module = self.engine if self._weights is None else self.module
+        predict = partial(self._predict, module, dtype=self._dtype)
+        if torch.is_grad_enabled() or not (self._graphs and self._weights_stay):
+            return predict(x, t, cond)
+        if self._replay is None:
+            self._replay = Replay(predict, self._phases.pool)
+        return self._replay(x, t, cond)
+
+    @property
+    def _weights_stay(self) -> bool:
+        """Whether what a pass reads is always at the same place."""
+        if self.trained and self._weights is None:
+            return False  # DeepSpeed's affair
+        of_base = None if self.base is None else self.base.weights
+        return all(weights.stay for weights in (self._weights, of_base) if weights is not None)
 
     def describe(self) -> str:
         """For the log: size, precision, ZeRO stage, optimizer; and what is fused, with what is not and why."""
@@ -554,6 +575,8 @@ class Network:
         """What `save` wrote, bit for bit; all processes call."""
         self.release()
         self.engine.load_checkpoint(str(folder), tag=self.role)
+        if self._replay is not None:
+            self._replay.forget()
         self._forget_rounded()
         if self.average is not None:
             self.average.load(self._average_file(folder))
@@ -578,6 +601,8 @@ class Network:
         """FP8 copies are made anew: shards are written to past whatever else could tell."""
         if self.fusion is not None and self.fusion.num_fp8 and self.base is None:
             requantize(self.module)
+            if self._replay is not None:
+                self._replay.run_next()
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""

@@ -42,7 +42,7 @@ class Traffic:
 class Unit:
     """Consecutive parameters that are gathered together; their shards are one slice of the flat piece."""
 
-    def __init__(self, parameters: list[nn.Parameter], shard: Tensor, offset: int, world_size: int):
+    def __init__(self, parameters: list[nn.Parameter], shard: Tensor, offset: int, world_size: int, stays: bool):
         self.parameters = parameters
         self.offset = offset  # of the shard in the flat piece
         self.size = len(shard)  # elements, padding included
@@ -54,6 +54,8 @@ class Unit:
         self._world_size = world_size
         self._works: list = []
         self._received: list[Tensor] = []
+        self._stays = stays  # whole weights are always at the same place
+        self._flat: Tensor | None = None
         self.whole = False
 
     def compress(self) -> None:
@@ -85,7 +87,11 @@ class Unit:
             for work in self._works:
                 work.wait()
             rows = self._values(self._received)
-            whole = self.empty(sum(parameter.ds_numel for parameter in self.parameters), self._dtype)
+            whole = self._flat
+            if whole is None:
+                whole = self.empty(sum(parameter.ds_numel for parameter in self.parameters), self._dtype)
+            if self._stays:
+                self._flat = whole
             flats = whole.split([parameter.ds_numel for parameter in self.parameters])
             to, of = self.pieces(flats, rows)
             torch._foreach_copy_(to, of)
@@ -177,7 +183,7 @@ class Weights:
             following = parameters[i + 1] if i + 1 < len(parameters) else None
             if following is None or owner.get(following) != owner.get(parameter):
                 size = sum(each.ds_tensor.ds_numel for each in run)
-                unit = Unit(run, flat[offset : offset + size], offset, world_size)
+                unit = Unit(run, flat[offset : offset + size], offset, world_size, self.stay)
                 self.units.append(unit)
                 if parameter in owner:
                     assert owner[parameter] not in of_block, "a block's parameters are not consecutive"
@@ -194,6 +200,11 @@ class Weights:
         self._backward_unit: int | None = None  # the block whose backward pass is under way
         for index, block in enumerate(blocks if policy == "block" else []):
             self._guard(block, index)
+
+    @property
+    def stay(self) -> bool:
+        """Whether weights are at the same place whenever they are whole."""
+        return self.policy == "whole"
 
     def gather(self) -> None:
         """Makes whole what a phase needs whole: everything, or what is outside the blocks."""

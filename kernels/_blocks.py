@@ -464,8 +464,9 @@ class Fp8Weights:
     def __reduce__(self):
         return Fp8Weights, (self._names,)
 
-    def clear(self) -> None:
-        self._kept.clear()
+    def outdate(self) -> None:
+        """They are made anew when they are next wanted."""
+        self._kept = {key: (None, quantized) for key, (_, quantized) in self._kept.items()}
 
     def note_gradients(self, block: nn.Module) -> None:
         """In a pass with gradients. The weights count as trained from then on where one of them requires gradients,
@@ -481,7 +482,11 @@ class Fp8Weights:
         kept, quantized = self._kept.get((layers, columns), (None, None))
         if kept != versions:
             stacked = torch.cat(weights).detach() if len(weights) > 1 else weights[0].detach()
-            quantized = quantize_rows(stacked if columns is None else stacked[:, slice(*columns)])
+            made = quantize_rows(stacked if columns is None else stacked[:, slice(*columns)])
+            if quantized is not None and all(map(_alike, made, quantized)):  # a CUDA graph finds them where they were
+                torch._foreach_copy_(list(quantized), list(made))
+            else:
+                quantized = made
             self._kept[layers, columns] = versions, quantized
         return quantized
 
@@ -490,6 +495,10 @@ class Fp8Weights:
         if hasattr(weight, "ds_id") or weight.is_inference():
             return (steps,)
         return steps, weight.data_ptr(), weight._version
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and a.device == b.device
 
 
 def _count_step(*_) -> None:

@@ -115,7 +115,7 @@ def requantize(model: nn.Module) -> None:
     for _, module, _ in _modules(model):
         weights = module.__dict__.get(MARK)
         if weights is not None:
-            weights.clear()
+            weights.outdate()
 
 
 class _Kind(NamedTuple):

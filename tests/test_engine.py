@@ -200,6 +200,12 @@ def test_blocks_are_gathered_as_they_run(traffic):
 
 
 @pytest.mark.distributed
+def test_weights_that_stay_whole_are_gathered_to_the_same_place(traffic):
+    """As CUDA graphs need them."""
+    assert traffic["whole"]["stayed"] and not traffic["float8"]["stayed"]
+
+
+@pytest.mark.distributed
 def test_residency_changes_no_bit(traffic):
     losses = [traffic[residency]["losses"] for residency in ("whole", "phase", "block")]
     assert len(losses[0]) == 9 and losses[0] == losses[1] == losses[2]

@@ -166,6 +166,29 @@ def test_a_teacher_kept_in_float8_is_whole_in_its_phases():
     assert sent == 3 / 4 * 210 * ((1 + 5) * 2 + 2 * (1 + 4 / 128))
 
 
+@pytest.mark.parametrize(
+    "settings, gpus, replayed",
+    [
+        ((), 1, {"teacher", "student", "critic"}),
+        (("model.teacher_storage=float8",), 1, {"student", "critic"}),
+        (("engine.zero={teacher: 0, student: 1, critic: 3}",), 1, {"teacher", "critic"}),
+        (("engine.residency=whole",), 4, {"teacher", "student", "critic"}),
+        (("engine.residency=phase",), 4, set()),
+        (("engine.residency=phase", "lora.rank=4"), 4, {"teacher", "student", "critic"}),
+        (("engine.residency=block", "lora.rank=4"), 4, set()),
+        (("engine.cuda_graphs=false",), 1, set()),
+    ],
+)
+def test_graphs_are_kept_where_weights_stay(settings, gpus, replayed):
+    config = by_hand(*settings)
+    assert {role for role in budget.ROLES if budget.replayed(config, role, gpus)} == replayed
+    with_them = Memory(config, ByHand(), gpus).critic_phases()
+    without = Memory(by_hand(*settings, "engine.cuda_graphs=false"), ByHand(), gpus).critic_phases()
+    most = 60 if "teacher" in replayed else 30 if replayed else 0  # the teacher's batch is twice the others'
+    assert [a.total - b.total for a, b in zip(with_them, without, strict=True)] == pytest.approx([most] * 3)
+    assert [phase.allocated for phase in with_them] == [phase.allocated for phase in without]
+
+
 @pytest.mark.parametrize("residency", ["whole", "phase", "block"])
 def test_roles_on_one_base_by_hand(residency):
     """Of 210 parameters 20 are a role's adapter: 10 in each block."""

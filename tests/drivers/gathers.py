@@ -6,13 +6,14 @@ Prints one JSON line.
 import json
 import sys
 import tempfile
+from collections import defaultdict
 
 import torch.distributed as dist
 
 from dpdmd import engine, train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import parse_config
-from dpdmd.residency import Traffic
+from dpdmd.residency import Traffic, Unit
 
 PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
 
@@ -34,6 +35,13 @@ def run(pipeline, residency, folder, storage="full"):
     counted = []
     gather = dist.all_gather_into_tensor
     dist.all_gather_into_tensor = lambda *args, **kwargs: counted.append(1) or gather(*args, **kwargs)
+    places, finish = defaultdict(set), Unit.finish
+
+    def noted(unit):
+        finish(unit)
+        places[unit].add(unit.parameters[-1].data_ptr())
+
+    Unit.finish = noted
     cycles, losses = [], []
     for cycle in range(3):
         for network in trainer.networks.values():
@@ -43,10 +51,11 @@ def run(pipeline, residency, folder, storage="full"):
             losses.append(trainer.update(train.role_of(iteration, 2), iteration).numbers()["loss"])
         roles = {role: dict(vars(network.traffic)) for role, network in trainer.networks.items()}
         cycles.append({"roles": roles, "all_gathers": len(counted)})
-    dist.all_gather_into_tensor = gather
+    dist.all_gather_into_tensor, Unit.finish = gather, finish
     whole = sum(parameter.numel() for network in trainer.networks.values() for parameter in network.module.parameters())
     shard = sum(parameter.ds_tensor.nbytes for parameter in trainer.networks["teacher"].module.parameters())
-    return {"cycles": cycles, "losses": losses, "whole_after": whole}, shard
+    stayed = all(len(each) == 1 for each in places.values())
+    return {"cycles": cycles, "losses": losses, "whole_after": whole, "stayed": stayed}, shard
 
 
 def main():
