@@ -83,9 +83,6 @@ class Peer:
         self._optimizer.zero_grad()
         return Step(self._lr, norm)
 
-    def end_of_phase(self) -> None:
-        pass
-
 
 def _deepspeed(module, lr: float | None, config: Config, world: World):
     import deepspeed

@@ -191,12 +191,12 @@ def build(name: str, config, world, backbone) -> train.Trainer:
         train.Network = ours
 
 
-def run_one(args, settings: list[str]) -> int:
+def run_one(args) -> int:
     """One contender, in the processes that the launcher started."""
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
     train.quieten()
     try:
-        config = load_config(args.config, [*fixed, *settings, *CONTENDERS[args.contender].settings])
+        config = load_config(args.config, [*fixed, *args.settings, *CONTENDERS[args.contender].settings])
         backbone = load_backbone(config.model)
         world = start(config.engine)
         plan = None
@@ -231,12 +231,11 @@ def run_one(args, settings: list[str]) -> int:
                 print(f"{key:45} {result[key]:8.1f} GiB")
         print(f"{'communication a cycle':45} {result['communication']}", flush=True)
         if args.json:
-            args.json.parent.mkdir(parents=True, exist_ok=True)
-            args.json.write_text(json.dumps(result, indent=1) + os.linesep, encoding="utf-8")
+            write(args.json, result)
     return 0
 
 
-def compare(args, settings: list[str]) -> int:
+def compare(args) -> int:
     """Every contender in turn, in processes of its own, and a table."""
     results, problems = {}, {}
     for name in args.contenders:
@@ -248,7 +247,7 @@ def compare(args, settings: list[str]) -> int:
             command += ["--config", args.config] if args.config else []
             print(f"== {CONTENDERS[name].title}", flush=True)
             environment = {**os.environ, **CONTENDERS[name].environment}
-            done = subprocess.run([*command, *settings], env=environment, capture_output=True, text=True)
+            done = subprocess.run([*command, *args.settings], env=environment, capture_output=True, text=True)
             said = [line for line in done.stdout.splitlines() if not line.startswith("[")]
             print("\n".join(said[-40:]), flush=True)
             if done.returncode != 0 or not file.exists():
@@ -257,18 +256,25 @@ def compare(args, settings: list[str]) -> int:
                 print(f"failed: {problems[name]}", flush=True)
             else:
                 results[name] = json.loads(file.read_text(encoding="utf-8"))
+        if args.json and results:  # after each: the next one may take too long
+            write(args.json, together(results, problems))
     print(table(results, problems))
-    if args.json and results:
-        shared = next(iter(results.values()))
-        keys = ("date", "commit", "machine", "python", "cuda", "packages", "processes")
-        written = {"command": " ".join(["python", *sys.argv]), **{key: shared[key] for key in keys}}
-        for result in results.values():
-            for key in keys:
-                result.pop(key)
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({**written, "contenders": results, "failed": problems}, indent=1)
-        args.json.write_text(text + os.linesep, encoding="utf-8")
     return 0 if results and not problems else 1
+
+
+def together(results: dict[str, dict], problems: dict[str, str]) -> dict:
+    """What all have in common once, and the rest by contender."""
+    keys = ("date", "commit", "machine", "python", "cuda", "packages", "processes")
+    shared = {key: next(iter(results.values()))[key] for key in keys}
+    contenders = {
+        name: {key: value for key, value in result.items() if key not in keys} for name, result in results.items()
+    }
+    return {"command": " ".join(["python", *sys.argv]), **shared, "contenders": contenders, "failed": problems}
+
+
+def write(path: Path, values: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def table(results: dict[str, dict], problems: dict[str, str]) -> str:
@@ -305,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--contender", choices=CONTENDERS, default="ours")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    return run_one(args, args.settings)
+    return run_one(args)
 
 
 def compare_main(argv: list[str] | None = None) -> int:
@@ -317,7 +323,7 @@ def compare_main(argv: list[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
     processes = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
     args.launcher = [processes, str(args.gpus), "--master_port", str(args.port)]
-    return compare(args, args.settings)
+    return compare(args)
 
 
 if __name__ == "__main__":

@@ -352,7 +352,7 @@ class Network:
                 module.to(world.device)
                 seed = Philox.of(config.run.seed, role, world.rank).key
                 optimizer = build_optimizer(
-                    module.parameters(),
+                    list(module.parameters()),  # not what the first kind that fails to build would use up
                     self._optimizer_config,
                     world.device.type,
                     self.stage,
