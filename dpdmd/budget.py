@@ -261,11 +261,12 @@ class Chain:
         """Bytes between forward and backward pass."""
         return sum(each.kept for _, each in self.passes) + self.steps * self.footprint.outer_kept
 
-    def backward(self, *, held: bool, earlier: bool) -> tuple[float, float]:
+    def backward(self, *, held: bool, earlier: bool, shard: float = 0.0) -> tuple[float, float]:
         """(activations, gradients) at the fullest moment of the backward pass.
 
         held: the gradients stay with the parameters; earlier: some are there already, which these are added to. A block's
-        own gradients of this pass count in full while its backward pass runs.
+        own gradients of this pass count in full while its backward pass runs. shard: what the first gradients that are
+        complete are reduced to, and all others after them.
         """
         fp = self.footprint
         width, count = fp.dtype_bytes, len(fp.blocks)
@@ -286,7 +287,8 @@ class Chain:
                 if first_seen and (held or not last_use):
                     gradients += own
                 if last_use and not held:
-                    gradients -= own * ((self.steps > 1) + earlier)
+                    gradients += shard - own * ((self.steps > 1) + earlier)
+                    shard = 0.0
         return best
 
 
@@ -340,7 +342,7 @@ class Memory:
         return parts
 
     def _gradient(self, role: str) -> float:
-        """Of an update, what a process has of it."""
+        """Bytes of a process's shard of it."""
         width = 4 if self._engine.accumulation > 1 else self._at[role].dtype_bytes
         return width * self._at[role].trained * self._share(role, from_stage=2)
 
@@ -385,10 +387,18 @@ class Memory:
         largest = max(block.trained for block in fp.blocks)
         return 3 * fp.dtype_bytes * largest if self._gpus > 1 else 0.0
 
-    def _phase(self, name: str, updated: str | None = None, **parts: float) -> Phase:
-        """updated: the role whose update has a gradient by now."""
-        if updated is not None and reduced_here(self._config, updated):
-            parts["gradients"] = parts.get("gradients", 0.0) + self._gradient(updated)
+    def _begun(self, role: str) -> float:
+        """The shard of an update's gradient that earlier batches of it have left."""
+        return self._gradient(role) if self._engine.accumulation > 1 and reduced_here(self._config, role) else 0.0
+
+    def _backward(self, role: str, chain: Chain, earlier: bool = False) -> dict[str, float]:
+        """Activations and gradients of the backward pass that ends with their reduction."""
+        begun = self._begun(role)
+        shard = self._gradient(role) if reduced_here(self._config, role) and not begun else 0.0
+        activations, gradients = chain.backward(held=False, earlier=earlier, shard=shard)
+        return {"activations": activations, "gradients": begun + gradients}
+
+    def _phase(self, name: str, **parts: float) -> Phase:
         total = {part: self._state[part] + parts.get(part, 0.0) for part in PARTS}
         total["reserve"] = CONTEXT + (NCCL if self._gpus > 1 else 0.0) + MARGIN * sum(total.values()) + self._graphs
         return Phase(name, total)
@@ -399,35 +409,33 @@ class Memory:
 
     def critic_phases(self) -> list[Phase]:
         chain = self._chain("critic", 1)
-        activations, gradients = chain.backward(held=False, earlier=False)
         return [
             self._phase(
                 "critic update, student's rollout",
-                "critic" if self._engine.accumulation > 1 else None,
                 gathered=self._whole("student"),
                 activations=self._at["student"].no_grad,
+                gradients=self._begun("critic"),
                 buffers=self._receiving("student"),
             ),
             self._phase(
                 "critic update, forward and backward",
-                "critic",
+                **self._backward("critic", chain),
                 gathered=self._whole("critic"),
-                activations=activations,
-                gradients=gradients,
                 buffers=self._reducing("critic"),
             ),
             self._optimizer("critic"),
         ]
 
     def _optimizer(self, role: str) -> Phase:
-        return self._phase(f"{role} update, optimizer", role, gathered=self._whole())
+        gradients = self._gradient(role) if reduced_here(self._config, role) else 0.0
+        return self._phase(f"{role} update, optimizer", gathered=self._whole(), gradients=gradients)
 
     def student_phases(self) -> list[Phase]:
         first_steps, rest = steps_with_graph(self._config)
         parts = in_parts(self._config)
         teacher, critic = self._teacher.no_grad, self._at["critic"].no_grad
         held = self._at["student"].dtype_bytes * self._at["student"].trained if parts else 0.0
-        begun = "student" if self._engine.accumulation > 1 else None  # of the batches before there is a gradient
+        begun = self._begun("student")
         first = self._chain("student", first_steps)
         chain = self._chain("student", rest if parts else first_steps + rest)
         phases = []
@@ -435,9 +443,9 @@ class Memory:
             phases.append(
                 self._phase(
                     "student update, first step, teacher's rollout",
-                    begun,
                     gathered=self._whole("student", "teacher"),
                     activations=first.kept + teacher,
+                    gradients=begun,
                     buffers=self._receiving("teacher"),
                 )
             )
@@ -446,10 +454,9 @@ class Memory:
             phases.append(
                 self._phase(
                     "student update, first step's backward",
-                    begun,
                     gathered=self._whole("student"),
                     activations=activations,
-                    gradients=gradients,
+                    gradients=begun + gradients,
                 )
             )
         score = max(
@@ -460,21 +467,17 @@ class Memory:
         phases.append(
             self._phase(
                 "student update, chain and score",
-                begun,
                 gathered=score[1],
                 activations=chain.kept + score[0],
-                gradients=held,
+                gradients=begun + held,
                 buffers=score[2],
             )
         )
-        activations, gradients = chain.backward(held=False, earlier=parts)
         phases.append(
             self._phase(
                 "student update, chain's backward",
-                "student",
+                **self._backward("student", chain, earlier=parts),
                 gathered=self._whole("student"),
-                activations=activations,
-                gradients=gradients,
                 buffers=self._reducing("student"),
             )
         )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,42 +16,11 @@ with pytest.MonkeyPatch.context() as patch:
     import dpdmd.kernels  # noqa: F401
 
 
-DRIVERS = Path(__file__).parent / "drivers"
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Files with tests that start processes come first: they take longest, and a worker takes a file at a time."""
     slow = {item.path for item in items if item.get_closest_marker("distributed")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.fixture(scope="session")
-def launcher():
-    """launcher(2): a command line that starts a script in two processes, on a port of its own, as other tests may run
-    beside this one; deepspeed=True: by the deepspeed launcher. What a killed process left in shared memory is removed when
-    the next one is started."""
-    ports = []
-
-    def clean():
-        for port in ports:
-            for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-                file.unlink(missing_ok=True)
-        ports.clear()
-
-    def command(processes: int, *, deepspeed: bool = False) -> list[str]:
-        clean()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        ports.append(port)
-        if not deepspeed:
-            return [sys.executable, str(DRIVERS / "processes.py"), str(processes), str(port)]
-        runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-        return [*runner, "--num_accelerators", str(processes), "--master_port", str(port)]
-
-    yield command
-    clean()
 
 
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"

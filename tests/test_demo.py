@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import free_port
 
 from dpdmd.demo import curves
 
@@ -17,9 +18,10 @@ TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
 
 
 @pytest.mark.distributed
-def test_demo_gains_accuracy(launcher, tmp_path):
+def test_demo_gains_accuracy(tmp_path):
     """20 student updates; the whole demo's 50 gain some 30 points."""
-    command = [*launcher(2, deepspeed=True), str(TRAIN)]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
+    command = [*runner, "--num_accelerators", "2", "--master_port", str(free_port()), str(TRAIN)]
     options = ["engine.device=cpu", "run.iterations=120", "run.checkpoint_every=0", "evaluation.num_samples=4"]
     done = subprocess.run(
         [*command, *options, f"run.output_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=600, cwd="/"

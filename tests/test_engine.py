@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import results_of
 
 from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
@@ -27,12 +26,8 @@ DRIVERS = Path(__file__).parent / "drivers"
 
 
 @pytest.fixture(scope="module")
-def results(launcher):
-    command = [*launcher(2), DRIVERS / "engine_gradients.py"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+def results():
+    return results_of(DRIVERS / "engine_gradients.py")
 
 
 @pytest.mark.distributed
@@ -156,13 +151,8 @@ def test_optimizer_choice(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def traffic(launcher, tiny_pipeline):
-    done = subprocess.run(
-        [*launcher(2), DRIVERS / "gathers.py", tiny_pipeline], capture_output=True, text=True, timeout=600
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+def traffic(tiny_pipeline):
+    return results_of(DRIVERS / "gathers.py", tiny_pipeline)
 
 
 # A cycle of two critic updates (each the student's rollout, then the critic's pass) and one of the student (its own chain,

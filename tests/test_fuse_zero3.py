@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 
 import pytest
+from processes import results_of
 
 DRIVER = Path(__file__).parent / "drivers" / "fuse_zero3.py"
 
 
 @pytest.fixture(scope="module")
-def results(launcher):
-    done = subprocess.run([*launcher(2), DRIVER], capture_output=True, text=True, timeout=600)
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
-    return json.loads(lines[0].removeprefix("RESULT "))
+def results():
+    return results_of(DRIVER)
 
 
 @pytest.mark.distributed

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from processes import run_script
 from safetensors.torch import load_file
 
 from dpdmd import train
@@ -45,15 +46,12 @@ def settings(tiny_pipeline, tmp_path_factory):
     return folder / "settings.yaml"
 
 
-@pytest.fixture(scope="module")
-def run(launcher):
-    def run_script(processes, script, *arguments):
-        """processes = 0: without the launcher."""
-        start = launcher(processes) if processes else [sys.executable]
-        command = [*start, *(str(each) for each in (script, *arguments))]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
-
-    return run_script
+def run(processes, script, *arguments):
+    """processes = 0: as a user would without a launcher."""
+    if processes:
+        return run_script(processes, script, *arguments)
+    command = [sys.executable, *(str(each) for each in (script, *arguments))]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
 
 
 def checked(done):
@@ -62,7 +60,7 @@ def checked(done):
 
 
 @pytest.fixture(scope="module")
-def straight(run, settings, tmp_path_factory):
+def straight(settings, tmp_path_factory):
     """Six updates in two processes, the noise of each written down."""
     folder = tmp_path_factory.mktemp("straight")
     checked(run(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
@@ -128,7 +126,7 @@ LEVERS = {
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("lever", LEVERS)
-def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(run, settings, straight, tmp_path, lever):
+def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settings, straight, tmp_path, lever):
     """Covers 3 + resume + 3 as well: the killed run's last complete checkpoint is that of update 3."""
     folder, expected = tmp_path / "run", straight / "run"
     options = LEVERS[lever]
@@ -153,7 +151,7 @@ def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(run, s
 
 
 @pytest.mark.distributed
-def test_the_average_is_what_is_exported(run, settings, straight, tmp_path):
+def test_the_average_is_what_is_exported(settings, straight, tmp_path):
     """After two student updates: decay^2 start + (1 - decay) decay first + (1 - decay) second, against runs that export
     the weights themselves after one update and after two; training itself does not notice."""
     start = load_file(
@@ -180,7 +178,7 @@ def test_the_average_is_what_is_exported(run, settings, straight, tmp_path):
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-4), ("bfloat16", 0.2)])
-def test_two_processes_equal_one_at_the_same_global_batch(run, settings, straight, tmp_path, dtype, tolerance):
+def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tmp_path, dtype, tolerance):
     """One process with two micro-batches takes the prompts and the noise that two processes take."""
     precision = [f"model.dtype={dtype}", "run.sample_every=0", "run.checkpoint_every=0"]
     one, two = tmp_path / "one", tmp_path / "two"
@@ -203,7 +201,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(run, settings, straigh
 
 
 @pytest.mark.distributed
-def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(run, settings, tmp_path):
+def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp_path):
     folder = tmp_path / "run"
     options = ["run.iterations=20", "run.checkpoint_every=2", "run.sample_every=0"]
     done = run(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
@@ -215,7 +213,7 @@ def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(run, settings
 
 
 @pytest.mark.distributed
-def test_disk_that_fills_up_loses_nothing(run, settings, tmp_path):
+def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
     folder = tmp_path / "run"
     done = run(0, DRIVER, "full", tmp_path, "--config", settings, "run.sample_every=0", f"run.output_dir={folder}")
     assert done.returncode == 1
@@ -225,7 +223,7 @@ def test_disk_that_fills_up_loses_nothing(run, settings, tmp_path):
 
 
 @pytest.mark.distributed
-def test_resume_refuses_what_changed(run, settings, straight, tiny_pipeline, tmp_path):
+def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path):
     """Another architecture, another recipe: each named, and the checkpoint stays as it is."""
     from diffusers import SD3Transformer2DModel
 
@@ -279,7 +277,7 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
 
 
 @pytest.mark.distributed
-def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(run, settings, tiny_pipeline, tmp_path):
+def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, tiny_pipeline, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
     from dpdmd.sample import load_student, sampling_noise
@@ -343,7 +341,7 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(run, setti
         ),
     ],
 )
-def test_runs_with_other_settings(run, settings, tmp_path, processes, options):
+def test_runs_with_other_settings(settings, tmp_path, processes, options):
     folder = tmp_path / "run"
     checked(run(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     lines = entries(folder)

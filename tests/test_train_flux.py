@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from processes import run_script
 from safetensors.torch import load_file
 
 from dpdmd.checkpoint import STUDENT_FILE
@@ -37,16 +36,15 @@ def settings(tiny_flux, tmp_path_factory):
     return folder / "settings.yaml"
 
 
-def train(start, settings, folder, *options):
-    command = [*start, str(TRAIN), "--config", str(settings), f"run.output_dir={folder}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
+def train(processes, settings, folder, *options):
+    done = run_script(processes, TRAIN, "--config", settings, f"run.output_dir={folder}", *options)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.fixture(scope="module")
-def straight(launcher, settings, tmp_path_factory):
+def straight(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
-    train(launcher(2), settings, folder, "run.sample_every=1", "engine.checkpointing=selective")
+    train(2, settings, folder, "run.sample_every=1", "engine.checkpointing=selective")
     return folder
 
 
@@ -76,7 +74,7 @@ def test_a_run_finishes_and_exports(straight, tiny_flux):
 def test_two_processes_under_zero3_equal_one_that_shards_nothing(straight, settings, tiny_flux, tmp_path):
     """One process with two micro-batches takes the prompts and the noise that two processes take."""
     options = ["engine.accumulation=2", "engine.zero={teacher: 0, student: 0, critic: 0}"]
-    train([sys.executable], settings, tmp_path / "one", *options)
+    train(1, settings, tmp_path / "one", *options)
     start = load_file(tiny_flux / "transformer" / "diffusion_pytorch_model.safetensors")
     a, b = student_weights(tmp_path / "one"), student_weights(straight)
     difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
