@@ -37,16 +37,18 @@ def free_port() -> int:
 
 
 def run_script(number: int, script: Path, *arguments: object, timeout: float = 600) -> subprocess.CompletedProcess:
-    """The script with its arguments in `number` processes; when one fails, the others are ended. returncode is the
-    first failure's, stdout and stderr are those of all of them."""
+    """The script with its arguments in `number` processes (0: in one, without a launcher's variables); when one fails,
+    the others are ended. returncode is the first failure's, stdout and stderr are those of all of them."""
     command = [str(each) for each in (script, *arguments)]
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         outputs = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         running = []
-        for rank in range(number):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
-            world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for rank in range(number or 1):
+            world: dict[str, object] = {}
+            if number:
+                world |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
+                world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             process = _context.Process(target=_run, args=(command, world, outputs))
             process.start()
             running.append(process)
@@ -81,7 +83,8 @@ def _run(command: list[str], world: dict[str, object], outputs: list[str]) -> No
         os.dup2(descriptor, stream.fileno())
     os.environ.update({name: str(value) for name, value in world.items()})
     os.chdir("/")
-    sys.argv = [command[0], f"--local_rank={world['LOCAL_RANK']}", *command[1:]]
+    rank = [f"--local_rank={world['LOCAL_RANK']}"] if world else []
+    sys.argv = [command[0], *rank, *command[1:]]
     sys.path.insert(0, str(Path(command[0]).parent))
     try:
         runpy.run_path(command[0], run_name="__main__")

@@ -6,8 +6,6 @@ import importlib.util
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -46,14 +44,6 @@ def settings(tiny_pipeline, tmp_path_factory):
     return folder / "settings.yaml"
 
 
-def run(processes, script, *arguments):
-    """processes = 0: as a user would without a launcher."""
-    if processes:
-        return run_script(processes, script, *arguments)
-    command = [sys.executable, *(str(each) for each in (script, *arguments))]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd="/")
-
-
 def checked(done):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done
@@ -63,7 +53,7 @@ def checked(done):
 def straight(settings, tmp_path_factory):
     """Six updates in two processes, the noise of each written down."""
     folder = tmp_path_factory.mktemp("straight")
-    checked(run(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
+    checked(run_script(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
     return folder
 
 
@@ -132,17 +122,17 @@ def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settin
     options = LEVERS[lever]
     if options:
         expected = tmp_path / "straight"
-        checked(run(2, TRAIN, "--config", settings, *options, f"run.output_dir={expected}"))
-    killed = run(2, DRIVER, "killed", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
+        checked(run_script(2, TRAIN, "--config", settings, *options, f"run.output_dir={expected}"))
+    killed = run_script(2, DRIVER, "killed", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
     assert killed.returncode != 0
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == [".unfinished-step_000006", "step_000003"]
     assert not (folder / "finished.json").exists()
 
-    refused = run(2, TRAIN, "--config", settings, *options, f"run.output_dir={folder}")
+    refused = run_script(2, TRAIN, "--config", settings, *options, f"run.output_dir={folder}")
     assert refused.returncode != 0 and "holds an unfinished run" in refused.stderr and "--resume" in refused.stderr
 
-    checked(run(2, TRAIN, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
+    checked(run_script(2, TRAIN, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
     assert same_bits(student_weights(folder), student_weights(expected))
     timings = ("seconds", "samples_per_second")
@@ -159,11 +149,11 @@ def test_the_average_is_what_is_exported(settings, straight, tmp_path):
     )
     one, averaged = tmp_path / "one", tmp_path / "averaged"
     cut = ["run.iterations=3", "run.sample_every=0", "student_optimizer.decay=none", "critic_optimizer.decay=none"]
-    checked(run(0, TRAIN, "--config", settings, *cut, f"run.output_dir={one}"))
+    checked(run_script(0, TRAIN, "--config", settings, *cut, f"run.output_dir={one}"))
     two = tmp_path / "two"
-    checked(run(0, TRAIN, "--config", settings, *cut, "run.iterations=6", f"run.output_dir={two}"))
+    checked(run_script(0, TRAIN, "--config", settings, *cut, "run.iterations=6", f"run.output_dir={two}"))
     options = [*cut, "run.iterations=6", "ema={decay: 0.75}", "run.sample_every=1"]
-    checked(run(0, TRAIN, "--config", settings, *options, f"run.output_dir={averaged}"))
+    checked(run_script(0, TRAIN, "--config", settings, *options, f"run.output_dir={averaged}"))
     first, second, found = student_weights(one), student_weights(two), student_weights(averaged)
     moved = 0.0
     for name, value in found.items():
@@ -182,11 +172,11 @@ def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tm
     """One process with two micro-batches takes the prompts and the noise that two processes take."""
     precision = [f"model.dtype={dtype}", "run.sample_every=0", "run.checkpoint_every=0"]
     one, two = tmp_path / "one", tmp_path / "two"
-    checked(run(0, TRAIN, "--config", settings, *precision, "engine.accumulation=2", f"run.output_dir={one}"))
+    checked(run_script(0, TRAIN, "--config", settings, *precision, "engine.accumulation=2", f"run.output_dir={one}"))
     if dtype == "float32":
         two = straight / "run"
     else:
-        checked(run(2, TRAIN, "--config", settings, *precision, f"run.output_dir={two}"))
+        checked(run_script(2, TRAIN, "--config", settings, *precision, f"run.output_dir={two}"))
     start = load_file(
         Path(load_config(settings).model.pipeline) / "transformer" / "diffusion_pytorch_model.safetensors"
     )
@@ -204,7 +194,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tm
 def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp_path):
     folder = tmp_path / "run"
     options = ["run.iterations=20", "run.checkpoint_every=2", "run.sample_every=0"]
-    done = run(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
+    done = run_script(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
     assert done.returncode == 1
     # Updates 5 to 7 fail; the checkpoint after update 6 still holds the weights of update 4.
     assert "3 updates in a row were not finite (the last, of the critic, was number 7)" in done.stderr
@@ -215,7 +205,9 @@ def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp
 @pytest.mark.distributed
 def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
     folder = tmp_path / "run"
-    done = run(0, DRIVER, "full", tmp_path, "--config", settings, "run.sample_every=0", f"run.output_dir={folder}")
+    done = run_script(
+        0, DRIVER, "full", tmp_path, "--config", settings, "run.sample_every=0", f"run.output_dir={folder}"
+    )
     assert done.returncode == 1
     assert "step_000006 could not be written" in done.stderr and "No space left on device" in done.stderr
     assert f"the last complete one is {folder / 'checkpoints' / 'step_000003'}" in done.stderr
@@ -235,11 +227,11 @@ def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path
     shutil.rmtree(changed / "transformer")
     SD3Transformer2DModel.from_config({**config, "num_layers": 3}).save_pretrained(changed / "transformer")
     one_process = ["run.iterations=9", f"run.output_dir={folder}"]
-    done = run(2, TRAIN, "--config", settings, "--resume", f"model.pipeline={changed}", *one_process)
+    done = run_script(2, TRAIN, "--config", settings, "--resume", f"model.pipeline={changed}", *one_process)
     assert done.returncode != 0
     assert "was saved with identity.architecture" in done.stderr or "was saved with architecture" in done.stderr
     assert "num_layers = 2, and this run has 3" in done.stderr
-    done = run(0, TRAIN, "--config", settings, "--resume", *one_process)
+    done = run_script(0, TRAIN, "--config", settings, "--resume", *one_process)
     assert "was saved with processes = 2, and this run has 1" in done.stderr
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
 
@@ -284,7 +276,7 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
 
     folder = tmp_path / "run"
     options = ["lora={rank: 4, alpha: 8}", "engine.zero.teacher=0", "student_optimizer.lr=0.1"]
-    checked(run(0, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
+    checked(run_script(0, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     assert not (folder / "student" / "config.json").exists()
     student = load_student(folder / "student", device="cpu")
     noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
@@ -343,7 +335,7 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
 )
 def test_runs_with_other_settings(settings, tmp_path, processes, options):
     folder = tmp_path / "run"
-    checked(run(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
+    checked(run_script(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     lines = entries(folder)
     assert [entry["skipped"] for entry in lines] == [0] * 6
     assert all(torch.isfinite(value).all() for value in student_weights(folder).values())
