@@ -44,12 +44,12 @@ DEEPSPEED_BUCKET = 5e8
 GEMM, FP8_GEMM = 660e12, 1200e12
 ATTENTION = {64: (480e12, 380e12), 128: (590e12, 500e12)}
 MEMORY = 2.6e12
-HOST = 1e-3, 1.5e-3  # a block's forward and its backward pass are launched in: what bounds small batches
+HOST = 3e-3, 6e-3  # a block's forward and its backward pass are launched in: what bounds small batches
 NVLINK, NETWORK = 300e9, 50e9  # bytes a second and GPU that a gather receives, in a machine and between machines
 BESIDE = (
     0.3  # of a transfer beside a pass, so much of its time is lost to the pass: both want the GPU's memory and units
 )
-PCIE, CPU_ADAMW, NVME = 25e9, 1e9, 5e9  # pinned bytes each way; parameters a process; bytes a machine (assumed)
+PCIE, CPU_ADAMW, NVME = 25e9, 0.9e9, 5e9  # pinned bytes each way; parameters a process; bytes a machine (assumed)
 
 # Parameters of the text encoders that published models of a family come with (T5-XXL and CLIP's).
 TEXT_PARAMETERS = {"sd3": 5.58e9, "flux": 4.89e9}

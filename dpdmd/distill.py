@@ -118,7 +118,6 @@ class Distillation:
                 if backward is not None:
                     backward(remaining)
                     remaining = 0.0
-            del prediction
         x = self._trained_rollout(student, x, steps, cond, draws)
         dmd = self._dmd_loss(teacher, critic, x, cond, uncond, draws)
         remaining = dmd + remaining

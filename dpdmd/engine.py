@@ -258,11 +258,8 @@ class Base:
         )
         self.fusion = fuse(self.transformer, config.model, world.device)
         self.blocks = [child for child in self.transformer.modules() if isinstance(child, backbone.block_classes)]
-        self.recomputation = None
-        if config.engine.checkpointing != "none":
-            self.recomputation = Recomputation(
-                self.blocks, config.engine.checkpointing, remember=partial(remember_role, self.transformer)
-            )
+        remember = partial(remember_role, self.transformer)
+        self.recomputation = Recomputation.of(self.blocks, config.engine.checkpointing, remember)
         self.weights: Weights | None = None  # None: a copy in every process
 
     def shard(self, config: Config, world: World) -> None:
@@ -336,9 +333,7 @@ class Network:
             # Before the recomputation below, which goes around the forward that it finds.
             self.fusion = fuse(module, config.model, world.device)
             blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
-            self._recomputation = None
-            if self.trained and config.engine.checkpointing != "none":
-                self._recomputation = Recomputation(blocks, config.engine.checkpointing)
+            self._recomputation = Recomputation.of(blocks, config.engine.checkpointing) if self.trained else None
             if not self.trained and self.stage == 0:
                 self.engine = module.to(world.device).eval()
                 return
@@ -642,6 +637,11 @@ class Recomputation:
     remember: makes of a block's forward one that runs again as it ran, where that depends on more than its arguments.
     """
 
+    @classmethod
+    def of(cls, blocks: list[nn.Module], how: str, remember: Callable | None = None) -> Recomputation | None:
+        """As engine.checkpointing has it."""
+        return None if how == "none" else cls(blocks, how, remember)
+
     def __init__(self, blocks: list[nn.Module], how: str, remember: Callable[[Callable], Callable] | None = None):
         self.keep = 0
         self._passes = 0  # of the chain that is under way
@@ -743,11 +743,11 @@ def build_optimizer(
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
-    if offload != "none":
-        return torch.optim.AdamW(parameters, fused=True, **arguments)
-    if config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32")):
+    ours = config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32"))
+    if ours and offload == "none":
         return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
-    for name in _FUSED if config.name == "auto" else {config.name} & set(_FUSED):
+    wanted = _FUSED if config.name == "auto" else {config.name} & set(_FUSED)
+    for name in wanted if offload == "none" else ():
         try:
             return _fused_adam(name, device)(parameters, adam_w_mode=True, **arguments)
         except Exception as error:

@@ -53,10 +53,11 @@ def run_script(number: int, script: Path, *arguments: object, timeout: float = 6
             process.start()
             running.append(process)
         deadline = time.monotonic() + timeout
-        while any(each.exitcode is None for each in running) and not any(each.exitcode for each in running):
-            left = deadline - time.monotonic()
-            if left < 0 or not wait([each.sentinel for each in running if each.exitcode is None], left):
+        while time.monotonic() < deadline and not any(each.exitcode for each in running):
+            at_work = [each.sentinel for each in running if each.exitcode is None]
+            if not at_work:
                 break
+            wait(at_work, deadline - time.monotonic())
         failed = next((each.exitcode for each in running if each.exitcode), None)
         for each in running:
             if each.exitcode is None:

@@ -531,8 +531,7 @@ def test_a_cycle_takes_what_was_measured(processes, run):
     config = parse_config(run["config"])
     found = plan_of(config, Footprints(plan.architecture_only(config)), processes, 140 * GIB)
     assert found.peak / GIB == pytest.approx(run["peak_allocated_gib"], rel=0.1)
-    bound_by_the_host = config.engine.batch_size < 4  # of which estimates know little
-    assert found.cycle == pytest.approx(run["seconds_a_cycle"], rel=0.3 if bound_by_the_host else 0.2)
+    assert found.cycle == pytest.approx(run["seconds_a_cycle"], rel=0.2)
 
 
 def test_enough_cycles_were_measured():
@@ -621,9 +620,9 @@ def test_less_memory_is_less_of_everything(medium):
 
 def test_what_cannot_fit_is_refused_with_what_would(medium):
     with pytest.raises(ConfigError) as caught:
-        plan.resolve(configured(), medium.backbone, 1, 80 * GIB)
+        plan.resolve(configured(), medium.backbone, 1, 72 * GIB)
     message = str(caught.value)
-    assert "this needs " in message and "1 GPU of 80.0 GiB" in message
+    assert "this needs " in message and "1 GPU of 72.0 GiB" in message
     assert "student_optimizer.state=float8 critic_optimizer.state=float8 would fit (" in message
     assert "engine.offload=cpu would fit" in message and "lora" not in message
 

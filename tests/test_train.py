@@ -109,8 +109,10 @@ LEVERS = {
         "model.dtype=bfloat16",
         "engine.offload=cpu",
         "engine.residency=whole",
+        "model.teacher_storage=float8",
         "ema={decay: 0.5, device: cpu}",
     ],
+    "adapters": ["model.dtype=bfloat16", "lora={rank: 4}", "student_optimizer.state=float8", "ema={decay: 0.5}"],
 }
 
 
