@@ -219,7 +219,7 @@ def run_one(args) -> int:
         **measure(trainer, args.cycles, args.warmup),
     }
     if plan is not None and plan.phases:
-        result["predicted_peak_gib"] = plan.peak / 2**30
+        result |= {"predicted_peak_gib": plan.peak / 2**30, "floor_seconds": plan.floor}
     if args.profile:
         result["gpu_milliseconds"] = profile(trainer, args.warmup + args.cycles)
     if world.main:
@@ -230,6 +230,11 @@ def run_one(args) -> int:
             if key in result:
                 print(f"{key:45} {result[key]:8.1f} GiB")
         print(f"{'communication a cycle':45} {result['communication']}", flush=True)
+        if "floor_seconds" in result:
+            print(
+                f"{'floor: products, attention, optimizers':45} {sum(result['floor_seconds'].values()):8.3f} s",
+                flush=True,
+            )
         if args.json:
             write(args.json, result)
     return 0
@@ -291,6 +296,10 @@ def table(results: dict[str, dict], problems: dict[str, str]) -> str:
         lines.append(
             f"| {result['title']} | {seconds:.2f} | {result['images_a_second']:.2f} | {ratio} | {peak} | {received} |"
         )
+    floors = [result["floor_seconds"] for result in results.values() if "floor_seconds" in result]
+    if floors and ours:
+        floor = sum(floors[0].values())
+        lines.append(f"| floor: products, attention, optimizers | {floor:.2f} | | {floor / ours:.2f} | | |")
     lines += [f"| {CONTENDERS[name].title} | failed: {reason} | | | | |" for name, reason in problems.items()]
     return "\n".join(lines)
 

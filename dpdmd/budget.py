@@ -18,7 +18,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
 
 import torch
 
@@ -44,6 +43,8 @@ DEEPSPEED_BUCKET = 5e8
 GEMM, FP8_GEMM = 660e12, 1200e12
 ATTENTION = {64: (480e12, 380e12), 128: (590e12, 500e12)}
 MEMORY = 2.6e12
+# The best rates that any implementation was measured at on an H200: bfloat16 products, attention, copies.
+BEST_GEMM, BEST_ATTENTION, BEST_MEMORY = 764e12, {64: (480e12, 434e12), 128: (604e12, 525e12)}, 4.2e12
 HOST = 3e-3, 6e-3  # a block's forward and its backward pass are launched in: what bounds small batches
 NVLINK, NETWORK = 300e9, 50e9  # bytes a second and GPU that a gather receives, in a machine and between machines
 BESIDE = (
@@ -80,7 +81,7 @@ class Plan:
     """One configuration without `auto` on num_gpus GPUs of gpu_memory bytes (None: a CPU, of which nothing is judged).
 
     host: bytes of a machine's memory by what they are for; traffic: bytes a cycle that a GPU receives in gathers and sends
-    in reductions; seconds: about, a cycle by what they go to.
+    in reductions; seconds: about, a cycle by what they go to; floor: seconds that any implementation needs.
     """
 
     config: Config
@@ -90,6 +91,7 @@ class Plan:
     host: dict[str, float] = field(default_factory=dict)
     traffic: dict[str, float] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    floor: dict[str, float] = field(default_factory=dict)
 
     @cached_property
     def fullest(self) -> Phase:
@@ -183,6 +185,7 @@ def plan_of(config: Config, footprints: Footprints, num_gpus: int, gpu_memory: f
         memory.host(),
         traffic(config, footprints, num_gpus),
         seconds(config, footprints, num_gpus),
+        floor(config, footprints, num_gpus),
     )
 
 
@@ -589,7 +592,7 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
     student, critic = (footprints.of(config, role, batch) for role in ("student", "critic"))
     guided = 2 if distill.guidance_scale != 1.0 else 1
     teacher = footprints.of(config, "teacher", guided * batch)
-    rates = _attention_rates(footprints.backbone.transformer_config("teacher"))
+    rates = ATTENTION[_kind_of_attention(footprints)]
     first, rest = steps_with_graph(config)
     parts = in_parts(config)
     chains = {"critic": [Chain(critic, 1, engine.checkpointing, engine.kept_passes.critic or 0)]}
@@ -636,6 +639,35 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
     return result
 
 
+def floor(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
+    """What a cycle in bfloat16 takes at least: each product and attention once, and one read and write of the optimizer's
+    state, at the best rates known of them."""
+    distill, times, updates = config.distill, config.engine.accumulation, config.distill.critic_updates
+    batch, guided = config.engine.batch_size, 2 if config.distill.guidance_scale != 1.0 else 1
+    student, critic = (footprints.of(config, role, batch) for role in ("student", "critic"))
+    teacher = footprints.of(config, "teacher", guided * batch)
+    first, rest = steps_with_graph(config)
+    backwards = [(times * updates, critic), (times * (first + rest), student)]
+    forwards = [
+        *(
+            (times * updates * distill.student_steps, student),
+            (times * ((distill.anchor if first else 0) + 1), teacher),
+        ),
+        *((times, critic), *backwards),
+    ]
+    once = sum((fp.forward * count for count, fp in forwards), Work())
+    again = sum((block.backward * count for count, fp in backwards for block in fp.blocks), Work())
+    rates = BEST_ATTENTION[_kind_of_attention(footprints)]
+    trained = [(1, student, config.student_optimizer), (updates, critic, config.critic_optimizer)]
+    # Gradient and weight in their width, master and moments read and written.
+    state = sum(n * fp.trained * (2 * fp.dtype_bytes + 8 + 2 * STATE_BYTES[each.state]) for n, fp, each in trained)
+    return {
+        "products": (once.gemm + again.gemm) / BEST_GEMM,
+        "attention": once.attention / rates[0] + again.attention / rates[1],
+        "optimizers": state / num_gpus / BEST_MEMORY,
+    }
+
+
 def _beside(transfer: float, passes: float) -> float:
     """What a transfer costs that runs beside passes."""
     return max(BESIDE * transfer, transfer - passes)
@@ -645,8 +677,9 @@ def _time(work: Work, attention_rate: float) -> float:
     return work.gemm / GEMM + work.attention / attention_rate + work.bytes / MEMORY
 
 
-def _attention_rates(architecture: dict[str, Any]) -> tuple[float, float]:
-    return ATTENTION[64 if architecture["attention_head_dim"] <= 64 else 128]
+def _kind_of_attention(footprints: Footprints) -> int:
+    """The head dimension whose rates are taken."""
+    return 64 if footprints.backbone.transformer_config("teacher")["attention_head_dim"] <= 64 else 128
 
 
 def _update_seconds(config: Config, footprints: Footprints, num_gpus: int) -> float:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-CYCLE = Path(__file__).parents[1] / "benchmarks" / "cycle.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CYCLE = BENCHMARKS / "cycle.py"
 
 
 @pytest.mark.distributed
@@ -43,3 +44,17 @@ def test_cycle_by_phase(tiny_pipeline, tmp_path):
     assert all(seconds > 0 for seconds in phases.values())
     assert sum(phases.values()) == pytest.approx(result["seconds_a_cycle"])
     assert result["packages"]["deepspeed"] and result["machine"]["cores"]
+
+
+def test_the_table_has_the_floor():
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import cycle
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    run = {"seconds_a_cycle": 6.0, "images_a_second": 4.0, "communication": None}
+    floor = {"products": 2.0, "attention": 2.0, "optimizers": 0.5}
+    ours = run | {"title": "ours", "floor_seconds": floor, "peak_allocated_gib": 80.0}
+    rows = cycle.table({"ours": ours, "eager": run | {"title": "eager", "seconds_a_cycle": 12.0}}, {}).splitlines()
+    assert rows[2] == "| ours | 6.00 | 4.00 | 1.00 | 80.0 |  |" and rows[3] == "| eager | 12.00 | 4.00 | 2.00 |  |  |"
+    assert rows[4] == "| floor: products, attention, optimizers | 4.50 | | 0.75 | | |"

@@ -271,6 +271,21 @@ def test_seconds_by_hand():
     assert taken["student's passes"] == pytest.approx(8 * (1.2 + 2.5) + (1 + 5) * 1.1)
 
 
+def test_the_floor_by_hand():
+    """Forward passes of a network: 0.132e15 operations in products, 0.096e15 in attention; the backward pass 0.264, 0.228."""
+    found = budget.floor(by_hand("engine.checkpointing=full"), ByHand(), 1)
+    forwards, backwards = 5 * 4 + 6 * 2 + 1 + 5 + 4, 5 + 4
+    assert found["products"] == pytest.approx((forwards * 132e12 + backwards * 264e12) / 764e12)
+    assert found["attention"] == pytest.approx(forwards * 96e12 / 480e12 + backwards * 228e12 / 434e12)
+    assert found["optimizers"] == pytest.approx(6 * 210 * (4 + 8 + 16) / 4.2e12)
+
+
+def test_the_floor_of_a_cycle(medium):
+    """60 passes of 11.25 TFLOP a sample, 4.5 s at batch 4."""
+    found = budget.floor(by_hand(), medium, 1)
+    assert found["products"] + found["attention"] == pytest.approx(4.55, abs=0.1)
+
+
 # What is measured on the meta device
 
 
@@ -451,7 +466,7 @@ def test_checkpoints_keep_inputs_and_attention(medium):
 
 
 def test_work_is_what_was_counted_by_hand(medium):
-    """PERF: 7.02 TFLOP of products and 4.23 of attention for one sample; a backward pass has twice and 2.5 times that."""
+    """By hand: 7.02 TFLOP of products and 4.23 of attention for one sample; a backward pass has twice and 2.5 times that."""
     network = medium.of(configured(), "teacher", 4)
     assert network.parameters == 2_243_171_520 and network.buffers == 384**2 * 1536 * 2
     assert network.forward.gemm / 4e12 == pytest.approx(7.02, abs=0.01)
