@@ -211,7 +211,7 @@ def run_one(args) -> int:
     result = {
         "contender": args.contender,
         "title": CONTENDERS[args.contender].title,
-        **provenance(" ".join(["deepspeed", *sys.argv])),
+        **provenance(" ".join(["deepspeed", *(each for each in sys.argv if not each.startswith("--local_rank"))])),
         "processes": world.size,
         "build_seconds": round(build_seconds, 1),
         "config": config.model_dump(mode="json"),

@@ -47,9 +47,8 @@ MEMORY = 2.6e12
 BEST_GEMM, BEST_ATTENTION, BEST_MEMORY = 764e12, {64: (480e12, 434e12), 128: (604e12, 525e12)}, 4.2e12
 HOST = 3e-3, 6e-3  # a block's forward and its backward pass are launched in: what bounds small batches
 NVLINK, NETWORK = 300e9, 50e9  # bytes a second and GPU that a gather receives, in a machine and between machines
-BESIDE = (
-    0.3  # of a transfer beside a pass, so much of its time is lost to the pass: both want the GPU's memory and units
-)
+# Of a transfer beside a pass, so much of its time is lost to the pass: both want the GPU's memory and units.
+BESIDE = 0.3
 PCIE, CPU_ADAMW, NVME = 25e9, 0.9e9, 5e9  # pinned bytes each way; parameters a process; bytes a machine (assumed)
 
 # Parameters of the text encoders that published models of a family come with (T5-XXL and CLIP's).
@@ -175,6 +174,12 @@ class Footprints:
             by_batch[batch] = by_batch[first].scaled(batch / first)
         return by_batch[batch]
 
+    def at_work(self, config: Config) -> dict[str, Footprint]:
+        """Each role's, at the batch that its passes have: the teacher's is twice as large where it is guided."""
+        batch, guided = config.engine.batch_size, config.distill.guidance_scale != 1.0
+        batches = {"student": batch, "critic": batch, "teacher": 2 * batch if guided else batch}
+        return {role: self.of(config, role, each) for role, each in batches.items()}
+
 
 def plan_of(config: Config, footprints: Footprints, num_gpus: int, gpu_memory: float | None) -> Plan:
     """Of a configuration without `auto`."""
@@ -195,6 +200,30 @@ def steps_with_graph(config: Config) -> tuple[int, int]:
     first = 1 if distill.method == "dpdmd" else 0
     rest = distill.student_steps - first
     return first, rest if distill.rollout_gradient == "full" else 1
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Of a cycle. rollouts: the student's without gradient; student, critic: those with a backward pass."""
+
+    rollouts: int
+    teacher: int
+    score: int
+    critic: int
+    student: int
+
+    @classmethod
+    def of(cls, config: Config) -> Passes:
+        distill, times = config.distill, config.engine.accumulation
+        first, rest = steps_with_graph(config)
+        steps = distill.student_steps
+        return cls(
+            rollouts=times * (distill.critic_updates * steps + steps - first - rest),
+            teacher=times * ((distill.anchor if first else 0) + 1),
+            score=times,
+            critic=times * distill.critic_updates,
+            student=times * (first + rest),
+        )
 
 
 def in_parts(config: Config) -> bool:
@@ -302,14 +331,11 @@ class Memory:
         self._config, self._footprints, self._gpus = config, footprints, num_gpus
         self._engine = config.engine
         self._lora = config.lora is not None
-        batch = config.engine.batch_size
-        self._at = {role: footprints.of(config, role, batch) for role in ROLES}
-        guided = 2 if config.distill.guidance_scale != 1.0 else 1
-        self._teacher = footprints.of(config, "teacher", guided * batch)
+        self._at = footprints.at_work(config)
         self._state = self._persistent()
-        passes = {"teacher": self._teacher, "student": self._at["student"], "critic": self._at["critic"]}
         # CUDA graphs keep what a pass makes on the way, once for all of them.
-        self._graphs = max((fp.no_grad for role, fp in passes.items() if replayed(config, role, num_gpus)), default=0.0)
+        kept = [fp.no_grad for role, fp in self._at.items() if replayed(config, role, num_gpus)]
+        self._graphs = max(kept, default=0.0)
 
     # What is there all the time
 
@@ -318,30 +344,31 @@ class Memory:
         return 1 / self._gpus if getattr(self._engine.zero, role) >= from_stage else 1.0
 
     def _persistent(self) -> dict[str, float]:
-        engine, config = self._engine, self._config
+        config = self._config
         parts = dict.fromkeys(PARTS, 0.0)
         for role in ROLES:
-            fp = self._at[role]
-            width = fp.dtype_bytes
-            frozen = fp.parameters - fp.trained if self._lora else fp.parameters
-            if role == "teacher" or not self._lora:
-                stored = stored_bytes(config, role, width)
-                parts["weights"] += stored * frozen * self._share(role) + fp.buffers + fp.fp8_bytes
-            if role == "teacher":
-                continue
-            if self._lora:
-                parts["weights"] += width * fp.trained * self._share(role)
-            if engine.offload == "none":
-                if not reduced_here(config, role):
-                    parts["gradients"] += self._gradient(role)  # which DeepSpeed keeps
-                optimizer = getattr(config, f"{role}_optimizer")
-                master = 0 if width == 4 else 4
-                parts["optimizer"] += (master + STATE_BYTES[optimizer.state]) * fp.trained * self._share(role, 1)
+            for part, size in self._of_role(role).items():
+                parts[part] += size
         if config.ema is not None and config.ema.device == "same":
             parts["ema"] += 4 * self._at["student"].trained * self._share("student")
         if config.prompts.encoding == "stream" and not config.model.random_init:
             parts["weights"] += self._at["teacher"].dtype_bytes * TEXT_PARAMETERS[config.model.family]
         parts["buffers"] += WORKSPACE + self._conditions()
+        return parts
+
+    def _of_role(self, role: str) -> dict[str, float]:
+        fp, config = self._at[role], self._config
+        width = fp.dtype_bytes
+        parts = {"weights": 0.0}
+        if role == "teacher" or not self._lora:
+            own = fp.parameters - fp.trained if self._lora else fp.parameters
+            parts["weights"] += stored_bytes(config, role, width) * own * self._share(role) + fp.buffers + fp.fp8_bytes
+        elif self._lora:
+            parts["weights"] += width * fp.trained * self._share(role)
+        if role != "teacher" and self._engine.offload == "none":
+            parts["gradients"] = 0.0 if reduced_here(config, role) else self._gradient(role)  # which DeepSpeed keeps
+            state = (0 if width == 4 else 4) + STATE_BYTES[getattr(config, f"{role}_optimizer").state]
+            parts["optimizer"] = state * fp.trained * self._share(role, 1)
         return parts
 
     def _gradient(self, role: str) -> float:
@@ -436,7 +463,7 @@ class Memory:
     def student_phases(self) -> list[Phase]:
         first_steps, rest = steps_with_graph(self._config)
         parts = in_parts(self._config)
-        teacher, critic = self._teacher.no_grad, self._at["critic"].no_grad
+        teacher, critic = self._at["teacher"].no_grad, self._at["critic"].no_grad
         held = self._at["student"].dtype_bytes * self._at["student"].trained if parts else 0.0
         begun = self._begun("student")
         first = self._chain("student", first_steps)
@@ -493,26 +520,15 @@ class Memory:
         # gradients and masters, with zeros of the masters' size for a moment. The critic is the last.
         arriving = critic.dtype_bytes * critic.parameters
         if not self._lora:
-            arriving += (2 * critic.dtype_bytes + 4) * critic.trained * self._share("critic") + self._gradient("critic")
-        arriving -= sum(self._of_critic().values())
+            arriving += (2 * critic.dtype_bytes + 4) * critic.trained * self._share("critic")
+            arriving += self._gradient("critic") if self._engine.offload == "none" else 0.0
+            arriving -= sum(self._of_role("critic").values())  # what is not there before it has come
         one = student.dtype_bytes * student.largest if self._gpus > 1 else 0.0
         return [
             self._phase("start, the networks taken over", activations=max(0.0, arriving)),
             self._phase("checkpoint", gathered=self._whole()),
             self._phase("export, a tensor at a time", gathered=self._whole() + one),
         ]
-
-    def _of_critic(self) -> dict[str, float]:
-        """What is not there before the critic, the last network, has come."""
-        fp, engine = self._at["critic"], self._engine
-        if self._lora:
-            return {}
-        optimizer = 4 * (fp.dtype_bytes < 4) + STATE_BYTES[self._config.critic_optimizer.state]
-        return {
-            "weights": fp.dtype_bytes * fp.parameters * self._share("critic") + fp.buffers + fp.fp8_bytes,
-            "gradients": 0.0 if reduced_here(self._config, "critic") else self._gradient("critic"),
-            "optimizer": optimizer * fp.trained * self._share("critic", 1) if engine.offload == "none" else 0.0,
-        }
 
     def host(self) -> dict[str, float]:
         """Bytes of a machine's memory."""
@@ -541,20 +557,19 @@ def gathers(config: Config) -> dict[str, dict[str, float]]:
     """How often a cycle gathers each role's weights: "blocks" and what is "outer" to them."""
     distill, engine = config.distill, config.engine
     critic_updates, times = distill.critic_updates, engine.accumulation
-    first, rest = steps_with_graph(config)
-    dpdmd = distill.method == "dpdmd"
     phases = {
         "student": critic_updates * times + times,
         "critic": critic_updates * times + times,
-        "teacher": times * (2 if dpdmd else 1),
+        "teacher": times * (2 if distill.method == "dpdmd" else 1),
     }
     whole = {"student": 1, "critic": critic_updates, "teacher": 0}
-    passes = {
-        "student": times * (critic_updates * distill.student_steps + distill.student_steps + first + rest),
-        "critic": times * (2 * critic_updates + 1),
-        "teacher": times * ((distill.anchor if dpdmd else 0) + 1),
+    passes = Passes.of(config)
+    each = {  # a backward pass gathers as a forward pass does
+        "student": passes.rollouts + 2 * passes.student,
+        "critic": 2 * passes.critic + passes.score,
+        "teacher": passes.teacher,
     }
-    counts = {"whole": (whole, whole), "phase": (phases, phases), "block": (passes, phases)}
+    counts = {"whole": (whole, whole), "phase": (phases, phases), "block": (each, phases)}
     chosen = {role: counts[residency_of(config, role)] for role in ROLES}
     return {role: {"blocks": blocks[role], "outer": outer[role]} for role, (blocks, outer) in chosen.items()}
 
@@ -587,21 +602,17 @@ def traffic(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
 
 def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
     """A cycle by what its time goes to."""
-    distill, engine = config.distill, config.engine
-    batch, times, updates = engine.batch_size, engine.accumulation, distill.critic_updates
-    student, critic = (footprints.of(config, role, batch) for role in ("student", "critic"))
-    guided = 2 if distill.guidance_scale != 1.0 else 1
-    teacher = footprints.of(config, "teacher", guided * batch)
+    engine, passes, at = config.engine, Passes.of(config), footprints.at_work(config)
     rates = ATTENTION[_kind_of_attention(footprints)]
     first, rest = steps_with_graph(config)
-    parts = in_parts(config)
-    chains = {"critic": [Chain(critic, 1, engine.checkpointing, engine.kept_passes.critic or 0)]}
-    lengths = [first, rest] if parts else [first + rest]
-    chains["student"] = [
-        Chain(student, steps, engine.checkpointing, engine.kept_passes.student or 0) for steps in lengths if steps
+    lengths = [first, rest] if in_parts(config) else [first + rest]
+    of_critic = Chain(at["critic"], 1, engine.checkpointing, engine.kept_passes.critic or 0)
+    of_student = [
+        Chain(at["student"], steps, engine.checkpointing, engine.kept_passes.student or 0) for steps in lengths if steps
     ]
 
-    def no_grad(role: str, fp: Footprint) -> float:
+    def no_grad(role: str) -> float:
+        fp = at[role]
         fp8 = fp.fp8_bytes / fp.parameters
         on_gpu = _time(fp.forward, rates[0]) - fp.forward.gemm * fp8 * (1 / GEMM - 1 / FP8_GEMM)
         return on_gpu if replayed(config, role, num_gpus) else max(on_gpu, HOST[0] * len(fp.blocks))
@@ -620,21 +631,22 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
         return max(chain.steps * once + again * chain.recomputed / len(blocks), launched)
 
     result = {
-        "student's rollouts": times * updates * distill.student_steps * no_grad("student", student),
-        "critic's passes": times * updates * (forward(critic) + backward(chains["critic"][0])),
-        "teacher's passes": times * ((distill.anchor if first else 0) + 1) * no_grad("teacher", teacher),
-        "student's passes": times
-        * sum(chain.steps * forward(student) + backward(chain) for chain in chains["student"]),
-        "critic's score": times * no_grad("critic", critic),
+        "student's rollouts": passes.rollouts * no_grad("student"),
+        "critic's passes": passes.critic * (forward(at["critic"]) + backward(of_critic)),
+        "teacher's passes": passes.teacher * no_grad("teacher"),
+        "student's passes": passes.student * forward(at["student"])
+        + engine.accumulation * sum(backward(chain) for chain in of_student),
+        "critic's score": passes.score * no_grad("critic"),
         "optimizers": _update_seconds(config, footprints, num_gpus),
     }
     if num_gpus > 1:
         rate = NVLINK if num_gpus <= GPUS_A_NODE else NETWORK
         sent = traffic(config, footprints, num_gpus)
-        passes, differentiated = sum(result.values()), 0.7 * (result["critic's passes"] + result["student's passes"])
+        everything = sum(result.values())
+        differentiated = 0.7 * (result["critic's passes"] + result["student's passes"])
         gathering = sent["gathered"] / rate
         if engine.residency == "block":
-            gathering = _beside(gathering, passes)
+            gathering = _beside(gathering, everything)
         result["communication"] = gathering + _beside(sent["reduced"] / rate, differentiated)
     return result
 
@@ -642,25 +654,17 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
 def floor(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
     """What a cycle in bfloat16 takes at least: each product and attention once, and one read and write of the optimizer's
     state, at the best rates known of them."""
-    distill, times, updates = config.distill, config.engine.accumulation, config.distill.critic_updates
-    batch, guided = config.engine.batch_size, 2 if config.distill.guidance_scale != 1.0 else 1
-    student, critic = (footprints.of(config, role, batch) for role in ("student", "critic"))
-    teacher = footprints.of(config, "teacher", guided * batch)
-    first, rest = steps_with_graph(config)
-    backwards = [(times * updates, critic), (times * (first + rest), student)]
+    passes, at = Passes.of(config), footprints.at_work(config)
+    backwards = [(passes.critic, at["critic"]), (passes.student, at["student"])]
     forwards = [
-        *(
-            (times * updates * distill.student_steps, student),
-            (times * ((distill.anchor if first else 0) + 1), teacher),
-        ),
-        *((times, critic), *backwards),
+        *backwards,
+        *((passes.rollouts, at["student"]), (passes.teacher, at["teacher"]), (passes.score, at["critic"])),
     ]
     once = sum((fp.forward * count for count, fp in forwards), Work())
     again = sum((block.backward * count for count, fp in backwards for block in fp.blocks), Work())
     rates = BEST_ATTENTION[_kind_of_attention(footprints)]
-    trained = [(1, student, config.student_optimizer), (updates, critic, config.critic_optimizer)]
-    # Gradient and weight in their width, master and moments read and written.
-    state = sum(n * fp.trained * (2 * fp.dtype_bytes + 8 + 2 * STATE_BYTES[each.state]) for n, fp, each in trained)
+    state = _update_bytes(config, at["student"], "student")
+    state += config.distill.critic_updates * _update_bytes(config, at["critic"], "critic")
     return {
         "products": (once.gemm + again.gemm) / BEST_GEMM,
         "attention": once.attention / rates[0] + again.attention / rates[1],
@@ -682,6 +686,12 @@ def _kind_of_attention(footprints: Footprints) -> int:
     return 64 if footprints.backbone.transformer_config("teacher")["attention_head_dim"] <= 64 else 128
 
 
+def _update_bytes(config: Config, fp: Footprint, role: str) -> float:
+    """Read and written by an update on one GPU: gradient and weight in their width, master and moments twice."""
+    moments = STATE_BYTES[getattr(config, f"{role}_optimizer").state]
+    return fp.trained * (2 * fp.dtype_bytes + 8 + 2 * moments)
+
+
 def _update_seconds(config: Config, footprints: Footprints, num_gpus: int) -> float:
     total = 0.0
     local = min(num_gpus, GPUS_A_NODE)
@@ -690,8 +700,7 @@ def _update_seconds(config: Config, footprints: Footprints, num_gpus: int) -> fl
         trained = fp.trained / num_gpus
         width = fp.dtype_bytes
         if config.engine.offload == "none":
-            state = STATE_BYTES[getattr(config, f"{role}_optimizer").state]
-            each = trained * (8 + 2 * state + 2 * width) / MEMORY
+            each = _update_bytes(config, fp, role) / num_gpus / MEMORY
         else:
             each = trained * (2 * width / PCIE + 1 / CPU_ADAMW)
             if config.engine.offload == "nvme":

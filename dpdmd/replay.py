@@ -36,11 +36,12 @@ class Replay:
         inputs, structure = tree_flatten(arguments)
         key = (str(structure), *((x.shape, x.dtype, x.device) for x in inputs))
         recorded = self._recorded.get(key)
-        if recorded is None or self._direct:
-            if key not in self._recorded or self._direct or len(self) == GRAPHS:
-                self._recorded.setdefault(key, None)
-                self._direct = False
-                return self._function(*arguments)
+        first_of_its_shape = key not in self._recorded
+        if self._direct or first_of_its_shape or (recorded is None and len(self) == GRAPHS):
+            self._recorded.setdefault(key, None)
+            self._direct = False
+            return self._function(*arguments)
+        if recorded is None:
             recorded = self._recorded[key] = _Recorded(self._function, inputs, structure, self._pool)
         return recorded(inputs)
 

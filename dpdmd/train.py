@@ -222,11 +222,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         journal.finish(summary)
         journal.close()
         if "peak_memory_gib" in summary:
-            print(
-                "peak memory: {predicted_peak_memory_gib:.1f} GiB predicted, {peak_memory_gib:.1f} measured".format(
-                    **summary
-                )
-            )
+            predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
+            print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
 
 

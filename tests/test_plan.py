@@ -61,7 +61,7 @@ BY_HAND = Footprint(
 )
 
 
-class ByHand:
+class ByHand(Footprints):
     """Three networks alike, of 210 parameters in bfloat16."""
 
     def __init__(self, whole=BY_HAND):
@@ -269,6 +269,9 @@ def test_seconds_by_hand():
     assert taken["teacher's passes"] == pytest.approx(6 * 2 * 2 * 1.2)
     # Of both chains, of 2 and of 6 block passes, one is kept; the others are computed again without attention.
     assert taken["student's passes"] == pytest.approx(8 * (1.2 + 2.5) + (1 + 5) * 1.1)
+    # Two of the three steps after the first are evaluated without gradient.
+    drawn = by_hand("engine.checkpointing=none", "distill.rollout_gradient=random")
+    assert seconds(drawn, ByHand(), 1)["student's rollouts"] == pytest.approx((5 * 4 + 2) * 2 * 1.2)
 
 
 def test_the_floor_by_hand():
