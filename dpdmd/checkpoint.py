@@ -96,8 +96,7 @@ class Checkpoints:
     def load(self, path: Path, networks: dict[str, Network], state: dict[str, Any]) -> None:
         """Restores weights and optimizer state bit for bit; all processes call."""
         for role in ("student", "critic"):
-            networks[role].load(path)
-            networks[role].updates = state["updates"][role]
+            networks[role].load(path, state["updates"][role])
 
     def remove_unfinished(self) -> None:
         """Deletes what a killed run left half-written."""

@@ -189,10 +189,10 @@ class EngineConfig(_Section):
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
         "none",
-        description="ZeRO stage 3: where masters and moments live and are updated (DeepSpeed's CPU AdamW): cpu, or nvme "
+        description="ZeRO stage 3: where masters and moments live and are updated (torch's AdamW, on the CPU): cpu, or nvme "
         "under nvme_path.",
     )
-    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme.")
+    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
     deepspeed: str | dict[str, Any] | None = Field(
         None,
         description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",
@@ -331,14 +331,17 @@ class Config(_Section):
                     f"engine.offload = {engine.offload} is of ZeRO stage 3, but engine.zero.{role} = {stage}"
                 )
             optimizer = getattr(self, f"{role}_optimizer")
-            allowed = ("auto", "torch", "deepspeed") if engine.offload == "cpu" else ("auto", "deepspeed")
-            if optimizer.name not in allowed or optimizer.state != "float32":
+            if optimizer.name not in ("auto", "torch") or optimizer.state != "float32":
                 raise ValueError(
                     f"engine.offload = {engine.offload} is updated on the CPU with float32 moments: {role}_optimizer.name "
-                    f"= {optimizer.name} with state = {optimizer.state} cannot be; {' or '.join(allowed)} with float32 can"
+                    f"= {optimizer.name} with state = {optimizer.state} cannot be; auto or torch with float32 can"
                 )
         if engine.offload == "nvme" and engine.nvme_path is None:
             raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a local disk")
+        if engine.offload == "nvme" and self.ema is not None:
+            raise ValueError(
+                "ema averages masters, which engine.offload = nvme keeps on the disk: set ema=null or offload=cpu"
+            )
 
 
 def check_explicit_grid(grid: list[float], student_steps: int) -> None:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import hashlib
 import importlib
 import json
 import math
 import os
+import shutil
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -135,6 +137,21 @@ def _check_nvme(path: str) -> None:
         )
 
 
+def _swap_folder(config: Config, role: str) -> Path:
+    """Under engine.nvme_path, of one run and one role: DeepSpeed names files by parameters' numbers alone, and copies
+    all that is there into a checkpoint."""
+    run = hashlib.sha256(str(Path(config.run.output_dir).resolve()).encode()).hexdigest()[:12]
+    return Path(config.engine.nvme_path) / f"dpdmd-{run}" / role
+
+
+def _remove_swapped(folder: Path, root: Path) -> None:
+    """A folder with all that is in it, and those above it that are empty then, up to root, which stays."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        while (folder := folder.parent) != root:
+            folder.rmdir()
+
+
 def start(config: EngineConfig) -> World:
     """Joins the processes that the deepspeed launcher started, or stands alone when there was no launcher."""
     device = resolve_device(config.device)
@@ -152,7 +169,7 @@ def start(config: EngineConfig) -> World:
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         torch.cuda.set_device(local_rank)
-    else:
+    if device == "cpu" or config.offload != "none":
         # Processes that share cores stall one another when each starts a thread for every core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_processes()))
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
@@ -271,7 +288,7 @@ class Base:
         frozen = [parameter for parameter in self.transformer.parameters() if not parameter.requires_grad]
         settings = deepspeed_settings(config, "teacher", frozen[0].dtype, world.size)
         engine, *_ = deepspeed.initialize(model=self.transformer, config=settings)
-        _without_hooks(self.transformer, engine.optimizer)
+        _without_hooks(engine, engine.optimizer)
         # All roles need it: it is never released as a whole.
         policy = "block" if residency(config, world.size) == "block" else "whole"
         self.weights = Weights(frozen, self.blocks, policy, world.size)
@@ -284,10 +301,13 @@ class Base:
         return self.transformer
 
 
-def _without_hooks(module: nn.Module, zero) -> None:
+def _without_hooks(engine, zero) -> None:
     """Takes DeepSpeed's hooks off: when weights are gathered is decided in residency.py."""
     zero.destroy()
-    for each in module.modules():
+    # The engine's own go through all modules at each pass, and wait for the GPU to tell its throughput.
+    engine.module_forward_pre_hook.remove()
+    engine.module_forward_post_hook.remove()
+    for each in engine.module.modules():
         each._parameters = each._original_parameters  # DeepSpeed's own ones look into its hooks' state at each access
 
 
@@ -355,17 +375,31 @@ class Network:
                     offload=config.engine.offload,
                 )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        self._swaps = self.trained and config.engine.offload == "nvme"
+        if self._swaps:
+            self._check_swapping(Path(config.engine.nvme_path))
         if self.stage == 3:
             self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
         if role == "student" and config.ema is not None:
             device = "cpu" if config.ema.device == "cpu" else None
             self.average = Average(self.engine.optimizer.fp32_partitioned_groups_flat, config.ema.decay, device)
 
+    def _check_swapping(self, nvme_path: Path) -> None:
+        zero = self.engine.optimizer
+        atexit.register(_remove_swapped, Path(zero.optimizer_swapper.swap_folder), nvme_path)
+        sizes = zero.fp16_partitioned_groups_flat_numel
+        if not zero.optimizer_swapper.is_swappable_tensor(None, numel=min(sizes)):
+            raise ConfigError(
+                f"engine.offload = nvme: DeepSpeed swaps no tensor below 1 MiB, but a process's part of the {self.role} is "
+                f"cut into {', '.join(map(str, sizes))} numbers; engine.offload=cpu would run, or another "
+                "zero_optimization.sub_group_size in engine.deepspeed"
+            )
+
     def _take_over(self, blocks: list[nn.Module], config: Config, world: World, update: bool) -> None:
         """DeepSpeed has cut the weights up and keeps the state; when they are gathered is decided here from now on, and,
         with an optimizer of ours on the device (update), how gradients are reduced and applied."""
         zero = self.engine.optimizer
-        _without_hooks(self.module, zero if update or not self.trained else zero.parameter_offload)
+        _without_hooks(self.engine, zero if update or not self.trained else zero.parameter_offload)
         policy = residency(config, world.size)
         flat = zero.lp_param_buffer if self.trained else None
         float8 = not self.trained and config.model.teacher_storage == "float8"
@@ -442,10 +476,6 @@ class Network:
         """Applied ones. Waits for the last to be known."""
         self.settle()
         return self._updates
-
-    @updates.setter
-    def updates(self, value: int) -> None:
-        self._updates = value
 
     def backward(self, loss: Tensor, *, more: bool = False) -> None:
         """Adds one micro-batch's gradient. A loss that is not finite makes the gradient so, on every process.
@@ -566,15 +596,27 @@ class Network:
         if self.average is not None:
             self.average.save(self._average_file(folder))
 
-    def load(self, folder: Path) -> None:
-        """What `save` wrote, bit for bit; all processes call."""
+    def load(self, folder: Path, updates: int) -> None:
+        """What `save` wrote after so many updates, bit for bit; all processes call."""
         self.release()
+        self._updates = updates
+        if self._swaps and updates > 0:
+            self._expect_moments()
         self.engine.load_checkpoint(str(folder), tag=self.role)
         if self._replay is not None:
             self._replay.forget()
         self._forget_rounded()
         if self.average is not None:
             self.average.load(self._average_file(folder))
+
+    def _expect_moments(self) -> None:
+        """DeepSpeed reads from the disk the moments that it knows of: after the first update, not before."""
+        zero = self.engine.optimizer
+        for master, size in zip(
+            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True
+        ):
+            moments = {name: torch.empty(size, dtype=master.dtype) for name in ("exp_avg", "exp_avg_sq")}
+            zero.optimizer.state[master] = {"step": torch.tensor(float(self._updates)), **moments}
 
     def _average_file(self, folder: Path) -> Path:
         return folder / self.role / f"average_rank_{dist.get_rank():05d}.safetensors"
@@ -678,6 +720,7 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
         "train_batch_size": engine.batch_size * engine.accumulation * world_size,
         "gradient_clipping": engine.clip,
         "steps_per_print": None,
+        "timers": {"throughput": {"enabled": False}},  # waits for the GPU at each pass
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
         "bf16": {"enabled": dtype == torch.bfloat16},
@@ -697,7 +740,7 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
         pinned = resolve_device(engine.device) == "cuda"
         offload = {"device": engine.offload, "pin_memory": pinned}
         if engine.offload == "nvme":
-            offload |= {"nvme_path": engine.nvme_path, "fast_init": True}
+            offload |= {"nvme_path": str(_swap_folder(config, role)), "fast_init": True}
         settings["zero_optimization"]["offload_optimizer"] = offload
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW updates on the CPU as well
     if role != "teacher" and engine.deepspeed is not None:
@@ -734,15 +777,11 @@ def build_optimizer(
     """AdamW: the one that is named; auto is our own for the flat shards of stage 3 and where moments take fewer bytes,
     else the first of apex, DeepSpeed and torch that is installed. seed: of stochastic rounding.
 
-    offload: "cpu" or "nvme" where the state lives there: torch's on the CPU, or DeepSpeed's where it is named or swaps.
+    offload: "cpu" or "nvme" where the state lives there, and torch's updates it on the CPU.
 
     Raises ConfigError when the named one cannot be had here, saying why.
     """
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    if offload != "none" and (config.name == "deepspeed" or offload == "nvme"):
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(parameters, adamw_mode=True, **arguments)
     ours = config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32"))
     if ours and offload == "none":
         return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)

@@ -196,6 +196,12 @@ def test_weights_that_stay_whole_are_gathered_to_the_same_place(traffic):
 
 
 @pytest.mark.distributed
+def test_no_hook_of_deepspeed_is_left(traffic):
+    """Neither of ZeRO's nor of its engine, which goes through all modules at each pass and waits for the GPU."""
+    assert [traffic[residency]["hooks"] for residency in ("whole", "phase", "float8")] == [0] * 3
+
+
+@pytest.mark.distributed
 def test_residency_changes_no_bit(traffic):
     losses = [traffic[residency]["losses"] for residency in ("whole", "phase", "block")]
     assert len(losses[0]) == 9 and losses[0] == losses[1] == losses[2]

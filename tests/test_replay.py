@@ -72,20 +72,15 @@ class TestOnGpu:
         assert len(run) == len(other) == 1
         assert len({result.data_ptr() for result in results}) == 5 and not torch.equal(results[3], results[4])
 
-    def test_a_run_is_the_same_to_the_bit(self, tmp_path):
+    @pytest.mark.parametrize("lever", [[], ["engine.offload=cpu"]], ids=["as configured", "offload"])
+    def test_a_run_is_the_same_to_the_bit(self, tmp_path, lever):
         pytest.importorskip("deepspeed")
         losses = []
         for graphs in ("true", "false"):
             settings = [f"run.output_dir={tmp_path / graphs}", "run.iterations=18", f"engine.cuda_graphs={graphs}"]
-            command = [
-                sys.executable,
-                "-m",
-                "dpdmd.train",
-                "engine.batch_size=16",
-                "evaluation.enabled=false",
-                *settings,
-            ]
-            done = subprocess.run([*command, "run.sample_every=1"], capture_output=True, text=True, timeout=300)
+            settings += ["engine.batch_size=16", "evaluation.enabled=false", "run.sample_every=1", *lever]
+            command = [sys.executable, "-m", "dpdmd.train", *settings]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr[-3000:]
             lines = (tmp_path / graphs / "metrics.jsonl").read_text().splitlines()
             losses.append([json.loads(line)["loss"] for line in lines])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import run_script
 from safetensors.torch import load_file
 
@@ -112,6 +113,12 @@ LEVERS = {
         "model.teacher_storage=float8",
         "ema={decay: 0.5, device: cpu}",
     ],
+    "swapping": [
+        "model.dtype=bfloat16",
+        "engine.offload=nvme",
+        "engine.nvme_path={folder}",
+        "engine.deepspeed={aio: {block_size: 4096}}",  # what is smaller stays in memory
+    ],
     "adapters": ["model.dtype=bfloat16", "lora={rank: 4}", "student_optimizer.state=float8", "ema={decay: 0.5}"],
 }
 
@@ -121,25 +128,40 @@ LEVERS = {
 def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settings, straight, tmp_path, lever):
     """Covers 3 + resume + 3 as well: the killed run's last complete checkpoint is that of update 3."""
     folder, expected = tmp_path / "run", straight / "run"
-    options = LEVERS[lever]
+    if lever == "swapping" and not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs the headers of libaio")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = [option.format(folder=disk) if "{folder}" in option else option for option in LEVERS[lever]]
+    plainly = (DRIVER, "nothing", tmp_path)
     if options:
         expected = tmp_path / "straight"
-        checked(run_script(2, TRAIN, "--config", settings, *options, f"run.output_dir={expected}"))
+        checked(run_script(2, *plainly, "--config", settings, *options, f"run.output_dir={expected}"))
+        assert not any(disk.iterdir())
     killed = run_script(2, DRIVER, "killed", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
     assert killed.returncode != 0
     left = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert left == [".unfinished-step_000006", "step_000003"]
     assert not (folder / "finished.json").exists()
 
-    refused = run_script(2, TRAIN, "--config", settings, *options, f"run.output_dir={folder}")
+    refused = run_script(2, *plainly, "--config", settings, *options, f"run.output_dir={folder}")
     assert refused.returncode != 0 and "holds an unfinished run" in refused.stderr and "--resume" in refused.stderr
 
-    checked(run_script(2, TRAIN, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
+    checked(run_script(2, *plainly, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
     assert same_bits(student_weights(folder), student_weights(expected))
     timings = ("seconds", "samples_per_second")
     strip = lambda lines: [{k: v for k, v in line.items() if k not in timings} for line in lines]  # noqa: E731
     assert strip(entries(folder)) == strip(entries(expected))
+
+
+@pytest.mark.distributed
+def test_state_that_would_not_be_swapped(settings, tmp_path):
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs the headers of libaio")
+    options = ["engine.offload=nvme", f"engine.nvme_path={tmp_path}", f"run.output_dir={tmp_path / 'run'}"]
+    done = run_script(0, TRAIN, "--config", settings, *options)
+    assert done.returncode == 2 and "DeepSpeed swaps no tensor below 1 MiB" in done.stderr
 
 
 @pytest.mark.distributed
@@ -397,6 +419,14 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
+        (
+            ["engine.offload=cpu", "critic_optimizer.name=deepspeed"],
+            "critic_optimizer.name = deepspeed with state = float32 cannot be; auto or torch with float32 can",
+        ),
+        (
+            ["engine.offload=nvme", "engine.nvme_path={tmp}", "ema={{decay: 0.5}}"],
+            "ema averages masters, which engine.offload = nvme keeps on the disk",
+        ),
         (["model.teacher_storage=float8", "engine.zero.teacher=0"], "but there is engine.zero.teacher = 0"),
         (["lora={{rank: 4}}", "engine.zero.critic=1"], "lora needs ZeRO stage 3 .* engine.zero.critic = 1"),
         (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),

@@ -6,7 +6,7 @@ Prints one JSON line.
 import json
 import sys
 import tempfile
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 
 import torch.distributed as dist
 
@@ -55,7 +55,10 @@ def run(pipeline, residency, folder, storage="full"):
     whole = sum(parameter.numel() for network in trainer.networks.values() for parameter in network.module.parameters())
     shard = sum(parameter.ds_tensor.nbytes for parameter in trainer.networks["teacher"].module.parameters())
     stayed = all(len(each) == 1 for each in places.values())
-    return {"cycles": cycles, "losses": losses, "whole_after": whole, "stayed": stayed}, shard
+    modules = [module for network in trainer.networks.values() for module in network.module.modules()]
+    hooks = sum(len(each._forward_hooks) + len(each._forward_pre_hooks) for each in modules)
+    hooks += sum(type(each._parameters) not in (dict, OrderedDict) for each in modules)
+    return {"cycles": cycles, "losses": losses, "whole_after": whole, "stayed": stayed, "hooks": hooks}, shard
 
 
 def main():

@@ -5,13 +5,20 @@ import signal
 import sys
 from pathlib import Path
 
+from deepspeed.runtime.swap_tensor import optimizer_utils
+
 from dpdmd import checkpoint, distill, train
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 what, folder, *arguments = arguments
 rank = os.environ.get("RANK", "0")
 
-if what == "recorded":
+if "engine.offload=nvme" in arguments:
+    optimizer_utils.MIN_AIO_BYTES = 1  # what is smaller stays in memory
+
+if what == "nothing":
+    pass
+elif what == "recorded":
     # Every process writes down the noise that it draws.
     draw = distill.Draws.noise
 
