@@ -198,6 +198,7 @@ def run_one(args) -> int:
     try:
         config = load_config(args.config, [*fixed, *args.settings, *CONTENDERS[args.contender].settings])
         backbone = load_backbone(config.model)
+        train.check(config, backbone)
         world = start(config.engine)
         plan = None
         if CONTENDERS[args.contender].peer is None:

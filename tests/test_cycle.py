@@ -46,6 +46,30 @@ def test_cycle_by_phase(tiny_pipeline, tmp_path):
     assert result["packages"]["deepspeed"] and result["machine"]["cores"]
 
 
+@pytest.mark.distributed
+def test_contenders_in_turn(tiny_pipeline, tmp_path):
+    """One that cannot run here, which the others survive, and a peer; the file is there after each of them."""
+    (tmp_path / "settings.yaml").write_text("{}")
+    settings = [f"model.pipeline={tiny_pipeline}", "model.random_init=true", "model.resolution=32", "engine.device=cpu"]
+    settings += ["model.max_sequence_length=8", "engine.batch_size=1", "distill.critic_updates=1"]
+    options = ["--config", str(tmp_path / "settings.yaml"), "--cycles", "1", "--warmup", "0"]
+    options += ["--contenders", "fp8", "eager", "--json", str(tmp_path / "cycle.json")]
+    done = subprocess.run(
+        [sys.executable, str(BENCHMARKS / "run.py"), "--op", "cycle", *options, *settings],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd="/",
+    )
+    assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
+    result = json.loads((tmp_path / "cycle.json").read_text())
+    assert list(result["contenders"]) == ["eager"] and list(result["failed"]) == ["fp8"]
+    assert result["contenders"]["eager"]["seconds_a_cycle"] > 0 and result["command"].startswith("python ")
+    assert "FP8 products need a GPU" in result["failed"]["fp8"]
+    assert "local_rank" not in result["contenders"]["eager"]["command"]
+    assert "| eager PyTorch" in done.stdout
+
+
 def test_the_table_has_the_floor():
     sys.path.insert(0, str(BENCHMARKS))
     try:
