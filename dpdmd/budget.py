@@ -472,9 +472,9 @@ class Memory:
         if first_steps:
             phases.append(
                 self._phase(
-                    "student update, first step, teacher's rollout",
-                    gathered=self._whole("student", "teacher"),
-                    activations=first.kept + teacher,
+                    "student update, teacher's rollout",
+                    gathered=self._whole("teacher"),
+                    activations=teacher,
                     gradients=begun,
                     buffers=self._receiving("teacher"),
                 )

@@ -109,8 +109,9 @@ class Distillation:
         x, diversity, remaining = noise, noise.new_zeros((), dtype=torch.float32), 0.0
         if config.method == "dpdmd":
             t, t_next = steps.pop(0)
+            anchor = self._anchor(teacher, noise, cond, uncond)
             prediction = student(noise, t, cond)
-            diversity = self._diversity_loss(teacher, prediction, noise, t, cond, uncond)
+            diversity = diffusion.first_step_loss(prediction, noise, t, **anchor)
             remaining = config.diversity_weight * diversity
             x = diffusion.step(noise, prediction, t, t_next)
             if config.detach:
@@ -124,18 +125,19 @@ class Distillation:
         dmd, diversity = dmd.detach(), diversity.detach()
         return StudentLoss(remaining, dmd + config.diversity_weight * diversity, dmd, diversity, x.detach())
 
-    def _diversity_loss(self, teacher, prediction, noise, start, cond, uncond) -> Tensor:
+    def _anchor(self, teacher, noise, cond, uncond) -> dict[str, Any]:
+        """Where the teacher comes to from noise (B, ...) in K steps, as `first_step_loss` takes it."""
         config, diffusion = self.config, self.diffusion
         scale = config.guidance_scale
-        evaluation = {}
+        anchor_times = self.teacher_times[: config.anchor + 1]
+        t = anchor_times[-1].expand(len(noise))
         with torch.no_grad():
-            anchor_times = self.teacher_times[: config.anchor + 1]
             z = rollout(diffusion, teacher, noise, anchor_times, cond, uncond, scale)
-            t = anchor_times[-1].expand(len(noise))
+            anchor = {"z": z, "t": t}
             if diffusion.anchor_needs_teacher and config.anchor < config.teacher_steps:
                 at_anchor, at_anchor_uncond = guided(teacher, z, t, cond, uncond, scale)
-                evaluation = {"teacher": at_anchor, "teacher_uncond": at_anchor_uncond, "guidance_scale": scale}
-        return diffusion.first_step_loss(prediction, noise, start, z, t, **evaluation)
+                anchor |= {"teacher": at_anchor, "teacher_uncond": at_anchor_uncond, "guidance_scale": scale}
+        return anchor
 
     def _trained_rollout(self, student, x, steps, cond, draws) -> Tensor:
         """The steps that DMD trains: a graph through all of them, or through one drawn at random.

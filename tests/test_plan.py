@@ -213,8 +213,8 @@ def test_roles_on_one_base_by_hand(residency):
 
 def test_the_students_phases_by_hand():
     phases = Memory(by_hand(), ByHand(), 1).student_phases()
-    first = parts(phases, "student update, first step, teacher's rollout")
-    assert first["activations"] == 104 + 60  # the teacher's batch is twice the student's, for guidance
+    first = parts(phases, "student update, teacher's rollout")
+    assert first["activations"] == 60  # the teacher's batch is twice the student's, for guidance
     assert first["gradients"] == 0
     assert parts(phases, "student update, first step's backward")["gradients"] == 420
     score = parts(phases, "student update, chain and score")
@@ -224,9 +224,9 @@ def test_the_students_phases_by_hand():
     assert (fullest["activations"], fullest["gradients"]) == (104 + 50 + 8 + 70, 200 + 420 + 420)
     assert parts(phases, "student update, optimizer")["gradients"] == 420
     repeated = Memory(by_hand("engine.accumulation=2"), ByHand(), 4).student_phases()
-    assert parts(repeated, "student update, first step, teacher's rollout")["gradients"] == 4 * 210 / 4
+    assert parts(repeated, "student update, teacher's rollout")["gradients"] == 4 * 210 / 4
     unguided = Memory(by_hand("distill.guidance_scale=1"), ByHand(), 1).student_phases()
-    assert parts(unguided, "student update, first step, teacher's rollout")["activations"] == 104 + 30
+    assert parts(unguided, "student update, teacher's rollout")["activations"] == 30
     # Not cut off, the first step is part of the chain, and no gradient waits for another.
     config = by_hand("distill.detach=false")
     assert not in_parts(config)
