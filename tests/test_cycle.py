@@ -10,24 +10,25 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-CYCLE = BENCHMARKS / "cycle.py"
+
+
+def measured(script, options, pipeline, folder, *settings):
+    """The script run on the architecture of `pipeline`, and what it wrote."""
+    (folder / "settings.yaml").write_text("{}")
+    options = [*options, "--config", folder / "settings.yaml", "--cycles", 1, "--warmup", 0]
+    options += ["--json", folder / "cycle.json"]
+    settings = [f"model.pipeline={pipeline}", "model.random_init=true", "model.resolution=32", *settings]
+    settings += ["model.max_sequence_length=8", "engine.device=cpu", "engine.batch_size=1"]
+    command = [str(each) for each in (sys.executable, script, *options, *settings)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
+    assert (folder / "cycle.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
+    return done, json.loads((folder / "cycle.json").read_text())
 
 
 @pytest.mark.distributed
 def test_cycle_by_phase(tiny_pipeline, tmp_path):
-    settings = [f"model.pipeline={tiny_pipeline}", "model.random_init=true", "model.resolution=32", "engine.device=cpu"]
-    settings += ["model.max_sequence_length=8", "engine.batch_size=1", "distill.critic_updates=2"]
-    (tmp_path / "settings.yaml").write_text("{}")
-    options = ["--cycles", "1", "--warmup", "0", "--json", str(tmp_path / "cycle.json")]
-    done = subprocess.run(
-        [sys.executable, str(CYCLE), "--config", str(tmp_path / "settings.yaml"), *options, *settings],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd="/",
-    )
+    done, result = measured(BENCHMARKS / "cycle.py", [], tiny_pipeline, tmp_path, "distill.critic_updates=2")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    result = json.loads((tmp_path / "cycle.json").read_text())
     phases = result["seconds_by_phase"]
     assert set(phases) == {
         "critic: student forward without gradient",
@@ -49,20 +50,9 @@ def test_cycle_by_phase(tiny_pipeline, tmp_path):
 @pytest.mark.distributed
 def test_contenders_in_turn(tiny_pipeline, tmp_path):
     """One that cannot run here, which the others survive, and a peer; the file is there after each of them."""
-    (tmp_path / "settings.yaml").write_text("{}")
-    settings = [f"model.pipeline={tiny_pipeline}", "model.random_init=true", "model.resolution=32", "engine.device=cpu"]
-    settings += ["model.max_sequence_length=8", "engine.batch_size=1", "distill.critic_updates=1"]
-    options = ["--config", str(tmp_path / "settings.yaml"), "--cycles", "1", "--warmup", "0"]
-    options += ["--contenders", "fp8", "eager", "--json", str(tmp_path / "cycle.json")]
-    done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "run.py"), "--op", "cycle", *options, *settings],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd="/",
-    )
+    options = ["--op", "cycle", "--contenders", "fp8", "eager"]
+    done, result = measured(BENCHMARKS / "run.py", options, tiny_pipeline, tmp_path, "distill.critic_updates=1")
     assert done.returncode == 1, done.stdout[-2000:] + done.stderr[-2000:]
-    result = json.loads((tmp_path / "cycle.json").read_text())
     assert list(result["contenders"]) == ["eager"] and list(result["failed"]) == ["fp8"]
     assert result["contenders"]["eager"]["seconds_a_cycle"] > 0 and result["command"].startswith("python ")
     assert "FP8 products need a GPU" in result["failed"]["fp8"]
