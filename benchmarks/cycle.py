@@ -143,6 +143,10 @@ def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
     if cuda:
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        # CUDA's context, the kernels' code, NCCL; and whatever else is on the GPU.
+        result["outside_torch_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
+        result["allocations_repeated"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return result
 
 
@@ -227,7 +231,7 @@ def run_one(args) -> int:
         for phase, seconds in result["seconds_by_phase"].items():
             print(f"{phase:45} {seconds:8.3f} s")
         print(f"{'a cycle':45} {result['seconds_a_cycle']:8.3f} s")
-        for key in ("peak_allocated_gib", "peak_reserved_gib"):
+        for key in ("peak_allocated_gib", "peak_reserved_gib", "outside_torch_gib"):
             if key in result:
                 print(f"{key:45} {result[key]:8.1f} GiB")
         print(f"{'communication a cycle':45} {result['communication']}", flush=True)

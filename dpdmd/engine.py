@@ -168,6 +168,7 @@ def start(config: EngineConfig) -> World:
 
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
+        _let_segments_grow()
         torch.cuda.set_device(local_rank)
     if device == "cpu" or config.offload != "none":
         # Processes that share cores stall one another when each starts a thread for every core.
@@ -176,6 +177,13 @@ def start(config: EngineConfig) -> World:
     if device == "cpu":
         atexit.register(_remove_shared_memory)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device, local_rank if device == "cuda" else None))
+
+
+def _let_segments_grow() -> None:
+    """Of torch's allocator: what is freed in pieces then serves a larger tensor. A GPU that is full to 95 % has no room for
+    pieces that fit nothing. The environment's settings, if there are any, stand instead."""
+    if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def _remove_shared_memory() -> None:

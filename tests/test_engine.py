@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +14,7 @@ from processes import results_of
 
 from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
+    _let_segments_grow,
     build_optimizer,
     check,
     deepspeed_settings,
@@ -102,6 +106,43 @@ def test_fused_on_a_gpu_only():
     config = load_config(None).model
     assert config.fuse and fuse(torch.nn.Identity(), config, torch.device("cpu")) is None
     assert fuse(torch.nn.Identity(), config.model_copy(update={"fuse": False}), torch.device("cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "set_to"),
+    [({}, ["expandable_segments:True"]), ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512"}, [])],
+)
+def test_segments_grow_unless_the_environment_says_otherwise(monkeypatch, environment, set_to):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    settings = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", settings.append)
+    _let_segments_grow()
+    assert settings == set_to
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_run_has_segments_that_grow():
+    """In a process of its own: the allocator's settings are the process's."""
+    script = """
+import torch
+from dpdmd.config import EngineConfig
+from dpdmd.engine import start
+start(EngineConfig())
+kept = [torch.empty(2**20, device="cuda") for _ in range(100)]
+print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}, len(torch.cuda.memory_snapshot()))
+"""
+    pytest.importorskip("deepspeed")
+    environment = {
+        key: value for key, value in os.environ.items() if key not in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    }
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    expandable, number = done.stdout.splitlines()[-1].rsplit(" ", 1)
+    assert expandable == "{True}" and int(number) < 10, done.stdout
 
 
 def test_device_and_dtype():
