@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import hashlib
 import importlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
@@ -173,10 +175,38 @@ def start(config: EngineConfig) -> World:
     if device == "cpu" or config.offload != "none":
         # Processes that share cores stall one another when each starts a thread for every core.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_processes()))
+    if config.offload == "nvme":
+        _load_file_access(device)
     deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
     if device == "cpu":
         atexit.register(_remove_shared_memory)
     return World(dist.get_rank(), dist.get_world_size(), torch.device(device, local_rank if device == "cuda" else None))
+
+
+def _load_file_access(device: str) -> None:
+    """DeepSpeed's library for NVMe, which is compiled where it was not yet. Raises ConfigError where it cannot be."""
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if device == "cuda":
+        _bind_cudnn()
+    try:
+        AsyncIOBuilder().load(verbose=False)
+    except Exception as error:  # whatever the compiler, the linker or the environment's settings lead to
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"engine.offload = nvme: DeepSpeed's asynchronous file access could not be built or loaded ({reason[:500]}); "
+            "engine.offload=cpu would run"
+        ) from error
+
+
+def _bind_cudnn() -> None:
+    """Loads all parts of cuDNN, which loads each at its first use. DeepSpeed's library for NVMe makes torch's symbols
+    global; a part that comes after it takes some of them for its own and crashes (torch 2.11, DeepSpeed 0.19)."""
+    torch.backends.cudnn.version()  # loads the first part
+    maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+    for folder, version in set(re.findall(r"(/\S+)/libcudnn\.so\.(\d+)", maps)):
+        for part in sorted(Path(folder).glob(f"libcudnn_*.so.{version}")):
+            ctypes.CDLL(str(part), mode=os.RTLD_NOW)
 
 
 def _let_segments_grow() -> None:

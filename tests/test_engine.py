@@ -10,11 +10,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import results_of
 
 from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
     _let_segments_grow,
+    _load_file_access,
     build_optimizer,
     check,
     deepspeed_settings,
@@ -143,6 +145,37 @@ print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}, le
     assert done.returncode == 0, done.stderr[-3000:]
     expandable, number = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert expandable == "{True}" and int(number) < 10, done.stdout
+
+
+def test_file_access_that_cannot_be_built(monkeypatch):
+    def load(self, verbose):
+        raise ValueError("invalid literal for int() with base 10: '0a'")
+
+    monkeypatch.setattr(AsyncIOBuilder, "load", load)
+    with pytest.raises(
+        ConfigError, match=r"engine\.offload = nvme: .* \(invalid literal .*'0a'\); engine\.offload=cpu"
+    ):
+        _load_file_access("cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_convolutions_beside_file_access(tmp_path):
+    """In a process of its own, which crashed."""
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("needs the headers of libaio")
+    script = f"""
+import torch
+from dpdmd.config import EngineConfig
+from dpdmd.engine import start
+start(EngineConfig(offload="nvme", nvme_path={str(tmp_path)!r}))
+for dtype in (torch.bfloat16, torch.float32):
+    convolution = torch.nn.Conv2d(16, 1536, 2, stride=2, device="cuda", dtype=dtype)
+    for size in (8, 128):
+        print(convolution(torch.randn(2, 16, size, size, device="cuda", dtype=dtype)).sum().item())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) >= 4, done.stderr[-3000:]
 
 
 def test_device_and_dtype():
