@@ -415,16 +415,17 @@ class Network:
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self._swaps = self.trained and config.engine.offload == "nvme"
         if self._swaps:
-            self._check_swapping(Path(config.engine.nvme_path))
+            swapped = Path(self.engine.optimizer.optimizer_swapper.swap_folder)
+            atexit.register(_remove_swapped, swapped, Path(config.engine.nvme_path))
+            self._check_swapping()
         if self.stage == 3:
             self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
         if role == "student" and config.ema is not None:
             device = "cpu" if config.ema.device == "cpu" else None
             self.average = Average(self.engine.optimizer.fp32_partitioned_groups_flat, config.ema.decay, device)
 
-    def _check_swapping(self, nvme_path: Path) -> None:
+    def _check_swapping(self) -> None:
         zero = self.engine.optimizer
-        atexit.register(_remove_swapped, Path(zero.optimizer_swapper.swap_folder), nvme_path)
         sizes = zero.fp16_partitioned_groups_flat_numel
         if not zero.optimizer_swapper.is_swappable_tensor(None, numel=min(sizes)):
             raise ConfigError(
