@@ -314,8 +314,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=None)
     parser.add_argument("--cycles", type=int, default=2)
-    help = "cycles before those that count: a pass that comes once a cycle is recorded in the second (dpdmd/replay.py)"
-    parser.add_argument("--warmup", type=int, default=2, help=help)
+    parser.add_argument(
+        "--warmup",
+        type=int,
+        default=2,
+        help="cycles before those that count: a pass that comes once a cycle is recorded in the second (dpdmd/replay.py)",
+    )
     parser.add_argument("--profile", action="store_true", help="one more cycle, its GPU time by kind of kernel")
     parser.add_argument("--json", type=Path)
     return parser
