@@ -49,7 +49,7 @@ HOST = 3e-3, 6e-3  # a block's forward and its backward pass are launched in: wh
 NVLINK, NETWORK = 300e9, 50e9  # bytes a second and GPU that a gather receives, in a machine and between machines
 # Of a transfer beside a pass, so much of its time is lost to the pass: both want the GPU's memory and units.
 BESIDE = 0.3
-# Pinned bytes each way; parameters of a process with 16 cores; bytes of a machine (assumed).
+# Pinned bytes each way; parameters of a process with 16 cores; bytes a second of a machine's disk (assumed).
 PCIE, CPU_ADAMW, NVME = 25e9, 1.15e9, 5e9
 
 # Parameters of the text encoders that published models of a family come with (T5-XXL and CLIP's).

@@ -545,7 +545,9 @@ def cycles():
 
 
 @pytest.mark.parametrize("processes, run", list(cycles()))
-def test_a_cycle_takes_what_was_measured(processes, run):
+def test_a_cycle_takes_what_was_measured(processes, run, monkeypatch):
+    monkeypatch.chdir(ROOT)  # one of the architectures is benchmarks/six_blocks
+    monkeypatch.setattr(budget, "NVME", 1.55e9)  # the disk's, as dd read and wrote it there past the page cache
     config = parse_config(run["config"])
     found = plan_of(config, Footprints(plan.architecture_only(config)), processes, 140 * GIB)
     assert found.peak / GIB == pytest.approx(run["peak_allocated_gib"], rel=0.1)
