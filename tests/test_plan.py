@@ -134,6 +134,10 @@ def test_offload_by_hand():
     offloaded = Memory(by_hand("engine.offload=cpu", "ema.device=cpu"), ByHand(), 16)
     state = offloaded._persistent()
     assert state["optimizer"] == state["gradients"] == state["ema"] == 0
+    here = Memory(by_hand(), ByHand(), 16)
+    assert state["buffers"] - here._persistent()["buffers"] == 2 * 2 * 5e8  # a bucket of DeepSpeed's for each role
+    assert offloaded._reducing("critic") == 2 * 210  # its copy; ours: three blocks' gradients
+    assert here._reducing("critic") == 3 * 2 * 100
     host = offloaded.host()  # of a machine with 8 of the 16 processes
     assert host["masters, moments and gradients"] == 16 * 2 * 210 / 2
     assert host["average of the student"] == 4 * 210 / 2
