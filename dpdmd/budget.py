@@ -35,8 +35,8 @@ GPUS_A_NODE = 8
 # graphs' among them) and for what this planner does not see.
 CONTEXT, NCCL, MARGIN = 1.7 * GIB, 1.0 * GIB, 0.04
 WORKSPACE = 0.1 * GIB  # cuBLAS's, latents and losses
-# DeepSpeed's own reduction gathers so many elements before it sends them, and flattens them. Under stage 3 each role that it
-# reduces has a bucket of this size from the start, however small the network.
+# DeepSpeed's own reduction gathers so many elements before it sends them, and flattens them. Under offload each role has
+# a bucket of this size from the start, however small the network.
 DEEPSPEED_BUCKET = 5e8
 
 # A second's work of an H100 or H200 (benchmarks/results/transformer.json, docs/transformer.md): bfloat16 products 600 to
@@ -371,7 +371,7 @@ class Memory:
             parts["gradients"] = 0.0 if reduced_here(config, role) else self._gradient(role)  # which DeepSpeed keeps
             state = (0 if width == 4 else 4) + STATE_BYTES[getattr(config, f"{role}_optimizer").state]
             parts["optimizer"] = state * fp.trained * self._share(role, 1)
-        if role != "teacher" and getattr(self._engine.zero, role) == 3 and not reduced_here(config, role):
+        elif role != "teacher":
             parts["buffers"] = width * DEEPSPEED_BUCKET
         return parts
 
@@ -416,11 +416,11 @@ class Memory:
     def _reducing(self, role: str) -> float:
         """Gradients on their way: up to three units, or DeepSpeed's bucket, where it is not always there, and its copy."""
         fp = self._at[role]
-        if not reduced_here(self._config, role):
-            bucket = fp.dtype_bytes * min(fp.trained, DEEPSPEED_BUCKET)
-            if getattr(self._engine.zero, role) < 3:
-                return 2 * bucket
+        bucket = fp.dtype_bytes * min(fp.trained, DEEPSPEED_BUCKET)
+        if self._engine.offload != "none":
             return bucket if self._gpus > 1 else 0.0
+        if not reduced_here(self._config, role):
+            return 2 * bucket
         largest = max(block.trained for block in fp.blocks)
         return 3 * fp.dtype_bytes * largest if self._gpus > 1 else 0.0
 

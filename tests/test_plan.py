@@ -138,6 +138,9 @@ def test_offload_by_hand():
     assert state["buffers"] - here._persistent()["buffers"] == 2 * 2 * 5e8  # a bucket of DeepSpeed's for each role
     assert offloaded._reducing("critic") == 2 * 210  # its copy; ours: three blocks' gradients
     assert here._reducing("critic") == 3 * 2 * 100
+    named = Memory(by_hand("critic_optimizer.name=torch"), ByHand(), 16)  # DeepSpeed reduces, without a lasting bucket
+    assert named._persistent()["buffers"] == here._persistent()["buffers"]
+    assert named._reducing("critic") == 2 * 2 * 210
     host = offloaded.host()  # of a machine with 8 of the 16 processes
     assert host["masters, moments and gradients"] == 16 * 2 * 210 / 2
     assert host["average of the student"] == 4 * 210 / 2
