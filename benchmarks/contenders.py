@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dpdmd.config import Config
-from dpdmd.engine import Step, World
+from dpdmd.engine import Step
+from dpdmd.world import World
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,6 @@ PLAIN = {"DPDMD_KERNELS": "reference"}
 CONTENDERS = {
     "ours": Contender("dpdmd, as configured"),
     "fp8": Contender("dpdmd, FP8 in passes without gradient", ("model.fp8=no_grad",)),
-    "stage0": Contender("dpdmd, ZeRO stage 0", ("engine.zero={teacher: 0, student: 0, critic: 0}",)),
     "eager": Contender("eager PyTorch, bf16 AdamW", peer="eager", environment=PLAIN),
     "compile": Contender("the same, torch.compile on each block", peer="compile", environment=PLAIN),
     "tutorial": Contender("DeepSpeed ZeRO-3, three engines, fp32 masters", peer="tutorial", environment=PLAIN),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -47,15 +46,3 @@ class Average:
         finally:
             for weight, held in zip(weights, before, strict=True):
                 weight.copy_(held)
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({str(index): shard.cpu() for index, shard in enumerate(self.shards)}, path)
-
-    def load(self, path: Path) -> None:
-        from safetensors.torch import load_file
-
-        saved = load_file(path)
-        for index, shard in enumerate(self.shards):
-            shard.copy_(saved[str(index)])

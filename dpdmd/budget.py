@@ -235,8 +235,7 @@ def in_parts(config: Config) -> bool:
 
 def reduced_here(config: Config, role: str) -> bool:
     """Whether gradients are reduced in residency.py; else DeepSpeed does it."""
-    own = config.engine.offload == "none" and getattr(config, f"{role}_optimizer").name in ("auto", "fused")
-    return own and getattr(config.engine.zero, role) == 3
+    return config.engine.offload == "none" and getattr(config, f"{role}_optimizer").name in ("auto", "fused")
 
 
 def residency_of(config: Config, role: str) -> str:
@@ -250,13 +249,12 @@ def residency_of(config: Config, role: str) -> str:
 
 def replayed(config: Config, role: str, num_gpus: int) -> bool:
     """Whether passes without gradient become CUDA graphs: where the weights stay whole."""
-    engine, stage = config.engine, getattr(config.engine.zero, role)
-    if stage < 3:
-        return engine.cuda_graphs and role == "teacher"
+    engine = config.engine
     if role == "teacher" and config.model.teacher_storage == "float8":
         return False
-    moving = residency_of(config, "teacher" if config.lora is not None else role)  # of adapters the base
-    return engine.cuda_graphs and (num_gpus == 1 or moving == "whole")
+    of_teacher = role == "teacher" or config.lora is not None  # adapters run on the base
+    stays = num_gpus == 1 or residency_of(config, "teacher" if of_teacher else role) == "whole"
+    return engine.cuda_graphs and (stays or (of_teacher and engine.zero.teacher == 0))
 
 
 def stored_bytes(config: Config, role: str, width: int) -> float:
@@ -341,9 +339,12 @@ class Memory:
 
     # What is there all the time
 
-    def _share(self, role: str, from_stage: int = 3) -> float:
-        """Of what ZeRO shards from such a stage on, the part that a process has."""
-        return 1 / self._gpus if getattr(self._engine.zero, role) >= from_stage else 1.0
+    def _sharded(self, role: str) -> bool:
+        return role != "teacher" or self._engine.zero.teacher == 3
+
+    def _share(self, role: str) -> float:
+        """The part of a role that a process has."""
+        return 1 / self._gpus if self._sharded(role) else 1.0
 
     def _persistent(self) -> dict[str, float]:
         config = self._config
@@ -370,7 +371,7 @@ class Memory:
         if role != "teacher" and self._engine.offload == "none":
             parts["gradients"] = 0.0 if reduced_here(config, role) else self._gradient(role)  # which DeepSpeed keeps
             state = (0 if width == 4 else 4) + STATE_BYTES[getattr(config, f"{role}_optimizer").state]
-            parts["optimizer"] = state * fp.trained * self._share(role, 1)
+            parts["optimizer"] = state * fp.trained * self._share(role)
         elif role != "teacher":
             parts["buffers"] = width * DEEPSPEED_BUCKET
         return parts
@@ -378,7 +379,7 @@ class Memory:
     def _gradient(self, role: str) -> float:
         """Bytes of a process's shard of it."""
         width = 4 if self._engine.accumulation > 1 else self._at[role].dtype_bytes
-        return width * self._at[role].trained * self._share(role, from_stage=2)
+        return width * self._at[role].trained * self._share(role)
 
     def _conditions(self) -> float:
         """Embeddings of a batch, conditional and not, apart and side by side."""
@@ -394,7 +395,7 @@ class Memory:
         total = 0.0
         for role in ROLES:
             policy, fp = residency_of(self._config, role), self._at[role]
-            if getattr(self._engine.zero, role) != 3 or (role not in roles and policy != "whole"):
+            if not self._sharded(role) or (role not in roles and policy != "whole"):
                 continue
             if self._gpus == 1:  # views of the shard, where it is not in another format
                 total += fp.parameters if stored_bytes(self._config, role, fp.dtype_bytes) != fp.dtype_bytes else 0
@@ -411,7 +412,7 @@ class Memory:
 
     def _receiving(self, role: str) -> float:
         """A unit as it came, beside the copy in the parameters' order."""
-        return self._block_bytes(role) if self._gpus > 1 and getattr(self._engine.zero, role) == 3 else 0.0
+        return self._block_bytes(role) if self._gpus > 1 and self._sharded(role) else 0.0
 
     def _reducing(self, role: str) -> float:
         """Gradients on their way: up to three units, or DeepSpeed's bucket, where it is not always there, and its copy."""
@@ -596,7 +597,7 @@ def traffic(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
             elif config.engine.residency == "block":  # which all roles' passes gather; what is outside stays
                 blocks = (blocks - fp.trained) * sum(of_role["blocks"] for of_role in counts.values()) / each["blocks"]
                 outer = 0
-        if getattr(config.engine.zero, role) == 3:
+        if role != "teacher" or config.engine.zero.teacher == 3:
             stored = stored_bytes(config, role, fp.dtype_bytes)
             gathered += stored * others * (blocks * each["blocks"] + outer * each["outer"])
         if role in updates:

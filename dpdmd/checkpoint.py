@@ -1,7 +1,9 @@
 """What a run leaves on disk so that it can go on, and what others can use.
 
-checkpoints/step_000600/   student/ and critic/, each DeepSpeed's sharded weights and optimizer state, and state.json.
-                           Written under a temporary name and renamed when complete: a folder of that name is whole.
+checkpoints/step_000600/   student/ and critic/, each with a file of tensors for each process (shards.py), and index.json: which
+                           files there must be, each one's size and SHA-256, what they hold, and the state of the run. It
+                           appears under its name when all of it has reached the disk; nothing in it is pickled.
+    confirmed, suspect     what the updates after it showed: the next one of each role was finite, or not
 student/                   the distilled transformer as a stock diffusers folder (safetensors), or under LoRA the adapter
                            that a stock pipeline's load_lora_weights takes, with its time grid
                            (dpdmd.json) and the run's configuration (config.yaml) beside it.
@@ -11,39 +13,128 @@ No generator state is kept: every draw is a function of (seed, iteration, role, 
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+import torch
+from torch import Tensor
+
 from dpdmd.config import Config, ConfigError, to_yaml
 from dpdmd.distill import Distillation
-from dpdmd.engine import Network, World
+from dpdmd.engine import Network
+from dpdmd.files import (
+    UNFINISHED,
+    DamagedFile,
+    disk_errors,
+    publish,
+    read_json,
+    readable_bytes,
+    save_tensors,
+    sha256,
+    write_json,
+    write_text,
+)
 from dpdmd.lora import save_adapter
 from dpdmd.optimizer import STATE_BYTES
+from dpdmd.shards import Layout, SavedRole
+from dpdmd.world import World
 
 _NAME = re.compile(r"step_(\d+)")
-_UNFINISHED = ".unfinished-"
+_DELETED = ".deleted-"
+_FORMAT, _VERSION = "dpdmd checkpoint", 1
+_INDEX, _CONFIRMED, _SUSPECT = "index.json", "confirmed", "suspect"
+_ROLES = ("student", "critic")
+_HOST_SHARE = 0.8  # of the memory that is free, what copies of the state may take
 STUDENT_FILE = "dpdmd.json"
 
 
-class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` stay.
+@dataclass(frozen=True)
+class Checkpoint:
+    """An index that has been read: what there is, not yet whether it is whole."""
 
-    identity: what must not change between saving and resuming (architectures, processes, stages, precision).
+    path: Path
+    index: dict[str, Any]
+
+    @property
+    def iteration(self) -> int:
+        """Updates of both roles that had been made."""
+        return self.index["iteration"]
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return self.index["state"]
+
+    def layout(self, role: str) -> Layout:
+        return Layout.from_json(self.index["processes"], self.index["parameters"][role])
+
+
+@dataclass
+class _Job:
+    """What one process writes of a checkpoint. files: path in the checkpoint, tensors, what the index says of it."""
+
+    iteration: int
+    files: list[tuple[str, dict[str, Tensor], dict[str, Any]]]
+    contents: dict[str, Any]  # of the index, without the files
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`; the newest `keep` stay, and the last good one.
+
+    identity: what must not change between saving and resuming (architectures, stages, precision). config: goes into the
+    index. background: whether `save` may leave the writing to a thread, from a copy of the state in host memory.
     """
 
-    def __init__(self, folder: Path, keep: int, world: World, identity: dict[str, Any]):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        world: World,
+        identity: dict[str, Any],
+        config: Config,
+        *,
+        background: bool = True,
+    ):
         self._folder = folder
         self._keep = keep
         self._world = world
         self._identity = json.loads(json.dumps(identity))
+        self.use(config)
+        self._background = background
+        self._host: dict[tuple[str, str], Tensor] = {}  # what copies of the state are made in, kept for the next one
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writing: Future | None = None
+        # Of each checkpoint since the start of the run: roles whose next update is to come. Empty: it is a good one; None: not.
+        self._awaited: dict[Path, set[str] | None] = {}
+        self._left_out: set[Path] = set()  # of those that are there, what `find` could not take
+        self.pauses: list[float] = []  # seconds that each save kept the training waiting
+        self.write_seconds: list[float] = []  # and how long its writing took
+
+    def use(self, config: Config) -> None:
+        """The configuration of the checkpoints to come, all of it decided."""
+        self._config = config.model_dump(mode="json")
+        self._global_batch = global_batch(config, self._world.size)
+
+    # What there is
 
     def complete(self) -> list[Path]:
-        """The whole ones, oldest first."""
+        """Those that have an index and were not left out, oldest first."""
+        return [path for path in self._folders() if (path / _INDEX).is_file() and path not in self._left_out]
+
+    def _folders(self) -> list[Path]:
+        """All that bear a checkpoint's name."""
         if not self._folder.is_dir():
             return []
         found = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
@@ -52,69 +143,352 @@ class Checkpoints:
     def newest(self) -> Path | None:
         return next(reversed(self.complete()), None)
 
-    def save(self, iteration: int, networks: dict[str, Network], state: dict[str, Any]) -> Path:
-        """Saves the state after `iteration` updates; all processes call. Raises OSError, leaving older ones whole."""
-        name = f"step_{iteration:06d}"
-        final, unfinished = self._folder / name, self._folder / (_UNFINISHED + name)
-        if self._world.main:
-            self.remove_unfinished()
-            unfinished.mkdir(parents=True)
-        self._world.barrier()
-        try:
-            for role in ("student", "critic"):
-                networks[role].save(unfinished)
-            self._world.barrier()
-            if self._world.main:
-                contents = {"iteration": iteration, "identity": self._identity, **state}
-                (unfinished / "state.json").write_text(json.dumps(contents, indent=2), encoding="utf-8")
-                _flush(unfinished)
-                if final.exists():
-                    shutil.rmtree(final)
-                publish(unfinished, final)
-                for old in self.complete()[: -self._keep]:
-                    shutil.rmtree(old)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-            shutil.rmtree(unfinished, ignore_errors=True)
-            raise OSError(
-                f"checkpoint {final} could not be written ({error}); the last complete one is {self.newest()}"
-            ) from error
-        self._world.barrier()
+    def last_good(self) -> Path | None:
+        """The newest after which the next update of each role was finite."""
+        return next((path for path in reversed(self.complete()) if self._is_good(path)), None)
+
+    def _is_good(self, path: Path) -> bool:
+        return self._awaited.get(path) == set() or (path not in self._awaited and (path / _CONFIRMED).exists())
+
+    # Saving
+
+    @property
+    def failed(self) -> bool:
+        """Writing in the background has ended badly: `wait` raises the error."""
+        return self._writing is not None and self._writing.done() and self._writing.exception() is not None
+
+    def wait(self) -> None:
+        """Returns when nothing is being written any more. Raises OSError where that failed, on every process."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            self.write_seconds.append(writing.result())
+        self._mark()
+
+    def save(self, iteration: int, networks: dict[str, Network], state: dict[str, Any], *, last: bool = False) -> Path:
+        """Saves the state after `iteration` updates; all processes call.
+
+        The training waits while the state is copied to host memory, and for the checkpoint before where that is still being
+        written. last: nothing is to be trained meanwhile, so that all of it waits.
+        Raises OSError, leaving older ones whole; of what goes wrong in the background, at the next `wait` or `save`.
+        """
+        began = time.perf_counter()
+        self.wait()
+        final = self._folder / f"step_{iteration:06d}"
+        self._together(lambda: self._prepare(final), main_only=True)
+        copied = self._background and not last and self._has_room(networks)
+        files, parameters = [], {}
+        for role in _ROLES:
+            layout = networks[role].layout()
+            parameters[role] = layout.groups
+            for group, tensors in networks[role].state_groups():
+                name = f"{role}/{layout.name(self._world.rank, group)}"
+                tensors = self._copy(name, tensors) if copied else {key: x.cpu() for key, x in tensors.items()}
+                entry = {"path": name, "role": role, "rank": self._world.rank, "group": group}
+                if networks[role].swaps:  # a group's tensors are there while it has its turn
+                    self._together(
+                        lambda n=name, t=tensors, i=iteration: self._write_file(final, n, t, i), main_only=False
+                    )
+                    tensors = {}
+                files.append((name, tensors, entry))
+        if copied and self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        contents = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "iteration": iteration,
+            "processes": self._world.size,
+            "global_batch": self._global_batch,
+            "identity": self._identity,
+            "parameters": parameters,
+            "state": state,
+            "config": self._config,
+        }
+        job = _Job(iteration, files, contents)
+        self._awaited[final] = set(_ROLES)
+        if copied:
+            self._writing = self._writer.submit(self._write, final, job)
+        else:
+            self.write_seconds.append(self._write(final, job))
+        self.pauses.append(time.perf_counter() - began)
         return final
 
-    def read_state(self, path: Path) -> dict[str, Any]:
-        """state.json of a checkpoint. Raises ConfigError where it belongs to another architecture or process count."""
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        for key, saved in state["identity"].items():
+    def _together(self, function: Callable[[], None], *, main_only: bool) -> None:
+        """Calls a function that may raise OSError, on all processes or the main one; the error is raised on all."""
+        problem = None
+        if self._world.main or not main_only:
+            try:
+                function()
+            except OSError as error:
+                problem = str(error)
+        problem = next((each for each in self._world.gather(problem) if each is not None), None)
+        if problem is not None:
+            self._fail(problem)
+
+    def _fail(self, problem: str) -> None:
+        newest = self.newest()
+        raise OSError(f"{problem}; the newest complete checkpoint is {newest or 'none'}")
+
+    def _prepare(self, final: Path) -> None:
+        self.remove_unfinished()
+        if final.exists() and not (final / _INDEX).is_file():
+            raise OSError(f"checkpoint {final} cannot be written: a folder of that name is there, and no checkpoint")
+        unfinished = self._unfinished(final)
+        with disk_errors(final):
+            for role in _ROLES:
+                (unfinished / role).mkdir(parents=True)
+
+    @staticmethod
+    def _unfinished(final: Path) -> Path:
+        return final.with_name(UNFINISHED + final.name)
+
+    def _has_room(self, networks: dict[str, Network]) -> bool:
+        """Whether host memory holds a copy of the state of all processes of this machine; the same on every process."""
+        if any(networks[role].swaps for role in _ROLES):
+            return False
+        if self._host:
+            return True
+        needed = sum(
+            x.nbytes for role in _ROLES for _, tensors in networks[role].state_groups() for x in tensors.values()
+        )
+        needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        room = min(self._world.gather(_HOST_SHARE * psutil.virtual_memory().available - needed)) > 0
+        if not room:
+            self._background = False
+            if self._world.main:
+                print(
+                    f"checkpoints: the training waits while they are written, as host memory has no room for a copy of "
+                    f"the state ({readable_bytes(needed)} on this machine)",
+                    flush=True,
+                )
+        return room
+
+    def _copy(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The tensors in host memory, complete when the device has been waited for."""
+        copies = {}
+        for name, tensor in tensors.items():
+            key = file, name
+            buffer = self._host.get(key)
+            if buffer is None or buffer.shape != tensor.shape or buffer.dtype != tensor.dtype:
+                buffer = self._host[key] = _host_memory(tensor)
+            copies[name] = buffer.copy_(tensor, non_blocking=True)
+        return copies
+
+    def _write(self, final: Path, job: _Job) -> float:
+        """Writes this process's files and, on the main process when all have, the index. Returns the seconds that it took."""
+        began = time.perf_counter()
+        entries, problem = [], None
+        try:
+            for name, tensors, entry in job.files:
+                if tensors:
+                    self._write_file(final, name, tensors, job.iteration)
+                path = self._unfinished(final) / name
+                entries.append({**entry, "bytes": path.stat().st_size, "sha256": sha256(path)})
+        except OSError as error:
+            problem = str(error)
+        found = self._world.gather_in_background((entries, problem))
+        problem = next((each for _, each in found if each is not None), None)
+        if problem is None and self._world.main:
+            try:
+                self._complete(final, {**job.contents, "files": [entry for entries, _ in found for entry in entries]})
+            except OSError as error:
+                problem = str(error)
+        problem = self._world.gather_in_background(problem)[0] if problem is None or self._world.size == 1 else problem
+        return self._end(final, problem, began)
+
+    def _end(self, final: Path, problem: str | None, began: float) -> float:
+        if problem is not None:
+            if self._world.main:
+                shutil.rmtree(self._unfinished(final), ignore_errors=True)
+            self._fail(problem)
+        return time.perf_counter() - began
+
+    def _write_file(self, final: Path, name: str, tensors: dict[str, Tensor], iteration: int) -> None:
+        role = name.partition("/")[0]
+        with _named(final):
+            save_tensors(
+                self._unfinished(final) / name,
+                tensors,
+                {"format": _FORMAT, "role": role, "rank": str(self._world.rank), "iteration": str(iteration)},
+            )
+
+    def _complete(self, final: Path, contents: dict[str, Any]) -> None:
+        unfinished = self._unfinished(final)
+        with _named(final):
+            write_json(unfinished / _INDEX, {**contents, "sha256": _digest(contents)})
+            publish(unfinished, final)
+        self._left_out.discard(final)
+        good = self.last_good()
+        for old in self.complete()[: -self._keep]:
+            if old != good:
+                self._delete(old)
+
+    def _delete(self, path: Path) -> None:
+        # Under another name first: what is half deleted is no checkpoint any more.
+        deleted = path.with_name(_DELETED + path.name)
+        shutil.rmtree(deleted, ignore_errors=True)
+        os.rename(path, deleted)
+        shutil.rmtree(deleted, ignore_errors=True)
+        self._awaited.pop(path, None)
+
+    def remove_unfinished(self) -> None:
+        """Deletes what a killed run left half-written or half-deleted."""
+        for replaced in self._folder.glob(".replaced-step_*"):
+            original = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+            if not original.exists():
+                os.rename(replaced, original)
+        for beginning in (UNFINISHED, _DELETED, ".replaced-"):
+            for leftover in self._folder.glob(beginning + "step_*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    # Which are good
+
+    def judge(self, role: str, iteration: int, applied: bool) -> None:
+        """Learns what became of the update number `iteration` (from 0)."""
+        for path, awaited in list(self._awaited.items()):  # the writer's thread deletes
+            if awaited and role in awaited and _iteration(path) <= iteration:
+                if applied:
+                    awaited.discard(role)
+                else:
+                    self._awaited[path] = None
+        self._mark()
+
+    def _mark(self) -> None:
+        """Writes down what is known, of those that have their name already."""
+        if not self._world.main:
+            return
+        for path, awaited in list(self._awaited.items()):  # the writer's thread deletes
+            name = _SUSPECT if awaited is None else _CONFIRMED
+            if not awaited and path.is_dir() and not (path / name).exists():
+                with contextlib.suppress(OSError):  # the next one tries again
+                    (path / name).touch()
+                    other = _CONFIRMED if awaited is None else _SUSPECT
+                    (path / other).unlink(missing_ok=True)
+
+    def give_up(self) -> Path | None:
+        """After too many updates that were not finite: the last good checkpoint. `--resume` will leave out those after it."""
+        self.wait()
+        good = self.last_good()
+        for path in self.complete():
+            if good is None or _iteration(path) > _iteration(good):
+                self._awaited[path] = None
+        self._mark()
+        self._world.barrier()
+        return good
+
+    # Loading
+
+    def find(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole, every file of it read and compared with the index; all processes call.
+
+        One that is damaged, no checkpoint of this program's, or not a good one is named on stderr and left where it is.
+        Raises ConfigError where it was saved by a run of another architecture or precision.
+        """
+        if self._world.main and self._folder.is_dir():
+            self.remove_unfinished()
+        self._world.barrier()
+        for path in reversed(self._world.on_main(self._folders)):
+            checkpoint, problem = self._world.on_main(self._read, path)
+            if problem is None:
+                problem = self._verify(checkpoint)
+            if problem is None:
+                self._check_identity(checkpoint)
+                self._awaited[path] = set(_ROLES)
+                return checkpoint
+            self._left_out.add(path)
+            if self._world.main:
+                print(f"--resume: {problem}; {path.name} is left out", file=sys.stderr, flush=True)
+        return None
+
+    def _read(self, path: Path) -> tuple[Checkpoint | None, str | None]:
+        """The index, or what is wrong with it."""
+        try:
+            index = read_json(path / _INDEX)
+        except DamagedFile as error:
+            return None, str(error)
+        except OSError as error:
+            return None, f"{path} is no checkpoint ({_INDEX}: {error.strerror or error})"
+        if not isinstance(index, dict) or index.get("format") != _FORMAT:
+            return None, f"{path / _INDEX} is not that of a checkpoint"
+        if index.get("version") != _VERSION:
+            return None, f"{path} is a checkpoint of version {index.get('version')!r}, and this program's is {_VERSION}"
+        digest = index.pop("sha256", None)
+        if digest != _digest(index):
+            return None, f"{path / _INDEX} is damaged: its content is not what was written"
+        if index["iteration"] != _iteration(path):
+            return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
+        if (path / _SUSPECT).exists():
+            return None, f"{path} is not a good one: the updates after it were not finite"
+        return Checkpoint(path, index), None
+
+    def _verify(self, checkpoint: Checkpoint) -> str | None:
+        """What is wrong with the files, None where nothing is; each process reads its part of them."""
+        problem = None
+        for entry in checkpoint.index["files"][self._world.rank :: self._world.size]:
+            file = checkpoint.path / entry["path"]
+            try:
+                size = file.stat().st_size
+                if size != entry["bytes"]:
+                    problem = f"{file} is damaged: it has {size} bytes, and {entry['bytes']} were written"
+                elif sha256(file) != entry["sha256"]:
+                    problem = f"{file} is damaged: its content is not what was written (SHA-256)"
+            except OSError as error:
+                problem = f"{file} is damaged: it cannot be read ({error.strerror or error})"
+            if problem is not None:
+                break
+        return next((each for each in self._world.gather(problem) if each is not None), None)
+
+    def _check_identity(self, checkpoint: Checkpoint) -> None:
+        for key, saved in checkpoint.index["identity"].items():
             now = self._identity.get(key)
             if saved != now:
                 raise ConfigError(
-                    f"--resume: {path} was saved with {_difference(key, saved, now)}. "
+                    f"--resume: {checkpoint.path} was saved with {_difference(key, saved, now)}. "
                     "Resume with what it was saved with, or start a new run (another run.output_dir)"
                 )
-        return state
 
-    def load(self, path: Path, networks: dict[str, Network], state: dict[str, Any]) -> None:
-        """Restores weights and optimizer state bit for bit; all processes call."""
-        for role in ("student", "critic"):
-            networks[role].load(path, state["updates"][role])
+    def load(self, checkpoint: Checkpoint, networks: dict[str, Network]) -> None:
+        """Restores weights and optimizer state, bit for bit on the number of processes that saved them; all processes call."""
+        for role in _ROLES:
+            network = networks[role]
+            layout, saved = network.layout(), checkpoint.layout(role)
+            if layout.sizes != saved.sizes:
+                different = next(iter(layout.sizes.items() ^ saved.sizes.items()))[0]
+                raise ConfigError(
+                    f"--resume: {checkpoint.path} has other parameters of the {role} than this run, such as {different}"
+                )
+            source = SavedRole(checkpoint.path / role, saved)
+            network.load(
+                checkpoint.state["updates"][role],
+                lambda group, layout=layout, source=source: source.group(layout, self._world.rank, group),
+            )
 
-    def remove_unfinished(self) -> None:
-        """Deletes what a killed run left half-written."""
-        for leftover in self._folder.glob(_UNFINISHED + "*"):
-            shutil.rmtree(leftover, ignore_errors=True)
+
+def _iteration(path: Path) -> int:
+    return int(_NAME.fullmatch(path.name)[1])
 
 
-def publish(unfinished: Path, final: Path) -> None:
-    """The moment at which a folder becomes the real one."""
-    os.rename(unfinished, final)
+def _digest(contents: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def _flush(folder: Path) -> None:
-    """To the disk itself, so that a rename never outlives what it names."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+@contextlib.contextmanager
+def _named(final: Path):
+    """An error of the disk that names the checkpoint beside the file."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"checkpoint {final} could not be written: {error}") from error
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Host memory of a tensor's shape and dtype, pinned where the tensor is on a GPU: copies run at PCIe's rate."""
+    buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
+    if tensor.is_cuda and tensor.numel() > 0:
+        # Not torch's own allocator, which takes the next power of two.
+        buffer.view(-1).view(torch.uint8).fill_(0)  # all threads together: the pages are there before they are pinned
+        with contextlib.suppress(RuntimeError):  # without it copies are slower, and right
+            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+    return buffer
 
 
 def _difference(key: str, saved: Any, now: Any) -> str:
@@ -125,31 +499,57 @@ def _difference(key: str, saved: Any, now: Any) -> str:
     return f"{key} = {saved!r}, and this run has {now!r}"
 
 
-def checkpoint_bytes(config: Config, num_parameters: int, weight_bytes: int) -> int:
-    """Size of one checkpoint: two networks' weights, float32 masters and two moments; the student's average."""
+def global_batch(config: Config, num_processes: int) -> int:
+    """Samples of one update, of all processes together."""
+    return config.engine.batch_size * config.engine.accumulation * num_processes
+
+
+def with_global_batch(config: Config, wanted: int, num_processes: int) -> Config:
+    """`config` with the accumulation that makes an update of `wanted` samples. Raises ConfigError where none does."""
+    batch = config.engine.batch_size * num_processes
+    if wanted % batch:
+        fitting = [size for size in range(1, wanted + 1) if wanted % (size * num_processes) == 0]
+        advice = f"engine.batch_size={fitting[-1]} would do" if fitting else f"{wanted} or fewer processes would do"
+        raise ConfigError(
+            f"--resume: the run's updates are of {wanted} samples, and {num_processes} process{'es' * (num_processes > 1)} with "
+            f"engine.batch_size = {config.engine.batch_size} take {batch} at a time, which do not add up to that: {advice}"
+        )
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"accumulation": wanted // batch})})
+
+
+def checkpoint_bytes(config: Config, num_parameters: int) -> int:
+    """Size of one checkpoint: float32 masters and two moments of student and critic; the student's average."""
     states = [config.student_optimizer.state, config.critic_optimizer.state]
-    each = sum(weight_bytes + 4 + STATE_BYTES[state] for state in states) + 4 * (config.ema is not None)
+    each = sum(4 + STATE_BYTES[state] for state in states) + 4 * (config.ema is not None)
     return math.ceil(num_parameters * each)
 
 
 def export_student(
-    folder: Path, networks: dict[str, Network], backbone, distillation: Distillation, config: Config, world: World
+    folder: Path,
+    networks: dict[str, Network],
+    backbone,
+    distillation: Distillation,
+    config: Config,
+    world: World,
 ) -> None:
-    """Writes the student for others to use; all processes call. An older export is replaced only when this one is whole."""
+    """Writes the student for others to use; all processes call. One that an earlier, shorter part of the run exported stays,
+    as student_step_<its iterations>."""
     with networks["student"].averaged():
         state_dict = networks["student"].full_state_dict()
     if world.main:
-        unfinished = folder.with_name(_UNFINISHED + folder.name)
+        unfinished = folder.with_name(UNFINISHED + folder.name)
         shutil.rmtree(unfinished, ignore_errors=True)
-        if config.lora is None:
-            backbone.export(state_dict, unfinished)
-        else:
-            save_adapter(networks["student"].base.transformer, "student", unfinished, state_dict)
+        with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
+            if config.lora is None:
+                backbone.export(state_dict, unfinished)
+            else:
+                save_adapter(networks["student"].base.transformer, "student", unfinished, state_dict)
         diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
         if pipeline != "demo" and Path(pipeline).is_dir():
             pipeline = str(Path(pipeline).resolve())
         description = {
             "format": 1,
+            "iterations": config.run.iterations,
             "family": config.model.family,
             "adapter": config.lora is not None,
             "pipeline": pipeline,
@@ -163,9 +563,24 @@ def export_student(
             "resolution": config.model.resolution,
             "max_sequence_length": config.model.max_sequence_length,
         }
-        (unfinished / STUDENT_FILE).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        (unfinished / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        _flush(unfinished)
-        shutil.rmtree(folder, ignore_errors=True)
+        write_json(unfinished / STUDENT_FILE, description)
+        write_text(unfinished / "config.yaml", to_yaml(config))
+        _set_aside(folder, config.run.iterations)
         publish(unfinished, folder)
     world.barrier()
+
+
+def _set_aside(folder: Path, iterations: int) -> None:
+    """Gives a student of another number of iterations a name of its own."""
+    if not folder.exists():
+        return
+    try:
+        earlier = read_json(folder / STUDENT_FILE).get("iterations")
+    except (OSError, AttributeError):
+        earlier = "unknown"
+    if earlier != iterations:
+        aside = folder.with_name(
+            f"{folder.name}_step_{earlier:06d}" if isinstance(earlier, int) else f"{folder.name}_{earlier}"
+        )
+        with contextlib.suppress(OSError):
+            os.rename(folder, aside)

@@ -159,9 +159,9 @@ class Distillation:
             x_t = self.diffusion.renoise(x.detach(), draws.noise(x.shape, x.dtype), t)
             real, real_uncond = guided(teacher, x_t, t, cond, uncond, config.guidance_scale)
             fake = critic(x_t, t, cond)
-            # The kernel turns non-finite gradient entries into 0, as the paper's code does; a network that has broken
-            # must show in the loss all the same, so that the update is skipped and counted.
-            finite = real.isfinite().all() & fake.isfinite().all()
+            # The kernel turns non-finite gradient entries into 0; a network that has broken must show in the loss all the
+            # same, so that the update is skipped and counted.
+            usable = _usable(real, real_uncond, fake, config.guidance_scale, config.normalizer)
         loss = self.diffusion.dmd_loss(
             x,
             real,
@@ -172,7 +172,7 @@ class Distillation:
             guidance_scale=config.guidance_scale,
             normalizer=config.normalizer,
         )
-        return loss * torch.where(finite, 1.0, torch.nan)
+        return loss * torch.where(usable, 1.0, torch.nan)
 
     def critic_loss(self, critic: Network, student: Network, noise: Tensor, cond: Condition, draws: Draws) -> Tensor:
         """Loss of one critic update: denoise what the student makes of noise (B, ...). Only the critic has a graph."""
@@ -192,6 +192,16 @@ class Distillation:
         else:
             t = self.diffusion.uniform_time(renoise.low + (renoise.high - renoise.low) * draws.uniform(count))
         return t.expand(batch)
+
+
+def _usable(real: Tensor, real_uncond: Tensor | None, fake: Tensor, guidance_scale: float, normalizer: str) -> Tensor:
+    """bool (): whether no entry of the DMD gradient is lost to a NaN or an infinity, of any prediction (B, ...), of their
+    guided combination, or of the division by a teacher's prediction that is all zeros."""
+    score = real.float() if real_uncond is None else torch.lerp(real_uncond.float(), real.float(), guidance_scale)
+    usable = score.isfinite().all() & fake.isfinite().all()
+    if normalizer == "teacher":
+        usable &= score.flatten(1).any(dim=1).all()
+    return usable
 
 
 def rollout(diffusion, network, x, times, cond, uncond=None, guidance_scale=1.0) -> Tensor:

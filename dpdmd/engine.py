@@ -17,9 +17,7 @@ import math
 import os
 import re
 import shutil
-import socket
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dpdmd.averaging import Average
+from dpdmd.compilation import compiling
 from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
 from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
@@ -40,57 +39,10 @@ from dpdmd.lora import use as use_role
 from dpdmd.optimizer import AdamW
 from dpdmd.replay import Replay
 from dpdmd.residency import Gradients, Policy, Traffic, Weights
+from dpdmd.shards import Layout
+from dpdmd.world import World, join, resolve_device
 
 FUSED_ON = ("cuda",)  # devices where the fused operations are the faster ones
-
-
-@dataclass(frozen=True)
-class World:
-    """The processes of this run: rank and size, and the device of this one."""
-
-    rank: int
-    size: int
-    device: torch.device
-
-    @property
-    def main(self) -> bool:
-        return self.rank == 0
-
-    def barrier(self) -> None:
-        if self.size > 1:
-            dist.barrier()
-
-    def on_main(self, function, *args, **kwargs) -> None:
-        """Runs a check on the main process; the ConfigError that it raises there is raised on every process."""
-        problem = None
-        if self.main:
-            try:
-                function(*args, **kwargs)
-            except ConfigError as error:
-                problem = str(error)
-        problem = self.gather(problem)[0]
-        if problem is not None:
-            raise ConfigError(problem)
-
-    def gather(self, value: Any) -> list[Any]:
-        """A Python object of every process, in order of rank, on every process."""
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
-    def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes of each of (n,) numbers, on the device."""
-        values = values.double()
-        if self.size > 1:
-            dist.all_reduce(values)
-        return values / self.size
-
-
-def resolve_device(name: str) -> str:
-    """'auto' to 'cuda' where there is one, else 'cpu'. Raises ConfigError for CUDA that is not there."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("engine.device = cuda: torch sees no CUDA device here; engine.device=cpu or auto would run")
-    return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
@@ -154,33 +106,16 @@ def _remove_swapped(folder: Path, root: Path) -> None:
             folder.rmdir()
 
 
-def start(config: EngineConfig) -> World:
-    """Joins the processes that the deepspeed launcher started, or stands alone when there was no launcher."""
+def start(config: EngineConfig, run: str = "") -> World:
+    """Readies this process's device and joins the others of the run, as `world.join` says."""
     device = resolve_device(config.device)
-    if device == "cpu":
-        # DeepSpeed asks the environment, not us, which accelerator to work on.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    if "RANK" not in os.environ:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        os.environ.update(alone, MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    import deepspeed
-
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if device == "cuda":
         _let_segments_grow()
-        torch.cuda.set_device(local_rank)
-    if device == "cpu" or config.offload != "none":
-        # Processes that share cores stall one another when each starts a thread for every core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // _local_processes()))
+    else:
+        os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, below
     if config.offload == "nvme":
         _load_file_access(device)
-    deepspeed.init_distributed("nccl" if device == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False)
-    if device == "cpu":
-        atexit.register(_remove_shared_memory)
-    return World(dist.get_rank(), dist.get_world_size(), torch.device(device, local_rank if device == "cuda" else None))
+    return join(config, run)
 
 
 def _load_file_access(device: str) -> None:
@@ -190,7 +125,10 @@ def _load_file_access(device: str) -> None:
     if device == "cuda":
         _bind_cudnn()
     try:
-        AsyncIOBuilder().load(verbose=False)
+        with compiling("async_io", "DeepSpeed's asynchronous file access"):
+            AsyncIOBuilder().load(verbose=False)
+    except ConfigError:
+        raise
     except Exception as error:  # whatever the compiler, the linker or the environment's settings lead to
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
@@ -214,18 +152,6 @@ def _let_segments_grow() -> None:
     pieces that fit nothing. The environment's settings, if there are any, stand instead."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
-
-
-def _remove_shared_memory() -> None:
-    """DeepSpeed's CPU communication leaves 69 MB a process in shared memory, which is memory until the machine restarts."""
-    run = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{os.environ['RANK']}"
-    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{run}"):
-        file.unlink(missing_ok=True)
-
-
-def _local_processes() -> int:
-    """Processes of this run on this machine, by the name that each launcher has for it (deepspeed's, torchrun's)."""
-    return int(os.environ.get("LOCAL_SIZE") or os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 class Later:
@@ -365,13 +291,13 @@ class Network:
         self._world_size = world.size
         self._accumulation = config.engine.accumulation
         self._clip = config.engine.clip
-        self.stage = getattr(config.engine.zero, role)
         self.trained = role != "teacher"
         self.base = module if isinstance(module, Base) else None
         transformer = module if self.base is None else self.base.transformer
         self._dtype = next(transformer.parameters()).dtype
-        self._weights: Weights | None = None  # None: DeepSpeed's stages 0 to 2 leave them whole
+        self._weights: Weights | None = None  # None: a copy in every process
         self._gradients: Gradients | None = None  # None: DeepSpeed reduces them and applies the update
+        self.swaps = False  # its optimizer's state is on a disk (NVMe)
         self.differentiating = False  # a forward pass with a graph has run whose backward pass is to come
         self._micro_batches = 0  # differentiated for the update that is under way
         self._updates = 0
@@ -392,7 +318,7 @@ class Network:
             self.fusion = fuse(module, config.model, world.device)
             blocks = [child for child in module.modules() if isinstance(child, backbone.block_classes)]
             self._recomputation = Recomputation.of(blocks, config.engine.checkpointing) if self.trained else None
-            if not self.trained and self.stage == 0:
+            if not self.trained and config.engine.zero.teacher == 0:
                 self.engine = module.to(world.device).eval()
                 return
         settings = deepspeed_settings(config, role, self._dtype, world.size)
@@ -408,18 +334,16 @@ class Network:
                     list(module.parameters()),  # not what the first kind that fails to build would use up
                     self._optimizer_config,
                     world.device.type,
-                    self.stage,
                     seed=seed,
                     offload=config.engine.offload,
                 )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
-        self._swaps = self.trained and config.engine.offload == "nvme"
-        if self._swaps:
+        self.swaps = self.trained and config.engine.offload == "nvme"
+        if self.swaps:
             swapped = Path(self.engine.optimizer.optimizer_swapper.swap_folder)
             atexit.register(_remove_swapped, swapped, Path(config.engine.nvme_path))
             self._check_swapping()
-        if self.stage == 3:
-            self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
+        self._take_over(blocks, config, world, isinstance(optimizer, AdamW))
         if role == "student" and config.ema is not None:
             device = "cpu" if config.ema.device == "cpu" else None
             self.average = Average(self.engine.optimizer.fp32_partitioned_groups_flat, config.ema.decay, device)
@@ -466,7 +390,7 @@ class Network:
         if self.base is not None:
             module = self.base.enter(self.role)
         else:
-            module = self.engine if self._weights is None else self.module
+            module = self.module
         predict = partial(self._predict, module, dtype=self._dtype)
         if torch.is_grad_enabled() or not (self._graphs and self._weights_stay):
             return predict(x, t, cond)
@@ -477,8 +401,6 @@ class Network:
     @property
     def _weights_stay(self) -> bool:
         """Whether what a pass reads is always at the same place."""
-        if self.trained and self._weights is None:
-            return False  # DeepSpeed's affair
         of_base = None if self.base is None else self.base.weights
         return all(weights.stay for weights in (self._weights, of_base) if weights is not None)
 
@@ -488,9 +410,9 @@ class Network:
         dtype = str(self._dtype).removeprefix("torch.")
         adapter = "adapter of " if self.base is not None and self.trained else ""
         size = f"{adapter}{self.num_parameters / 1e6:.1f} M parameters"
-        line = f"{self.role}: {size}, {dtype}, ZeRO stage {self.stage}, {optimizer}"
+        line = f"{self.role}: {size}, {dtype}, {optimizer}"
         if self._weights is not None:
-            line += f", gathered by {self._weights.policy}"
+            line += f", sharded (ZeRO stage 3), gathered by {self._weights.policy}"
         return line if self.fusion is None else f"{line}; {self.fusion}"
 
     @property
@@ -530,8 +452,7 @@ class Network:
                 self._gradients.finish()
         else:
             assert not more, "DeepSpeed reduces after each backward pass"
-            if self._weights is not None:
-                self.engine.optimizer.clear_backward_seen_flag()  # as its forward would
+            self.engine.optimizer.clear_backward_seen_flag()  # as its forward would
             self.engine.backward(loss)
         if self._recomputation is not None:
             self._recomputation.end_of_chain()
@@ -558,8 +479,7 @@ class Network:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
         norm = self._update() if self._gradients is not None else self._update_by_deepspeed()
-        if self._weights is not None:
-            self._weights.changed()
+        self._weights.changed()
         self._forget_rounded()
         if self.average is not None:
             self.average.update(norm.isfinite())
@@ -577,10 +497,10 @@ class Network:
         is not finite, and the host need not know."""
         zero = self.engine.optimizer
         gradient = self._gradients.flat
-        squared = torch.linalg.vector_norm(gradient, dtype=torch.float32).square()
+        squared = sum_of_squares(gradient)
         if self._world_size > 1:
             dist.all_reduce(squared)
-        norm = squared.sqrt()
+        norm = squared.sqrt().float()
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip > 0 else None
         (master,), (weight,) = zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat
         zero.optimizer.state[master]["step"] = self._updates  # it counts calls, those that were not applied too
@@ -597,26 +517,12 @@ class Network:
         return norm
 
     def _update_by_deepspeed(self) -> Tensor:
-        if self._weights is not None:
-            self._weights.release()
+        self._weights.release()
         skipped_before = self.engine.skipped_steps
-        plain = self.stage == 0 and self._dtype == torch.float32
-        norm = self._gradient_norm() if plain else None
-        if plain and not norm.isfinite():
-            # Under stage 0 in float32 DeepSpeed runs the bare optimizer, with neither a check nor a norm to ask for.
-            self.engine.zero_grad()
-            self.engine.micro_steps += 1
-            self.engine.skipped_steps += 1
-        else:
-            self.engine.step()
+        self.engine.step()
         if self.engine.skipped_steps != skipped_before:
             return torch.tensor(torch.inf)
-        return norm if norm is not None else torch.as_tensor(self.engine.get_global_grad_norm())
-
-    def _gradient_norm(self) -> Tensor:
-        # Stage 0 has reduced the gradients already, so every process comes to the same answer.
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def end_of_phase(self) -> None:
         """Gives the weights back, where they are not to stay."""
@@ -628,37 +534,64 @@ class Network:
         if self._weights is not None:
             self._weights.release()
 
-    def save(self, folder: Path) -> None:
-        """Weights, optimizer state and moving average into a folder of the role's name; all processes call."""
-        self.release()
-        self.engine.save_checkpoint(str(folder), tag=self.role, save_latest=False)
-        if self.average is not None:
-            self.average.save(self._average_file(folder))
+    # What a checkpoint keeps
 
-    def load(self, folder: Path, updates: int) -> None:
-        """What `save` wrote after so many updates, bit for bit; all processes call."""
+    def layout(self) -> Layout:
+        """How the parameters are cut up."""
+        names = {parameter: name for name, parameter in self.module.named_parameters()}
+        if self.base is not None:
+            names = dict(zip(self.module.parameters(), self.module.names, strict=True))
+        groups = self.engine.optimizer.fp16_groups
+        return Layout(
+            self._world_size, tuple(tuple((names[each], each.ds_numel) for each in group) for group in groups)
+        )
+
+    def state_groups(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
+        """This process's part of masters, moments and average, a group after the other, as views where possible: to be
+        copied before the next one is asked for."""
+        self.release()
+        zero = self.engine.optimizer
+        for group, master in enumerate(zero.fp32_partitioned_groups_flat):
+            with self._swapped_in(group):
+                tensors = {"master": master.detach()}
+                for name, value in zero.optimizer.state.get(master, {}).items():
+                    tensors[name] = value.detach() if isinstance(value, Tensor) else _number(value)
+                if self.average is not None:
+                    tensors["average"] = self.average.shards[group]
+                yield group, tensors
+
+    @torch.no_grad()
+    def load(self, updates: int, read: Callable[[int], dict[str, Tensor]]) -> None:
+        """What `state_groups` gave after so many updates; read: the tensors of a group. All processes call."""
         self.release()
         self._updates = updates
-        if self._swaps and updates > 0:
-            self._expect_moments()
-        self.engine.load_checkpoint(str(folder), tag=self.role)
+        zero = self.engine.optimizer
+        for group, master in enumerate(zero.fp32_partitioned_groups_flat):
+            tensors = read(group)
+            with self._swapped_in(group):
+                master.data.copy_(tensors.pop("master"))
+                if self.average is not None:
+                    self.average.shards[group].copy_(tensors.pop("average"))
+                weight = zero.fp16_partitioned_groups_flat[group]
+                if weight.data_ptr() != master.data_ptr():
+                    weight.copy_(master)
+                state = zero.optimizer.state[master]
+                for name, value in tensors.items():
+                    _restore(state, name, value, master.device)
         if self._replay is not None:
             self._replay.forget()
         self._forget_rounded()
-        if self.average is not None:
-            self.average.load(self._average_file(folder))
 
-    def _expect_moments(self) -> None:
-        """DeepSpeed reads from the disk the moments that it knows of: after the first update, not before."""
+    @contextlib.contextmanager
+    def _swapped_in(self, group: int) -> Iterator[None]:
+        """A group's masters and moments in memory, where they are on a disk."""
         zero = self.engine.optimizer
-        for master, size in zip(
-            zero.fp32_partitioned_groups_flat, zero.fp16_partitioned_groups_flat_numel, strict=True
-        ):
-            moments = {name: torch.empty(size, dtype=master.dtype) for name in ("exp_avg", "exp_avg_sq")}
-            zero.optimizer.state[master] = {"step": torch.tensor(float(self._updates)), **moments}
-
-    def _average_file(self, folder: Path) -> Path:
-        return folder / self.role / f"average_rank_{dist.get_rank():05d}.safetensors"
+        if not self.swaps:
+            yield
+            return
+        zero._optimizer_states_and_gradient_swap_in(group)
+        yield
+        zero._optimizer_states_and_gradient_swap_out(group)
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
@@ -692,11 +625,38 @@ class Network:
             tensors = dict(zip(self.module.names, self.module.parameters(), strict=True))
         for name, value in tensors.items():
             # One tensor at a time: a network's full weights never stand on a device all at once.
-            gathered = [value] if self.stage == 3 and isinstance(value, nn.Parameter) else []
+            gathered = [value] if isinstance(value, nn.Parameter) else []
             with deepspeed.zero.GatheredParameters(gathered, enabled=bool(gathered)):
                 if main:
                     state[name] = value.detach().to("cpu", copy=True)
         return state if main else None
+
+
+def _number(value: int | float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
+
+
+def _restore(state: dict[str, Any], name: str, value: Tensor, device: torch.device) -> None:
+    """One entry of an optimizer's state, in the place of what there is."""
+    now = state.get(name)
+    if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
+        now.copy_(value)
+    elif value.ndim == 0 and value.dtype in (torch.int64, torch.float64) and not isinstance(now, Tensor):
+        state[name] = value.item()  # it was a number of Python's
+    else:
+        state[name] = value.to(device, copy=True)
+
+
+CHUNK = 1 << 22  # elements of a sum on the CPU: converted to float64 at a time
+
+
+def sum_of_squares(x: Tensor) -> Tensor:
+    """Of all elements, without dimensions: in float64 on the CPU, where torch's float32 sums lose 4e-3 of the norm of 50
+    million elements; in float32 on a GPU, which adds up in a tree."""
+    if x.device.type != "cpu":
+        return torch.linalg.vector_norm(x, dtype=torch.float32).square()
+    parts = [part.double().square().sum() for part in x.detach().view(-1).split(CHUNK)]
+    return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
 
 
 def residency(config: Config, world_size: int) -> Policy:
@@ -752,7 +712,6 @@ class Recomputation:
 def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size: int) -> dict[str, Any]:
     """DeepSpeed's configuration of one role; engine.deepspeed is merged over it for student and critic."""
     engine = config.engine
-    stage = getattr(engine.zero, role)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": engine.batch_size,
         "gradient_accumulation_steps": engine.accumulation,
@@ -761,20 +720,19 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # waits for the GPU at each pass
         "zero_allow_untested_optimizer": True,
-        "zero_optimization": {"stage": stage},
-        "bf16": {"enabled": dtype == torch.bfloat16},
-    }
-    if stage == 3:
-        if engine.offload == "none":
-            # Reducing is done in residency.py: there is one flat shard, and no bucket.
-            settings["zero_optimization"] |= {"sub_group_size": 10**15, "contiguous_gradients": False}
-        settings["zero_optimization"] |= {
+        "zero_optimization": {
+            "stage": 3,
             "stage3_param_persistence_threshold": 0,  # gathering is: nothing stays behind on its own account
             # DeepSpeed's own linear adds the bias in a second pass over the output.
             "memory_efficient_linear": False,
-        }
-        if engine.accumulation > 1:
-            settings["data_types"] = {"grad_accum_dtype": "fp32"}
+        },
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    if engine.offload == "none":
+        # Reducing is done in residency.py: there is one flat shard, and no bucket.
+        settings["zero_optimization"] |= {"sub_group_size": 10**15, "contiguous_gradients": False}
+    if engine.accumulation > 1:
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if role != "teacher" and engine.offload != "none":
         pinned = resolve_device(engine.device) == "cuda"
         offload = {"device": engine.offload, "pin_memory": pinned}
@@ -811,27 +769,27 @@ def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
 
 
 def build_optimizer(
-    parameters, config: OptimizerConfig, device: str, stage: int, *, seed: int = 0, offload: str = "none"
+    parameters, config: OptimizerConfig, device: str, *, seed: int = 0, offload: str = "none"
 ) -> torch.optim.Optimizer:
-    """AdamW: the one that is named; auto is our own for the flat shards of stage 3 and where moments take fewer bytes,
-    else the first of apex, DeepSpeed and torch that is installed. seed: of stochastic rounding.
+    """AdamW: the one that is named; auto is our own. seed: of stochastic rounding.
 
     offload: "cpu" or "nvme" where the state lives there, and torch's updates it on the CPU.
 
     Raises ConfigError when the named one cannot be had here, saying why.
     """
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    ours = config.name == "fused" or (config.name == "auto" and (stage == 3 or config.state != "float32"))
-    if ours and offload == "none":
+    if offload == "none" and config.name in ("auto", "fused"):
         return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
-    wanted = _FUSED if config.name == "auto" else {config.name} & set(_FUSED)
-    for name in wanted if offload == "none" else ():
+    if config.name in _FUSED:
         try:
-            return _fused_adam(name, device)(parameters, adam_w_mode=True, **arguments)
-        except Exception as error:
-            # Building DeepSpeed's kernel can fail in many ways: no compiler, another CUDA, a read-only cache.
-            if config.name != "auto":
-                raise error if isinstance(error, ConfigError) else _unusable(name, error) from error
+            with compiling("fused_adam", "DeepSpeed's FusedAdam"):
+                return _fused_adam(config.name, device)(parameters, adam_w_mode=True, **arguments)
+        except ConfigError:
+            raise
+        except (
+            Exception
+        ) as error:  # building DeepSpeed's can fail in many ways: no compiler, another CUDA, a read-only cache
+            raise _unusable(config.name, error) from error
     return torch.optim.AdamW(parameters, fused=True, **arguments)
 
 

@@ -194,9 +194,8 @@ def alternatives(config: Config, planner: Planner) -> list[Alternative]:
             larger = [name for name, each in optimizers.items() if STATE_BYTES[each.state] > STATE_BYTES[state]]
             if larger:
                 updates.append(tuple(f"{name}.state={state}" for name in larger))
-        if engine.zero.student == engine.zero.critic == 3:
-            states = [f"{name}.state=float32" for name, each in optimizers.items() if each.state != "float32"]
-            updates.append(("engine.offload=cpu", *states))
+        states = [f"{name}.state=float32" for name, each in optimizers.items() if each.state != "float32"]
+        updates.append(("engine.offload=cpu", *states))
     combinations = list(itertools.product(batches, updates))
     if config.lora is None:
         adapters = [f"lora.rank={LoraConfig().rank}"]

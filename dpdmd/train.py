@@ -8,11 +8,15 @@ Without arguments it runs the demo that ships with the package. `--dry-run` prin
 from __future__ import annotations
 
 import argparse
+import contextlib
+import difflib
 import logging
 import os
 import sys
 import time
 import warnings
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,20 +25,26 @@ import torch
 
 from dpdmd import engine
 from dpdmd.backbones import load_backbone
-from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, export_student
+from dpdmd.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes, export_student, with_global_batch
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
-from dpdmd.engine import Later, Network, Phases, Step, World, resolve_dtype, start
-from dpdmd.journal import Journal, check_space, check_writers, prepare_folder
+from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
+from dpdmd.folder import MARK, RunFolder, check_space
+from dpdmd.journal import Journal, check_writers
 from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
+from dpdmd.stopping import STATUS, RunEnded, Stop
+from dpdmd.world import World
 
 ROLES = ("teacher", "student", "critic")
 
 
 class RunStopped(RuntimeError):
-    """Too many updates in a row were not finite."""
+    """The run cannot go on: too many updates in a row were not finite, or all of the student's."""
+
+
+TRAINED = ("student", "critic")
 
 
 class Update:
@@ -48,10 +58,20 @@ class Update:
     def applied(self) -> bool:
         return self._step.applied
 
+    @property
+    def requests(self) -> tuple[bool, bool]:
+        """Whether any process was asked to end, and whether any failed to write a checkpoint: the same on all of them."""
+        stop, failed = self._values.read().tolist()[-2:]
+        return stop > 0, failed > 0
+
     def numbers(self) -> dict[str, float]:
         """Means over the processes of loss and its parts; gradient norm and rate."""
-        means = dict(zip(self._names, self._values.read().tolist(), strict=True))
+        means = dict(zip(self._names, self._values.read().tolist()[:-2], strict=True))
         return {**means, "gradient_norm": self._step.gradient_norm, "lr": self._step.lr}
+
+
+def none_each() -> dict[str, int]:
+    return dict.fromkeys(TRAINED, 0)
 
 
 @dataclass
@@ -66,9 +86,12 @@ class Trainer:
     prompts: list[str]
     conditioner: Conditioner
     phases: Phases
-    skipped: int = 0  # updates that were not finite, in all
-    skipped_in_a_row: int = 0
-    last_skipped: Update | None = None
+    requested: Callable[[], tuple[bool, bool]] = lambda: (False, False)  # this process's `Update.requests`
+    skipped: dict[str, list[int]] = field(default_factory=lambda: {role: [] for role in TRAINED})  # their iterations
+    skipped_in_a_row: dict[str, int] = field(default_factory=none_each)
+    outcomes: list[tuple[str, int, bool]] = field(default_factory=list)  # role, iteration, applied: not yet looked at
+    stop_requested: bool = False
+    writing_failed: bool = False
     order: PromptOrder = field(init=False)
     _unsettled: Update | None = field(init=False, default=None)
 
@@ -89,7 +112,10 @@ class Trainer:
                 totals[name] = totals.get(name, 0.0) + value.float() / accumulation
         self.phases.end()
         self.settle()
-        self._unsettled = Update(role, iteration, step, list(totals), self.world.mean(torch.stack([*totals.values()])))
+        values = torch.stack([*totals.values()])
+        requests = [values.new_full((), float(request)) for request in self.requested()]
+        values = self.world.mean(torch.cat([values, torch.stack(requests)]))
+        self._unsettled = Update(role, iteration, step, list(totals), values)
         self.conditioner.prefetch(self._batch(iteration + 1, self.world.rank))
         return self._unsettled
 
@@ -119,10 +145,29 @@ class Trainer:
     def settle(self) -> None:
         """Waits for the update that is under way and counts it."""
         update, self._unsettled = self._unsettled, None
-        if update is not None:
-            self.skipped += not update.applied
-            self.skipped_in_a_row = 0 if update.applied else self.skipped_in_a_row + 1
-            self.last_skipped = self.last_skipped if update.applied else update
+        if update is None:
+            return
+        role = update.role
+        if update.applied:
+            self.skipped_in_a_row[role] = 0
+        else:
+            self.skipped[role].append(update.iteration)
+            self.skipped_in_a_row[role] += 1
+        self.outcomes.append((role, update.iteration, update.applied))
+        stop, failed = update.requests
+        self.stop_requested |= stop
+        self.writing_failed |= failed
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(len, self.skipped.values()))
+
+    def prompts_of(self, iteration: int) -> list[str]:
+        """Those of all processes."""
+        num_shards = self.world.size * self.config.engine.accumulation
+        batch_size = self.config.engine.batch_size
+        shards = [self.order.indices(iteration, shard, num_shards, batch_size) for shard in range(num_shards)]
+        return [self.prompts[index] for shard in shards for index in shard]
 
     def received_bytes(self) -> int:
         """By gathers and reductions of ZeRO stage 3, on this process, so far."""
@@ -133,10 +178,15 @@ class Trainer:
         """What a checkpoint keeps beside weights and optimizer state."""
         self.settle()
         return {
-            "updates": {role: self.networks[role].updates for role in ("student", "critic")},
-            "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
+            "updates": {role: self.networks[role].updates for role in TRAINED},
+            "skipped": {role: list(iterations) for role, iterations in self.skipped.items()},
+            "skipped_in_a_row": dict(self.skipped_in_a_row),
         }
+
+    def restore(self, state: dict) -> None:
+        """What `state` gave."""
+        self.skipped = {role: list(iterations) for role, iterations in state["skipped"].items()}
+        self.skipped_in_a_row = dict(state["skipped_in_a_row"])
 
 
 def role_of(iteration: int, critic_updates: int) -> str:
@@ -145,69 +195,158 @@ def role_of(iteration: int, critic_updates: int) -> str:
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-    """A whole run. Raises ConfigError for what cannot be run, before it starts, and RunStopped for a broken run."""
+    """A whole run. Raises ConfigError for what cannot be run, before it starts, RunStopped for a broken run, RunEnded for one
+    that was asked to end, and OSError where something could not be written."""
     quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
     check(config, backbone)
-    world = start(config.engine)
-    config, plan = plan_run(config, backbone, world)
-    folder = Path(config.run.output_dir)
-    world.on_main(prepare_folder, folder, resume=resume, overwrite=overwrite)
-    checkpoints = Checkpoints(
-        folder / "checkpoints", config.run.keep_checkpoints, world, identity(config, backbone, world)
-    )
-    resumed = checkpoints.newest() if resume else None
-    state = checkpoints.read_state(resumed) if resumed else None
+    with contextlib.ExitStack() as opened:
+        stop = opened.enter_context(Stop())
+        path = Path(config.run.output_dir)
+        world = start(config.engine, run=str(path.resolve()))
+        folder = take_folder(path, world, resume=resume, overwrite=overwrite)
+        opened.callback(folder.close)
+        checkpoints = Checkpoints(
+            path / "checkpoints", config.run.keep_checkpoints, world, identity(config, backbone, world), config
+        )
+        resumed = checkpoints.find() if resume else None
+        if not world.on_main(starts, folder, config, resumed, resume=resume):
+            return
+        if resumed is not None:
+            config = with_global_batch(config, resumed.index["global_batch"], world.size)
+            if world.main and resumed.index["processes"] != world.size:
+                print(
+                    f"{world.size} processes for {resumed.index['processes']}: engine.accumulation = "
+                    f"{config.engine.accumulation}, so that an update stays one of {resumed.index['global_batch']} samples",
+                    flush=True,
+                )
+        config, plan = plan_run(config, backbone, world)
+        checkpoints.use(config)
 
-    trainer = build(config, world, backbone, prompts)
-    world.on_main(check_space, folder, space_needed(trainer))
-    if resumed:
-        checkpoints.load(resumed, trainer.networks, state)
-        trainer.skipped, trainer.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-    first = state["iteration"] if resumed else 0
-    journal = Journal(folder, config, first) if world.main else None
-    if world.main:
-        print("\n".join([*(network.describe() for network in trainer.networks.values()), plan.summary()]), flush=True)
-    progress = Progress(config, first, world)
+        trainer = build(config, world, backbone, prompts)
+        trainer.requested = lambda: (stop.requested, checkpoints.failed)
+        world.on_main(check_space, path, *space_needed(trainer))
+        if resumed is not None:
+            checkpoints.load(resumed, trainer.networks)
+            trainer.restore(resumed.state)
+        first = resumed.iteration if resumed is not None else 0
+        journal = opened.enter_context(Journal(path, config, first)) if world.main else None
+        if world.main:
+            networks = trainer.networks.values()
+            print("\n".join([*(network.describe() for network in networks), plan.summary()]), flush=True)
+        progress = Progress(config, first, world)
+        opened.callback(progress.close)
+        with stop.deferred():
+            loop(trainer, checkpoints, journal, progress, path, first, stop)
+        progress.close()
+        finish(trainer, checkpoints, journal, progress, path, first, plan)
+
+
+def loop(
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    journal: Journal | None,
+    progress: Progress,
+    folder: Path,
+    first: int,
+    stop: Stop,
+) -> None:
+    """Updates number `first` (from 0) to the last, each logged, sampled and saved when that is due."""
+    config, run = trainer.config, trainer.config.run
     checkpoint_due = False
-
-    for iteration in range(first, config.run.iterations):
+    for iteration in range(first, run.iterations):
         role = role_of(iteration, config.distill.critic_updates)
         update = trainer.update(role, iteration)
         done = iteration + 1
-        checkpoint_due |= due(done, config.run.checkpoint_every) and done < config.run.iterations
-        logged = iteration % config.run.log_every == 0
-        if logged or checkpoint_due or done == config.run.iterations:
+        checkpoint_due |= due(done, run.checkpoint_every) and done < run.iterations
+        logged = iteration % run.log_every == 0
+        if logged or checkpoint_due or done == run.iterations:
             trainer.settle()
         progress.advance(role)
         if logged:
-            numbers = {**update.numbers(), "skipped": trainer.skipped}
+            numbers = {**update.numbers(), "skipped": trainer.num_skipped}
             progress.show(role, numbers)
             if journal:
                 journal.write(iteration, role, {**numbers, **progress.rates()})
-        if trainer.skipped_in_a_row >= config.run.max_bad_updates:
-            last = trainer.last_skipped
-            raise RunStopped(
-                f"{trainer.skipped_in_a_row} updates in a row were not finite (the last, of the {last.role}, was number "
-                f"{last.iteration + 1}); the last good checkpoint is {checkpoints.newest()}"
+        while trainer.outcomes:
+            checkpoints.judge(*trainer.outcomes.pop(0))
+        stop_if_broken(trainer, checkpoints)
+        if trainer.writing_failed:
+            checkpoints.wait()  # raises what went wrong
+        if trainer.stop_requested:
+            saved = checkpoints.save(done, trainer.networks, trainer.state(), last=True)
+            raise RunEnded(
+                f"{stop.reason}: ended after {done} of {run.iterations} updates, which {saved} holds; the same command "
+                "with --resume goes on from there"
             )
         student_updates = done // (config.distill.critic_updates + 1)
-        if role == "student" and due(student_updates, config.run.sample_every):
+        if role == "student" and due(student_updates, run.sample_every):
             draw_samples(trainer, folder / "samples" / f"step_{done:06d}.png")
         if role == "student" and due(student_updates, config.evaluation.every):
             measurements = evaluate_student(trainer)
             if journal:
                 journal.write(iteration, "evaluation", measurements)
-        if checkpoint_due and trainer.skipped_in_a_row == 0:  # a checkpoint is a good one
+        if checkpoint_due and not any(trainer.skipped_in_a_row.values()):
             checkpoints.save(done, trainer.networks, trainer.state())
             checkpoint_due = False
+    if first < run.iterations:
+        checkpoints.save(run.iterations, trainer.networks, trainer.state(), last=True)
 
-    progress.close()
-    if first < config.run.iterations:
-        checkpoints.save(config.run.iterations, trainer.networks, trainer.state())
-    export_student(folder / "student", trainer.networks, backbone, trainer.distillation, config, world)
+
+def stop_if_broken(trainer: Trainer, checkpoints: Checkpoints) -> None:
+    """Raises RunStopped where one role's updates have failed too often in a row."""
+    for role, in_a_row in trainer.skipped_in_a_row.items():
+        if in_a_row >= trainer.config.run.max_bad_updates:
+            good = checkpoints.give_up()
+            raise RunStopped(
+                f"{in_a_row} updates of the {role} in a row were not finite (the last was number "
+                f"{trainer.skipped[role][-1] + 1}); the last good checkpoint is {good or 'none'}. {describe_skipped(trainer)}"
+            )
+
+
+def describe_skipped(trainer: Trainer, most: int = 5) -> str:
+    """How many updates were not finite, and prompts that were in them, the most frequent first."""
+    counts = ", ".join(
+        f"{len(trainer.skipped[role])} of the {role}'s {trainer.networks[role].updates + len(trainer.skipped[role])}"
+        for role in TRAINED
+    )
+    prompts = Counter(
+        prompt
+        for iterations in trainer.skipped.values()
+        for each in iterations
+        for prompt in set(trainer.prompts_of(each))
+    )
+    shown = ", ".join(f"{prompt[:60]!r} ({count})" for prompt, count in prompts.most_common(most))
+    more = f" and {len(prompts) - most} more" if len(prompts) > most else ""
+    return f"skipped as not finite: {counts} updates" + (f"; prompts in them: {shown}{more}" if prompts else "")
+
+
+def finish(
+    trainer: Trainer,
+    checkpoints: Checkpoints,
+    journal: Journal | None,
+    progress: Progress,
+    folder: Path,
+    first: int,
+    plan: Plan,
+) -> None:
+    """After the last update: the student is exported, measured and described."""
+    config, world = trainer.config, trainer.world
+    if trainer.networks["student"].updates == 0:
+        raise RunStopped(
+            f"the student was never updated, so it is not exported: it is still the teacher. {describe_skipped(trainer)}"
+        )
+    export_student(folder / "student", trainer.networks, trainer.backbone, trainer.distillation, config, world)
     summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary(plan)}
+    if checkpoints.pauses:
+        summary["checkpoint_pause_seconds"] = checkpoints.pauses
+        summary["checkpoint_write_seconds"] = checkpoints.write_seconds
+    if trainer.num_skipped:
+        prompts = {each: trainer.prompts_of(each) for iterations in trainer.skipped.values() for each in iterations}
+        summary["skipped_prompts"] = {str(iteration + 1): texts for iteration, texts in sorted(prompts.items())}
+        if world.main:
+            print(describe_skipped(trainer))
     if received := trainer.received_bytes():
         cycles = (config.run.iterations - first) / (config.distill.critic_updates + 1)
         summary["received_bytes_a_cycle"] = received / max(cycles, 1)
@@ -220,11 +359,58 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             summary["evaluation"] = report(trainer, folder)
     if journal:
         journal.finish(summary)
-        journal.close()
         if "peak_memory_gib" in summary:
             predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
             print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def take_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> RunFolder:
+    """The run's folder, which the main process holds for all. Raises ConfigError on all where it cannot be had."""
+    taken = []
+    world.on_main(lambda: taken.append(RunFolder(path, resume=resume, overwrite=overwrite)))
+    return taken[0] if taken else RunFolder.held_elsewhere(path)
+
+
+def starts(folder: RunFolder, config: Config, resumed: Checkpoint | None, *, resume: bool) -> bool:
+    """Says from where the run goes on, or that it begins. False: it is finished already, and there is nothing to do.
+
+    Raises ConfigError where a finished student would have to be trained anew, and where the run is to end before the
+    checkpoint that it would go on from.
+    """
+    path, iterations = folder.path, config.run.iterations
+    finished = (path / "finished.json").exists()
+    if resumed is None:
+        left = [name for name in ("finished.json", "student") if (path / name).exists()]
+        if left:
+            raise ConfigError(
+                f"--resume: {path} holds {' and '.join(left)} of a run and no checkpoint to go on from. To train anew is to "
+                "replace that student: give --overwrite for it, or take another run.output_dir"
+            )
+        why = f": --resume found no checkpoint in {path / 'checkpoints'}" if resume else ""
+        if resume and folder.fresh:
+            why += f", and no run in {path}{similar(path)}"
+        print(f"starting at iteration 0{why}", flush=True)
+        return True
+    if resumed.iteration > iterations:
+        raise ConfigError(
+            f"run.iterations = {iterations}, but --resume goes on from iteration {resumed.iteration} ({resumed.path}): give "
+            f"{resumed.iteration} or more"
+        )
+    if resumed.iteration == iterations and finished and (path / "student").exists():
+        print(
+            f"finished: {path} has all its {iterations} iterations, and its student; a larger run.iterations trains on"
+        )
+        return False
+    print(f"going on from iteration {resumed.iteration} ({resumed.path})", flush=True)
+    return True
+
+
+def similar(path: Path) -> str:
+    """Runs beside the folder that may have been meant."""
+    runs = [mark.parent.name for mark in path.resolve().parent.glob(f"*/{MARK}") if mark.parent != path.resolve()]
+    near = difflib.get_close_matches(path.name, runs, n=3, cutoff=0.5)
+    return f" (there is {', '.join(near)} beside it)" if near else ""
 
 
 def check(config: Config, backbone) -> None:
@@ -270,12 +456,9 @@ def load_prompts(config: Config) -> list[str]:
 
 def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
-    zero = config.engine.zero
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
         "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
-        "processes": world.size,
-        "stage": {"student": zero.student, "critic": zero.critic},
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,
         "ema": config.ema is not None,
@@ -313,11 +496,15 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
     return Trainer(config, world, backbone, distillation, networks, prompts, conditioner, phases)
 
 
-def space_needed(trainer: Trainer) -> int:
-    """Bytes that one checkpoint and the exported student take."""
+def space_needed(trainer: Trainer) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, how many there are at once at most, bytes of the exported student."""
+    config, run = trainer.config, trainer.config.run
     parameters = trainer.networks["student"].num_parameters
-    weight_bytes = resolve_dtype(trainer.config.model.dtype, trainer.world.device.type).itemsize
-    return checkpoint_bytes(trainer.config, parameters, weight_bytes) + parameters * weight_bytes
+    weight_bytes = resolve_dtype(config.model.dtype, trainer.world.device.type).itemsize
+    made = 1 + (run.iterations // run.checkpoint_every if run.checkpoint_every else 0)
+    # Those that are kept, the one that is being written, and the last good one where it is older than those.
+    at_once = min(made, run.keep_checkpoints + 2)
+    return checkpoint_bytes(config, parameters), at_once, parameters * weight_bytes
 
 
 def extra_prompts(config: Config, prompts: list[str]) -> list[str]:
@@ -452,6 +639,10 @@ def main(argv: list[str] | None = None) -> int:
             print(to_yaml(config), end="")
             return 0
         train(config, resume=args.resume, overwrite=args.overwrite)
+    except RunEnded as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(error, file=sys.stderr)
+        return STATUS
     except (ConfigError, RunStopped, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
             print(f"error: {error}", file=sys.stderr)

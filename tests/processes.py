@@ -63,8 +63,6 @@ def run_script(number: int, script: Path, *arguments: object, timeout: float = 6
             if each.exitcode is None:
                 each.kill()
             each.join()
-        for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # of processes that were killed
-            file.unlink(missing_ok=True)
         code = failed if failed is not None else next((each.exitcode for each in running if each.exitcode), 0)
         stdout, stderr = (Path(file).read_text() for file in outputs)
     return subprocess.CompletedProcess(command, code, stdout, stderr)

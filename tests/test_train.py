@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 
 from dpdmd import train
 from dpdmd.checkpoint import STUDENT_FILE
-from dpdmd.config import ConfigError, load_config
-from dpdmd.journal import check_space, prepare_folder
+from dpdmd.config import load_config
 
 ROOT = Path(__file__).parents[1]
 DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
@@ -220,10 +219,19 @@ def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp
     options = ["run.iterations=20", "run.checkpoint_every=2", "run.sample_every=0"]
     done = run_script(0, DRIVER, "broken", tmp_path, "--config", settings, *options, f"run.output_dir={folder}")
     assert done.returncode == 1
-    # Updates 5 to 7 fail; the checkpoint after update 6 still holds the weights of update 4.
-    assert "3 updates in a row were not finite (the last, of the critic, was number 7)" in done.stderr
-    assert f"the last good checkpoint is {folder / 'checkpoints' / 'step_000004'}" in done.stderr
-    assert [entry["skipped"] for entry in entries(folder)] == [0, 0, 0, 0, 1, 2, 3]
+    # Updates from the fifth on fail, of the critic numbers 5, 7 and 8. After the checkpoint of update 4 neither role's next
+    # update was finite; after that of update 2 both were.
+    assert "3 updates of the critic in a row were not finite (the last was number 8)" in done.stderr
+    assert f"the last good checkpoint is {folder / 'checkpoints' / 'step_000002'}" in done.stderr
+    assert "3 of the critic's 6 updates; prompts in them: 'a red ring'" in done.stderr.replace(
+        "1 of the student's 2, ", ""
+    )
+    assert [entry["skipped"] for entry in entries(folder)] == [0, 0, 0, 0, 1, 2, 3, 4]
+    found = sorted(str(path.relative_to(folder)) for path in (folder / "checkpoints").glob("*/*") if path.is_file())
+    assert [each for each in found if "index" not in each] == [
+        "checkpoints/step_000002/confirmed",
+        "checkpoints/step_000004/suspect",
+    ]
 
 
 @pytest.mark.distributed
@@ -234,7 +242,7 @@ def test_disk_that_fills_up_loses_nothing(settings, tmp_path):
     )
     assert done.returncode == 1
     assert "step_000006 could not be written" in done.stderr and "No space left on device" in done.stderr
-    assert f"the last complete one is {folder / 'checkpoints' / 'step_000003'}" in done.stderr
+    assert f"the newest complete checkpoint is {folder / 'checkpoints' / 'step_000003'}" in done.stderr
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000003"]
 
 
@@ -253,10 +261,8 @@ def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path
     one_process = ["run.iterations=9", f"run.output_dir={folder}"]
     done = run_script(2, TRAIN, "--config", settings, "--resume", f"model.pipeline={changed}", *one_process)
     assert done.returncode != 0
-    assert "was saved with identity.architecture" in done.stderr or "was saved with architecture" in done.stderr
+    assert "was saved with architecture" in done.stderr
     assert "num_layers = 2, and this run has 3" in done.stderr
-    done = run_script(0, TRAIN, "--config", settings, "--resume", *one_process)
-    assert "was saved with processes = 2, and this run has 1" in done.stderr
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
 
 
@@ -336,7 +342,8 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
                 "distill.method=dmd",
                 "distill.renoise={per: sample, distribution: uniform}",
                 "prompts.encoding=stream",
-                "engine.zero={teacher: 0, student: 2, critic: 1}",
+                "engine.zero.teacher=0",
+                "student_optimizer.name=torch",
                 "engine.accumulation=2",
             ],
         ),
@@ -349,7 +356,6 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
                 "distill.guidance_scale=1",
                 "prompts.negative_prompt=null",
                 "student_optimizer.warmup=2",
-                "engine.zero={teacher: 3, student: 0, critic: 0}",
                 "engine.checkpointing=selective",
                 "engine.deepspeed={gradient_clipping: 0.5}",
                 "distill.normalizer=sample",
@@ -410,10 +416,6 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["distill.ancor=7"], "nearest known is distill.anchor"),
         (["student_optimizer={{state: float8, name: torch}}"], "state = float8 needs name = fused"),
         (
-            ["engine.offload=cpu", "engine.zero.critic=2"],
-            "engine.offload = cpu is of ZeRO stage 3, but engine.zero.critic = 2",
-        ),
-        (
             ["engine.offload=cpu", "critic_optimizer.state=bfloat16"],
             "critic_optimizer.name = auto with state = bfloat16",
         ),
@@ -428,9 +430,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
             "ema averages masters, which engine.offload = nvme keeps on the disk",
         ),
         (["model.teacher_storage=float8", "engine.zero.teacher=0"], "but there is engine.zero.teacher = 0"),
-        (["lora={{rank: 4}}", "engine.zero.critic=1"], "lora needs ZeRO stage 3 .* engine.zero.critic = 1"),
         (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),
-        (["ema={{decay: 0.9}}", "engine.zero.student=2"], "ema averages the shards of ZeRO stage 3"),
     ],
 )
 def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, monkeypatch, options, message):
@@ -442,32 +442,6 @@ def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, m
     assert train.main(["--config", str(settings), f"run.output_dir={tmp_path / 'run'}", *options]) == 2
     assert re.search(message, capsys.readouterr().err)
     assert not (tmp_path / "run").exists()
-
-
-def test_folder_that_cannot_be_written(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"run.output_dir = .*file/run': cannot be written to"):
-        prepare_folder(tmp_path / "file" / "run", resume=False, overwrite=False)
-
-
-def test_folder_that_is_full(tmp_path):
-    with pytest.raises(ConfigError, match=r"GB are free, and a checkpoint and the exported student need 1000000.00 GB"):
-        check_space(tmp_path, 10**15)
-    check_space(tmp_path, 1)
-
-
-def test_finished_run_is_overwritten_only_when_told(tmp_path):
-    (tmp_path / "finished.json").write_text("{}")
-    (tmp_path / "student").mkdir()
-    (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(
-        ConfigError, match=r"holds a finished run \(finished.json, student\): give --resume .* --overwrite"
-    ):
-        prepare_folder(tmp_path, resume=False, overwrite=False)
-    prepare_folder(tmp_path, resume=True, overwrite=False)
-    assert (tmp_path / "student").exists()
-    prepare_folder(tmp_path, resume=False, overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_roles_take_turns():

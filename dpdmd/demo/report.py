@@ -6,7 +6,6 @@ student's own number of network evaluations); the student.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,8 @@ from torch import Tensor
 from dpdmd.demo import world as pictures
 from dpdmd.demo.measure import measure
 from dpdmd.distill import rollout
+from dpdmd.files import write_json
+from dpdmd.journal import without_infinities
 from dpdmd.sample import sampling_noise, save_grid
 
 _BATCH = {"cpu": 128, "cuda": 1024}  # pictures a forward pass: what keeps the device busy
@@ -94,8 +95,7 @@ def report(trainer, folder: Path) -> dict[str, Any] | None:
     if not trainer.world.main:
         return None
     output = folder / "evaluation"
-    output.mkdir(exist_ok=True)
-    (output / "table.json").write_text(json.dumps(table, indent=2) + "\n", encoding="utf-8")
+    write_json(output / "table.json", without_infinities(table))
     _save_examples(output / "grid.png", trainer, columns)
     print_table(table, trainer.config.evaluation)
     print(f"pictures: {output / 'grid.png'}")

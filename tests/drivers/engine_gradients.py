@@ -83,28 +83,23 @@ def backward(network, shard, broken=False):
 
 
 def cases():
-    """(stage, dtype, accumulation, checkpointing, fused, residency[, offload])"""
-    for stage, accumulation in itertools.product((0, 1, 2), (1, 2)):
-        yield stage, "float32", accumulation, "none", False, "auto"
-    yield 2, "float32", 1, "full", False, "auto"
+    """(dtype, accumulation, checkpointing, fused, residency[, offload])"""
     for residency, accumulation in itertools.product(("whole", "phase", "block"), (1, 2)):
-        yield 3, "float32", accumulation, "none", False, residency
+        yield "float32", accumulation, "none", False, residency
     for residency, checkpointing in itertools.product(("phase", "block"), ("selective", "full")):
-        yield 3, "float32", 1, checkpointing, False, residency
-    for stage in (0, 1, 2):
-        yield stage, "bfloat16", 1, "none", False, "auto"
+        yield "float32", 1, checkpointing, False, residency
     for accumulation in (1, 2):
-        yield 3, "bfloat16", accumulation, "none", False, "phase"
+        yield "bfloat16", accumulation, "none", False, "phase"
     for checkpointing, residency in itertools.product(("none", "selective"), ("phase", "block")):
-        yield 3, "float32", 2, checkpointing, True, residency
+        yield "float32", 2, checkpointing, True, residency
     for accumulation, residency in ((1, "phase"), (2, "block")):
-        yield 3, "bfloat16", accumulation, "none", False, residency, "cpu"
+        yield "bfloat16", accumulation, "none", False, residency, "cpu"
 
 
 def main():
     world = None
     results = {}
-    for stage, dtype_name, accumulation, checkpointing, fused, residency, *offload in cases():
+    for dtype_name, accumulation, checkpointing, fused, residency, *offload in cases():
         # The fused operations' reference, as the trainer fuses on a GPU only.
         engine.FUSED_ON = ("cpu",) if fused else ()
         engine.why_not = lambda *device: ""
@@ -119,7 +114,6 @@ def main():
                     "checkpointing": checkpointing,
                     "residency": residency,
                     "offload": offload[0] if offload else "none",
-                    "zero": {"student": stage},
                 },
             }
         )
@@ -155,7 +149,7 @@ def main():
             backward(student, micro_batch)
             recovered = student.step()
         results[
-            f"stage {stage}, {dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}, "
+            f"{dtype_name}, accumulation {accumulation}, checkpointing {checkpointing}, fused {fused}, "
             f"residency {residency}, offload {offload}"
         ] = {
             "fused": student.fusion is not None and sum(student.fusion.replaced.values()),

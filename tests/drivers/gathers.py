@@ -18,7 +18,7 @@ from dpdmd.residency import Traffic, Unit
 PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
 
 
-def run(pipeline, residency, folder, storage="full"):
+def run(world, pipeline, residency, folder, storage="full"):
     config = parse_config(
         {
             "model": {"pipeline": pipeline, "resolution": 32, "max_sequence_length": 8, "teacher_storage": storage},
@@ -30,7 +30,6 @@ def run(pipeline, residency, folder, storage="full"):
             "run": {"output_dir": folder, "iterations": 9},
         }
     )
-    world = engine.start(config.engine)
     trainer = train.build(config, world, load_backbone(config.model), PROMPTS)
     counted = []
     gather = dist.all_gather_into_tensor
@@ -66,15 +65,11 @@ def main():
     pipeline = next(argument for argument in sys.argv[1:] if not argument.startswith("--"))
     results = {}
     with tempfile.TemporaryDirectory() as mine:
+        world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+        folder = world.gather(mine)[0]
         for residency in ("whole", "phase", "block"):
-            world_folder = [mine]
-            if dist.is_initialized():
-                dist.broadcast_object_list(world_folder, 0)
-            else:
-                engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
-                dist.broadcast_object_list(world_folder, 0)
-            results[residency], results["shard_bytes"] = run(pipeline, residency, world_folder[0])
-        results["float8"], _ = run(pipeline, "whole", world_folder[0], "float8")
+            results[residency], results["shard_bytes"] = run(world, pipeline, residency, folder)
+        results["float8"], _ = run(world, pipeline, "whole", folder, "float8")
         dist.barrier()
     if dist.get_rank() == 0:
         print("RESULT " + json.dumps(results), flush=True)

@@ -52,6 +52,27 @@ elif what == "broken":
         return (total * float("nan"), numbers) if iteration >= 4 else (total, numbers)
 
     train.Trainer.loss = broken
+elif what == "no-uncond":
+    # The teacher's unconditional prediction is not a number.
+    guided = distill.guided
+
+    def without_uncond(*arguments):
+        real, real_uncond = guided(*arguments)
+        return real, None if real_uncond is None else real_uncond * float("nan")
+
+    distill.guided = without_uncond
+elif what.startswith("SIG"):
+    # As SIGTERM-1-4: in the middle of update number 4 (from 0) process 1 receives SIGTERM; -2 behind it: twice.
+    name, of_rank, at, *times = what.split("-")
+    loss = train.Trainer.loss
+
+    def signalled(self, role, iteration, shard):
+        if rank == of_rank and iteration == int(at):
+            for _ in range(int(times[0]) if times else 1):
+                os.kill(os.getpid(), getattr(signal, name))
+        return loss(self, role, iteration, shard)
+
+    train.Trainer.loss = signalled
 else:
     sys.exit(f"unknown: {what}")
 

@@ -1,0 +1,155 @@
+"""The output folder of a run: whose it is, who may write there now, and what may be deleted.
+
+A run marks its folder with MARK, a file that it keeps locked as long as it lives: one run at a time. Only a marked folder is
+resumed or overwritten, and of its files only those that a run writes (OWN) are ever deleted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import shutil
+import socket
+import tempfile
+import time
+from pathlib import Path
+
+from dpdmd.config import ConfigError
+from dpdmd.files import readable_bytes
+
+MARK = ".dpdmd-run.json"
+# What a run writes in its folder. Embeddings are not among them: they are keyed by content, and stay.
+OWN = (
+    "config.yaml",
+    "metrics.jsonl",
+    "finished.json",
+    "samples/step_*.png",
+    "evaluation/table.json",
+    "evaluation/grid.png",
+    "tensorboard/events.out.tfevents.*",
+    "wandb/**/*",
+    *(
+        f"{folder}/{name}"
+        for folder in ("student", "student_step_*", ".unfinished-student", ".replaced-student")
+        for name in ("config.json", "*.safetensors", "*.safetensors.index.json", "dpdmd.json", "config.yaml")
+    ),
+    *(
+        f"checkpoints/{folder}/{name}"
+        for folder in ("step_*", ".unfinished-*", ".replaced-*", ".deleted-*")
+        for name in ("index.json", "confirmed", "suspect", "*/rank_*.safetensors", "*/.unfinished-*")
+    ),
+)
+_TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
+
+
+class RunFolder:
+    """The folder of one run, taken for this process as long as it lives.
+
+    Raises ConfigError where taking it would lose something, where another run is at work in it, and where it cannot be
+    written to.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False, overwrite: bool = False):
+        self.path = folder
+        self._lock: int | None = None
+        name = f"run.output_dir = {str(folder)!r}"
+        marked = (folder / MARK).is_file()
+        holds = sorted({path.name for pattern in _TOP for path in folder.glob(pattern)}) if folder.is_dir() else []
+        if holds and not marked:
+            raise ConfigError(
+                f"{name} holds {_list(holds)}, which no run of this version made and a run would write over: take another "
+                "folder, or move them away"
+            )
+        if holds and not (resume or overwrite):
+            kind = "a finished run" if (folder / "finished.json").exists() else "an unfinished run"
+            raise ConfigError(
+                f"{name} holds {kind} ({_list(holds)}): give --resume to go on with it, --overwrite to delete it, or another "
+                "run.output_dir"
+            )
+        self.fresh = not holds  # no run has written anything here yet
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=folder):
+                pass
+            self._take(name)
+        except OSError as error:
+            raise ConfigError(f"{name}: cannot be written to ({error.strerror or error})") from error
+        if overwrite and marked:
+            delete_own(folder)
+            self.fresh = True
+
+    @classmethod
+    def held_elsewhere(cls, folder: Path) -> RunFolder:
+        """For the processes beside the main one, which holds it for all."""
+        taken = cls.__new__(cls)
+        taken.path, taken.fresh, taken._lock = folder, False, None
+        return taken
+
+    def _take(self, name: str) -> None:
+        lock = os.open(self.path / MARK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = os.read(lock, 4096)
+            os.close(lock)
+            raise ConfigError(
+                f"{name}: another run is at work in it ({_describe(holder)}); wait until that has ended, or take another folder"
+            ) from error
+        self._lock = lock
+        holder = {"process": os.getpid(), "machine": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
+        os.ftruncate(lock, 0)
+        os.write(lock, (json.dumps(holder) + "\n").encode())
+
+    def close(self) -> None:
+        """Lets others take it."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _describe(holder: bytes) -> str:
+    try:
+        found = json.loads(holder)
+        return f"process {found['process']} on {found['machine']}, since {found['since']}"
+    except (ValueError, TypeError, KeyError):  # it is just about to write
+        return "just started"
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:6]) + ", ..." * (len(names) > 6)
+
+
+def delete_own(folder: Path) -> None:
+    """Deletes what runs have written in a marked folder, and folders that are empty then; everything else stays."""
+    for pattern in OWN:
+        for path in folder.glob(pattern):
+            if path.is_file() or path.is_symlink():
+                path.unlink(missing_ok=True)
+    for name in _TOP:
+        for top in folder.glob(name):
+            if top.is_dir() and not top.is_symlink():
+                for below in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
+                    _remove_empty(below)
+                _remove_empty(top)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def check_space(folder: Path, checkpoint: int, at_once: int, student: int) -> None:
+    """Raises ConfigError where the disk of an existing folder has no room for so many checkpoints at once, of so many bytes
+    each, and for the exported student. What lies in the folder's checkpoints/ makes way for them."""
+    there = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    needed = max(0, checkpoint * at_once - there) + student
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ConfigError(
+            f"run.output_dir = {str(folder)!r}: {readable_bytes(free)} are free on its disk, and {readable_bytes(needed)} more "
+            f"are needed, for {at_once} checkpoint{'s' * (at_once > 1)} of {readable_bytes(checkpoint)} at once "
+            "(run.keep_checkpoints, the one that is being written and the last good one) and the exported student of "
+            f"{readable_bytes(student)}"
+        )

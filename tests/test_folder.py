@@ -1,0 +1,119 @@
+"""Whose folder a run's is: nothing of others is deleted or written over, and two runs never share one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dpdmd.config import ConfigError
+from dpdmd.folder import MARK, RunFolder, check_space
+
+
+def written(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run.output_dir = .*file/run': cannot be written to \(Not a directory\)"):
+        RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(ConfigError, match=r"run.output_dir = .*file': cannot be written to \(File exists\)"):
+        RunFolder(tmp_path / "file")
+
+
+RUN = (
+    *("config.yaml", "metrics.jsonl", "finished.json", "samples/step_000003.png", "evaluation/grid.png"),
+    *("tensorboard/events.out.tfevents.1.host.2.0", "student/dpdmd.json", "student/model.safetensors"),
+    *("checkpoints/step_000003/index.json", "checkpoints/step_000003/student/rank_00000.safetensors"),
+    *("checkpoints/step_000003/confirmed", "checkpoints/.unfinished-step_000006/critic/rank_00001_0002.safetensors"),
+    *("student_step_000003/config.json", ".unfinished-student/config.json"),
+)
+MINE = (
+    *("samples/photo.png", "notes.txt", "student/photo.png", "checkpoints/readme", "embeddings/key/shard.safetensors"),
+    *("evaluation/mine.json", "other/config.yaml", "checkpoints/step_000003/student/mine.txt"),
+)
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.parametrize(
+    "mine", [["samples/photo.png", "config.yaml"], ["student/model.safetensors"], ["metrics.jsonl"]]
+)
+def test_what_no_run_made_is_left_alone(tmp_path, how, mine):
+    written(tmp_path, *mine, "notes.txt")
+    with pytest.raises(ConfigError, match=rf"holds .*{mine[-1].split('/')[0]}.*which no run of this version made"):
+        RunFolder(tmp_path, **how)
+    assert names(tmp_path) == sorted([*mine, "notes.txt"])
+
+
+def test_finished_run_is_overwritten_only_when_told_and_only_what_it_wrote(tmp_path):
+    RunFolder(tmp_path).close()
+    written(tmp_path, *RUN, *MINE)
+    with pytest.raises(ConfigError, match=r"holds a finished run \(.*\): give --resume .* --overwrite"):
+        RunFolder(tmp_path)
+    RunFolder(tmp_path, resume=True).close()
+    assert names(tmp_path) == sorted([*RUN, *MINE, MARK])
+    taken = RunFolder(tmp_path, overwrite=True)
+    assert names(tmp_path) == sorted([*MINE, MARK]) and taken.fresh
+    assert not (tmp_path / "tensorboard").exists()  # empty folders go
+    taken.close()
+    with pytest.raises(ConfigError, match="holds an unfinished run"):  # what is left bears a run's names
+        RunFolder(tmp_path)
+
+
+def test_folder_with_other_things_is_taken_and_marked(tmp_path):
+    written(tmp_path, "notes.txt", "photos/step_000001.png")
+    taken = RunFolder(tmp_path)
+    assert taken.fresh and json.loads((tmp_path / MARK).read_text()).keys() == {"process", "machine", "since"}
+    taken.close()
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from dpdmd.folder import RunFolder
+taken = RunFolder(Path(sys.argv[1]), resume=True)
+print("taken", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
+def test_two_runs_in_one_folder(tmp_path, how):
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout.readline() == "taken\n"
+        with pytest.raises(ConfigError, match=rf"another run is at work in it \(process {first.pid} on .*, since"):
+            RunFolder(tmp_path, **how)
+        first.kill()  # a run that dies leaves no lock
+        first.wait()
+        RunFolder(tmp_path, **how).close()
+
+
+def test_folder_that_is_full(tmp_path):
+    with pytest.raises(
+        ConfigError,
+        match=r"are free on its disk, and 4e\+03 TB more are needed, for 3 checkpoints of 1e\+03 TB at once .* 1e\+03 TB",
+    ):
+        check_space(tmp_path, 10**15, 3, 10**15)
+    check_space(tmp_path, 1, 4, 1)
+
+
+def test_checkpoints_that_make_way_count(tmp_path, monkeypatch):
+    written(tmp_path, "checkpoints/step_000003/index.json")
+    there = (tmp_path / "checkpoints/step_000003/index.json").stat().st_size
+    monkeypatch.setattr("dpdmd.folder.shutil.disk_usage", lambda path: type("Usage", (), {"free": 100})())
+    check_space(tmp_path, 50, 2, there)
+    with pytest.raises(ConfigError, match="100 B are free"):
+        check_space(tmp_path, 50, 2, there + 1)

@@ -1,0 +1,279 @@
+"""Runs that are interrupted, broken or resumed elsewhere: none ends well that trained nothing, none loses what it saved."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from processes import run_script
+from safetensors.torch import load_file
+
+from dpdmd import stopping
+
+DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
+TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
+# The demo's teacher, nine updates (three of the student).
+SHORT = (
+    *("engine.device=cpu", "engine.batch_size=1", "engine.accumulation=2", "evaluation.enabled=false"),
+    *(
+        "distill.critic_updates=2",
+        "distill.teacher_steps=6",
+        "distill.anchor=2",
+        "run.iterations=9",
+        "run.tensorboard=false",
+    ),
+    *("student_optimizer.lr=1e-3", "critic_optimizer.lr=1e-3", "run.sample_every=0", "run.checkpoint_every=0"),
+)
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shared")
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
+    return (*SHORT, f"prompts.file={prompts}", f"prompts.cache_dir={folder / 'embeddings'}")
+
+
+def checked(done, status: int = 0):
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def straight(options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    done = checked(run_script(0, TRAIN, *options, f"run.output_dir={folder}"))
+    assert "starting at iteration 0\n" in done.stdout
+    return folder
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "student").glob("*.safetensors")
+    return load_file(file)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    "name, processes, rank", [("SIGTERM", 0, 0), ("SIGINT", 2, 1), ("SIGHUP", 2, 0), ("SIGTERM", 2, 1)]
+)
+def test_a_signal_saves_a_checkpoint(options, straight, tmp_path, name, processes, rank):
+    """Of one process or of both, which agree on the iteration; going on gives the bits of the run that was not stopped."""
+    folder = tmp_path / "run"
+    mine = [*options, f"run.output_dir={folder}", *(["engine.accumulation=1"] if processes == 2 else [])]
+    done = checked(run_script(processes, DRIVER, f"{name}-{rank}-4", tmp_path, *mine), stopping.STATUS)
+    ended = re.findall(
+        r"ended after (\d) of 9 updates, which .*/checkpoints/step_00000(\d) holds; the same command", done.stderr
+    )
+    assert len(ended) == 1 and ended[0][0] == ended[0][1] == "5", done.stderr[-3000:]
+    assert (name in done.stderr) == (rank == 0) or name in done.stderr
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_000005"]
+    assert not (folder / "student").exists() and not (folder / "finished.json").exists()
+
+    done = checked(run_script(processes, TRAIN, *mine, "--resume"))
+    assert f"going on from iteration 5 ({folder / 'checkpoints' / 'step_000005'})" in done.stdout
+    if processes == 0:
+        assert same_bits(weights(folder), weights(straight))
+    else:
+        expected = tmp_path / "straight"
+        checked(run_script(processes, TRAIN, *mine[:-2], "engine.accumulation=1", f"run.output_dir={expected}"))
+        assert same_bits(weights(folder), weights(expected))
+
+
+@pytest.mark.distributed
+def test_a_second_interrupt_ends_at_once(options, tmp_path):
+    done = run_script(0, DRIVER, "SIGINT-0-4-2", tmp_path, *options, f"run.output_dir={tmp_path / 'run'}")
+    assert done.returncode == 128 + signal.SIGINT and "second SIGINT: ended at once" in done.stderr
+    assert "Traceback" not in done.stderr and not any((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_signal_before_training_ends_at_once(monkeypatch):
+    with pytest.raises(stopping.RunEnded, match="SIGTERM: ended; --resume goes on"), stopping.Stop():
+        signal.raise_signal(signal.SIGTERM)
+    with stopping.Stop() as stop:
+        with stop.deferred():
+            assert not stop.requested
+            signal.raise_signal(signal.SIGHUP)
+            assert stop.requested and stop.reason == "SIGHUP"
+        with pytest.raises(stopping.RunEnded):
+            signal.raise_signal(signal.SIGINT)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_a_signal_that_is_ignored_stays_so(monkeypatch):
+    """nohup's."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stopping.Stop() as stop, stop.deferred():
+            signal.raise_signal(signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.distributed
+def test_other_numbers_of_processes(options, straight, tmp_path):
+    """1 -> 2 -> 4 -> 1: the accumulation follows, and the result is the straight run's within rounding."""
+    folder = tmp_path / "run"
+    mine = [option for option in options if not option.startswith("engine.accumulation")]
+    mine += ["engine.accumulation=4", f"run.output_dir={folder}", "ema={decay: 0.5}", "critic_optimizer.state=bfloat16"]
+    expected = tmp_path / "straight"
+    checked(run_script(0, TRAIN, *mine, f"run.output_dir={expected}"))
+    checked(run_script(0, DRIVER, "SIGTERM-0-1", tmp_path, *mine), stopping.STATUS)
+    for processes, at in ((2, 3), (4, 5)):
+        done = checked(run_script(processes, DRIVER, f"SIGTERM-1-{at}", tmp_path, *mine, "--resume"), stopping.STATUS)
+        assert f"engine.accumulation = {4 // processes}, so that an update stays one of 4 samples" in done.stdout
+    checked(run_script(0, TRAIN, *mine, "--resume"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    others = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(9))
+    for line, other in zip(lines, others, strict=True):
+        assert line["loss"] == pytest.approx(other["loss"], rel=1e-2) and line["lr"] == other["lr"]
+    found, start = weights(folder), load_file(next(Path(train_teacher()).glob("transformer/*.safetensors")))
+    moved = distance(weights(expected), start)
+    assert moved > 0 and distance(found, weights(expected)) < 0.05 * moved
+
+    done = checked(run_script(3, TRAIN, *mine, "run.iterations=12", "--resume"), 2)
+    assert (
+        "the run's updates are of 4 samples, and 3 processes with engine.batch_size = 1 take 3 at a time" in done.stderr
+    )
+
+
+def train_teacher() -> str:
+    from dpdmd.demo import TEACHER
+
+    return TEACHER
+
+
+@pytest.mark.distributed
+def test_a_run_whose_student_is_never_updated_does_not_end_well(options, tmp_path):
+    """Its critic's updates are finite, and say nothing of the student's."""
+    for limit, words in (
+        ("2", "2 updates of the student in a row were not finite (the last was number 6)"),
+        ("10", "the student was never updated, so it is not exported: it is still the teacher"),
+    ):
+        folder = tmp_path / limit
+        mine = [*options, f"run.max_bad_updates={limit}", f"run.output_dir={folder}"]
+        done = checked(run_script(0, DRIVER, "no-uncond", tmp_path, *mine), 1)
+        assert words in done.stderr and "of the student's " in done.stderr and "'a red ring'" in done.stderr
+        assert not (folder / "student").exists() and not (folder / "finished.json").exists()
+        lines = (folder / "metrics.jsonl").read_text()
+        assert "NaN" not in lines and "Infinity" not in lines
+        entries = [json.loads(line) for line in lines.splitlines()]
+        assert entries[2]["kind"] == "student" and entries[2]["loss"] is None and entries[3]["loss"] > 0
+
+
+@pytest.mark.distributed
+def test_skipped_updates_are_told_at_the_end(options, tmp_path):
+    """A run that goes on all the same says how many there were, and which prompts were in them."""
+    driver = tmp_path / "once.py"
+    driver.write_text(
+        "import sys\nfrom dpdmd import train\nloss = train.Trainer.loss\n"
+        "def once(self, role, iteration, shard):\n"
+        "    total, numbers = loss(self, role, iteration, shard)\n"
+        "    return (total * float('nan') if iteration == 3 else total), numbers\n"
+        "train.Trainer.loss = once\nsys.exit(train.main([a for a in sys.argv[1:] if 'local_rank' not in a]))\n"
+    )
+    folder = tmp_path / "run"
+    done = checked(run_script(0, driver, *options, f"run.output_dir={folder}"))
+    assert "skipped as not finite: 0 of the student's 3, 1 of the critic's 6 updates; prompts in them: " in done.stdout
+    finished = json.loads((folder / "finished.json").read_text())
+    assert finished["skipped"] == {"student": [], "critic": [3]} and len(finished["skipped_prompts"]["4"]) == 2
+
+
+@pytest.mark.distributed
+def test_the_last_good_checkpoint_of_a_student_that_exploded(options, tmp_path):
+    folder = tmp_path / "run"
+    mine = [
+        *options,
+        "run.checkpoint_every=1",
+        "run.keep_checkpoints=2",
+        "run.max_bad_updates=2",
+        f"run.output_dir={folder}",
+    ]
+    exploding = [*mine, "student_optimizer.lr=1e30", "student_optimizer.warmup=0"]
+    done = checked(run_script(0, TRAIN, *exploding), 1)
+    # The student's first update (number 3) is finite and leaves weights that are not of use. The critic's next update after
+    # the checkpoint of update 2 is the one that breaks; after that of update 1 it was number 2, which was finite.
+    assert f"the last good checkpoint is {folder / 'checkpoints' / 'step_000001'}" in done.stderr, done.stderr[-2000:]
+    done = checked(run_script(0, TRAIN, *mine, "--resume"))
+    assert "going on from iteration 1 " in done.stdout and "is not a good one" in done.stderr
+    assert all(value.isfinite().all() for value in weights(folder).values())
+
+
+@pytest.mark.distributed
+def test_resume_says_from_where(options, straight, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name[0] != "."}
+    mine = [*options, f"run.output_dir={folder}", "--resume"]
+    done = checked(run_script(0, TRAIN, *mine))
+    assert f"finished: {folder} has all its 9 iterations, and its student" in done.stdout
+    assert {
+        path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
+    } == before
+
+    done = checked(run_script(0, TRAIN, *mine, "run.iterations=6"), 2)
+    assert "run.iterations = 6, but --resume goes on from iteration 9" in done.stderr
+
+    longer = checked(run_script(0, TRAIN, *mine, "run.iterations=12"))
+    assert "going on from iteration 9" in longer.stdout
+    assert same_bits(load_file(next((folder / "student_step_000009").glob("*.safetensors"))), weights(straight))
+    assert json.loads((folder / "student" / "dpdmd.json").read_text())["iterations"] == 12
+
+    shutil.rmtree(folder / "checkpoints")
+    done = checked(run_script(0, TRAIN, *mine, "run.iterations=12"), 2)
+    assert "holds finished.json and student of a run and no checkpoint to go on from" in done.stderr
+    assert (folder / "student" / "dpdmd.json").exists()
+
+
+@pytest.mark.distributed
+def test_resume_of_a_mistyped_folder(options, straight, tmp_path):
+    shutil.copytree(straight, tmp_path / "my_run_2")
+    folder = tmp_path / "my_run2"
+    done = checked(run_script(0, TRAIN, *options, "run.iterations=3", f"run.output_dir={folder}", "--resume"))
+    assert f"starting at iteration 0: --resume found no checkpoint in {folder / 'checkpoints'}" in done.stdout
+    assert f"no run in {folder} (there is my_run_2 beside it)" in done.stdout
+
+
+@pytest.mark.distributed
+def test_a_damaged_checkpoint_falls_back_in_a_run(options, straight, tmp_path):
+    """And an export that was cut off is made."""
+    folder = tmp_path / "run"
+    mine = [*options, "run.checkpoint_every=3", f"run.output_dir={folder}"]
+    checked(run_script(2, TRAIN, *mine, "engine.accumulation=1"))
+    expected = weights(folder)
+    shutil.rmtree(folder / "student")
+    (folder / "finished.json").unlink()
+    file = folder / "checkpoints" / "step_000009" / "critic" / "rank_00001.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-7] ^= 1
+    file.write_bytes(bytes(data))
+    done = checked(run_script(2, TRAIN, *mine, "engine.accumulation=1", "--resume"))
+    assert f"{file} is damaged: its content is not what was written (SHA-256); step_000009 is left out" in done.stderr
+    assert "going on from iteration 6 " in done.stdout and same_bits(weights(folder), expected)
+
+
+@pytest.mark.distributed
+def test_a_norm_is_exact_on_the_cpu():
+    """vector_norm in float32 was 4e-4 off at 10 million elements, and sets the clipping."""
+    from dpdmd.engine import sum_of_squares
+
+    x = torch.rand(10_000_000, generator=torch.Generator().manual_seed(0))
+    exact = float(x.double().norm())
+    assert float(sum_of_squares(x).sqrt()) == pytest.approx(exact, rel=1e-9)
+    assert float(sum_of_squares(x[:0]).sqrt()) == 0.0
+    assert abs(float(torch.linalg.vector_norm(x)) / exact - 1) > 1e-6  # what it is for

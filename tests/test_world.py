@@ -1,0 +1,206 @@
+"""How processes find each other: every launcher's variables, a store that others cannot reach, and no silent waiting."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from processes import free_port
+
+from dpdmd import world
+from dpdmd.config import ConfigError
+from dpdmd.world import Launch, launched, meet
+
+TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
+
+
+@pytest.mark.parametrize(
+    "environment, expected",
+    [
+        ({}, (0, 1, 0, 1, "127.0.0.1", 0)),
+        # deepspeed, torchrun
+        (
+            {
+                "RANK": "3",
+                "WORLD_SIZE": "4",
+                "LOCAL_RANK": "1",
+                "LOCAL_SIZE": "2",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "7",
+            },
+            (3, 4, 1, 2, "a", 7),
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2"}, (3, 4, 1, 2, "127.0.0.1", 29500)),
+        # They come before what a job's environment holds besides.
+        ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (0, 1, 0, 1, "127.0.0.1", 29500)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2, 1, 2, "127.0.0.1", 29500)),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1, "127.0.0.1", 0)),
+        (
+            {
+                **{"SLURM_PROCID": "5", "SLURM_NTASKS": "9", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1"},
+                **{"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_NNODES": "2", "SLURM_STEP_NODELIST": "gpu[03-04,7],b"},
+                **{"SLURM_JOB_ID": "1234567"},
+            },
+            (5, 8, 1, 4, "gpu03", 20000 + 1234567 % 20000),
+        ),
+        (
+            {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "one,two"},
+            (5, 8, 1, 4, "one", 29500),
+        ),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "1"}
+            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "2", "PMIX_RANK": "1"},
+            (1, 2, 1, 2, "127.0.0.1", 29500),
+        ),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
+            | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1", "MASTER_ADDR": "first", "MASTER_PORT": "5"},
+            (1, 2, 0, 1, "first", 5),
+        ),
+        ({"PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3, 2, 3, "127.0.0.1", 29500)),
+        (
+            {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "m"},
+            (2, 4, 0, 2, "m", 29500),
+        ),
+    ],
+)
+def test_launchers(environment, expected):
+    found = launched(environment)
+    assert (found.rank, found.size, found.local_rank, found.local_size, found.address, found.port) == expected
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"RANK": "1"}, "WORLD_SIZE is not set"),
+        ({"WORLD_SIZE": "2"}, "RANK is not set"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2: ranks go from 0 to 1"),
+        ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK = 'first' in the environment: a whole number is needed"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999 .* up to 65535"),
+        ({"PMIX_RANK": "1"}, "PMIX_RANK = '1' is set, and none of PMIX_SIZE, PMI_SIZE"),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "2"}, "SLURM_PROCID and SLURM_NTASKS say that this is process 3 of 2"),
+        (
+            {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"},
+            "process 1 of 2 on several machines: set MASTER_ADDR",
+        ),
+    ],
+)
+def test_launchers_that_make_no_sense(environment, message):
+    with pytest.raises(ConfigError, match=message):
+        launched(environment)
+
+
+def here(rank: int, size: int, port: int) -> Launch:
+    return Launch(rank, size, rank, size, "127.0.0.1", port, "RANK and WORLD_SIZE")
+
+
+def listening(port: int) -> list[str]:
+    """Addresses, as the kernel writes them, at which something listens."""
+    lines = [
+        line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]
+    ]
+    return [
+        fields[1].split(":")[0] for fields in lines if fields[3] == "0A" and int(fields[1].split(":")[1], 16) == port
+    ]
+
+
+def test_the_store_listens_on_this_machine_alone():
+    port = free_port()
+    stores = {}
+    others = threading.Thread(target=lambda: stores.update({1: meet(here(1, 2, port), "run", 60)}))
+    others.start()
+    stores[0] = meet(here(0, 2, port), "run", 60)
+    others.join()
+    assert listening(port) == ["0100007F"]  # 127.0.0.1
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value"
+
+
+def test_a_port_that_is_taken():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} .* is in use, .* deepspeed --master_port {port + 1}"):
+            meet(here(0, 2, port), "run", 5)
+
+
+def test_processes_that_do_not_come(capfd):
+    with pytest.raises(ConfigError, match=r"process 0 of 2 .* waited 1 s at 127.0.0.1:\d+ for process 1: all 2 must"):
+        meet(here(0, 2, free_port()), "run", 1)
+    with pytest.raises(ConfigError, match=r"process 1 of 2 .* found no process 0 at 127.0.0.1:\d+ within 1 s"):
+        meet(here(1, 2, free_port()), "run", 1)
+
+
+def test_another_run_at_the_same_port():
+    port = free_port()
+    problems = []
+
+    def first():
+        try:
+            meet(here(0, 2, port), "one run", 8)
+        except ConfigError as error:
+            problems.append(str(error))
+
+    waiting = threading.Thread(target=first)
+    waiting.start()
+    with pytest.raises(ConfigError, match=f"found another run at 127.0.0.1:{port} .one run.: .* --master_port"):
+        meet(here(1, 2, port), "another run", 60)
+    waiting.join()
+    assert "for process 1" in problems[0]
+
+
+@pytest.mark.distributed
+def test_a_task_of_srun_is_one_of_several(tmp_path):
+    """Not a run of its own in the same folder."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
+    script = "import sys; from dpdmd import train, world; world.MEETING_SECONDS = 2; sys.exit(train.main(sys.argv[1:]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script, "engine.device=cpu", f"run.output_dir={tmp_path / 'run'}"],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=clean | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
+    )
+    assert done.returncode == 2 and not (tmp_path / "run").exists()
+    assert "process 1 of 2 (SLURM_PROCID and SLURM_NTASKS) found no process 0" in done.stderr, done.stderr[-3000:]
+
+
+def test_a_launcher_that_is_gone(monkeypatch):
+    parents = {10: 5, 5: 1}
+    monkeypatch.setattr(world.os, "getppid", lambda: 10)
+    monkeypatch.setattr(world, "_is_deepspeeds", lambda process: process == 10)
+    monkeypatch.setattr(world, "_parent_of", parents.get)
+    launcher = world.Launcher()
+    assert not launcher.gone
+    parents[10] = 1
+    assert launcher.gone
+    monkeypatch.setattr(world, "_is_deepspeeds", lambda process: False)
+    assert not world.Launcher().gone  # started by hand
+
+
+def test_parents_are_read():
+    assert world._parent_of(os.getpid()) == os.getppid() and world._parent_of(2**30) is None
+    assert not world._is_deepspeeds(os.getpid())
+
+
+@pytest.mark.distributed
+def test_nothing_is_compiled_and_nothing_stays_in_shared_memory(tmp_path):
+    """DeepSpeed's library for the CPU took a minute at first, and a killed run left a lock that held up all others."""
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    script = (
+        "from dpdmd.config import EngineConfig; from dpdmd.engine import start; import deepspeed.comm as comm\n"
+        "world = start(EngineConfig(device='cpu')); print(comm.get_world_size(), flush=True)"
+    )
+    environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, env=environment)
+    assert done.stdout.split()[-1:] == ["1"], done.stderr[-3000:]
+    assert not list(tmp_path.rglob("*.cpp")) and not list(tmp_path.rglob("lock"))
+    left = {path.name for path in Path("/dev/shm").iterdir()} - before
+    assert not [name for name in left if re.search("deepspeed|allreduce", name)]
