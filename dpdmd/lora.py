@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.config import ConfigError
+from dpdmd.files import save_tensors
 
 TEACHER = "teacher"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the names here are diffusers'
@@ -223,21 +223,16 @@ def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: d
 
     Raises ValueError for an unknown role and a state of other names, OSError where the file cannot be written.
     """
-    from safetensors.torch import save_file
-
     config = _config(transformer, role)
     own = adapter_parameters(transformer, role)
     state = own if state is None else state
     if state.keys() != own.keys():
         raise ValueError(f"state {_difference(state.keys(), own.keys())}")
-    tensors = {f"{_PREFIX}{name}": state[name].detach().to("cpu").clone().contiguous() for name in own}
+    tensors = {f"{_PREFIX}{name}": state[name] for name in own}
     settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
     settings = {f"{_PREFIX}{name}": value for name, value in settings.items()}
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = folder / WEIGHTS_FILE, folder / f".unfinished-{WEIGHTS_FILE}"
-    save_file(tensors, unfinished, metadata={"format": "pt", _METADATA_KEY: json.dumps(settings)})
-    os.replace(unfinished, path)
+    path = Path(folder) / WEIGHTS_FILE
+    save_tensors(path, tensors, {"format": "pt", _METADATA_KEY: json.dumps(settings)})
     return path
 
 

@@ -17,6 +17,8 @@ import safetensors.torch
 import torch
 
 from dpdmd import files
+from dpdmd.backbones.sd3 import SD3
+from dpdmd.config import ModelConfig
 from dpdmd.files import (
     DamagedFile,
     disk_errors,
@@ -33,6 +35,7 @@ from dpdmd.files import (
     write_text,
     writing,
 )
+from dpdmd.lora import add_adapters, save_adapter
 
 
 @contextlib.contextmanager
@@ -42,6 +45,19 @@ def umask(value):
         yield
     finally:
         os.umask(before)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be made here ({made.stderr.strip()})")
+    yield folder
+    # Lazily: torch's writer may hold on to its file as long as its error is known.
+    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def mode(path) -> int:
@@ -340,25 +356,50 @@ def test_sha256(tmp_path):
     assert sha256(path) == found
 
 
+# Students
+
+
+def exported(tiny_pipeline, folder):
+    """Both kinds of a student, in folders that do not exist yet."""
+    backbone = SD3(ModelConfig(pipeline=str(tiny_pipeline), resolution=32, max_sequence_length=12))
+    transformer = backbone.load_transformer("student", torch.float32)
+    backbone.export(transformer.state_dict(), folder / "transformer")
+    add_adapters(transformer, rank=2, alpha=2, seed=0)
+    save_adapter(transformer, "student", folder / "adapter")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002])
+def test_others_can_read_a_student(tiny_pipeline, tmp_path, mask):
+    with umask(mask):
+        exported(tiny_pipeline, tmp_path / "student")
+    modes = {path.relative_to(tmp_path).as_posix(): mode(path) for path in tmp_path.rglob("*")}
+    assert modes == {
+        "student": 0o777 & ~mask,
+        "student/transformer": 0o777 & ~mask,
+        "student/transformer/config.json": 0o666 & ~mask,
+        "student/transformer/diffusion_pytorch_model.safetensors": 0o666 & ~mask,
+        "student/adapter": 0o777 & ~mask,
+        "student/adapter/pytorch_lora_weights.safetensors": 0o666 & ~mask,
+    }
+
+
+def test_a_student_that_cannot_be_written(tiny_pipeline, tmp_path, small_disk):
+    (small_disk / "ballast").write_bytes(bytes(1 << 20))
+    with pytest.raises(
+        OSError, match=r"transformer could not be written: .* were needed and .* are free on that disk$"
+    ):
+        exported(tiny_pipeline, small_disk)
+    (tmp_path / "transformer").touch()  # save_pretrained would log it and return
+    with pytest.raises(OSError, match=r"transformer could not be written: File exists$"):
+        exported(tiny_pipeline, tmp_path)
+
+
 # Disks
 
 
 def test_readable_bytes():
     found = [readable_bytes(number) for number in (0, 874, 999, 1000, 2_104_000_000, 999_700, 27.3e9, 1e12, 5e16)]
     assert found == ["0 B", "874 B", "999 B", "1 kB", "2.1 GB", "1 MB", "27.3 GB", "1 TB", "5e+04 TB"]
-
-
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be made here ({made.stderr.strip()})")
-    yield folder
-    # Lazily: torch's writer may hold on to its file as long as its error is known.
-    subprocess.run(["umount", "-l", folder], check=True)
 
 
 def test_a_full_disk(small_disk):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dpdmd.backbones.pipeline import PIPELINE_CLASSES, PipelineFolder
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import Flow
+from dpdmd.files import disk_errors, follow_umask
 
 Role = Literal["teacher", "student", "critic"]
 EncodePrompt = Callable[[list[str]], tuple[Tensor, Tensor]]
@@ -203,7 +204,7 @@ class Backbone(ABC):
         """Writes a stock diffusers transformer folder: config.json and safetensors, sharded where large.
 
         state_dict: the whole transformer's, on the CPU; every tensor keeps its dtype. Raises ValueError when its names
-        or shapes are not the role's.
+        or shapes are not the role's, OSError where the folder cannot be written.
         """
         with torch.device("meta"):
             transformer = self._class.from_config(self._architectures[role])
@@ -211,7 +212,10 @@ class Backbone(ABC):
             transformer.load_state_dict(state_dict, assign=True)
         except RuntimeError as error:
             raise ValueError(f"this is not the state of the {role}'s transformer: {error}") from error
-        transformer.save_pretrained(folder, safe_serialization=True)
+        with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
+            Path(folder).mkdir(parents=True, exist_ok=True)  # save_pretrained returns without a word where it cannot
+            transformer.save_pretrained(folder, safe_serialization=True)
+            follow_umask(folder)
 
     @property
     def _class(self) -> type[nn.Module]:

@@ -48,6 +48,7 @@ from transformers import (
 )
 
 from dpdmd.demo import TEACHER, measure, world
+from dpdmd.files import follow_umask
 
 LATENT_CHANNELS = 16
 TEXT_LENGTH = 15
@@ -506,6 +507,7 @@ def save_pipeline(
         tokenizer_3=silent_tokenizer,
     )
     pipeline.save_pretrained(folder, safe_serialization=True)
+    follow_umask(folder)
 
 
 @torch.no_grad()
@@ -709,6 +711,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print("reconstruction:", {key: round(value, 4) for key, value in reconstruction.items()}, flush=True)
     if args.autoencoder_only:
         vae.to("cpu", memory_format=torch.contiguous_format).save_pretrained(args.out)
+        follow_umask(args.out)
         (args.out / "report.json").write_text(json.dumps(report), encoding="utf-8")
         return
 
