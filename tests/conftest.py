@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -185,3 +186,16 @@ def tiny_flux(tmp_path_factory) -> Path:
 def tiny_schnell(tmp_path_factory) -> Path:
     """Folder of a tiny FluxPipeline of FLUX.1-schnell's kind. Not to be written to."""
     return save_tiny_flux(tmp_path_factory.mktemp("tiny_schnell") / "pipeline", distilled=False)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 1 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small file system cannot be made here ({made.stderr.strip()})")
+    yield folder
+    # Lazily: torch's writer may hold on to its file as long as its error is known.
+    subprocess.run(["umount", "-l", folder], check=True)

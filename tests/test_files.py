@@ -47,19 +47,6 @@ def umask(value):
         os.umask(before)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
-    if made.returncode:
-        pytest.skip(f"a small file system cannot be made here ({made.stderr.strip()})")
-    yield folder
-    # Lazily: torch's writer may hold on to its file as long as its error is known.
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def mode(path) -> int:
     return stat.S_IMODE(path.stat().st_mode)
 
