@@ -97,8 +97,10 @@ class RenoiseConfig(_Section):
     per: Literal["batch", "sample"] = Field(
         "batch", description="One time for the whole batch (paper) or one a sample."
     )
-    distribution: Literal["scheduler", "uniform"] = Field(
-        "scheduler", description="Over the scheduler's own training times (paper), or uniform between low and high."
+    distribution: Literal["scheduler", "training", "uniform"] = Field(
+        "scheduler",
+        description="scheduler: one of the 1000 times of the scheduler's set_timesteps(1000) (the authors' code; for SD3.5 "
+        "down to 0.00893); training: one of its 1000 training times (down to 0.00299); uniform: between low and high.",
     )
     low: float = Field(0.02, ge=0.0, le=1.0, description="uniform: smallest noise time, as a share of the whole range.")
     high: float = Field(0.98, ge=0.0, le=1.0, description="uniform: largest noise time, as a share of the whole range.")

@@ -31,6 +31,9 @@ class Flow:
     even_steps: the pipeline takes n steps as sigmas 1, (n - 1) / n, ..., 1 / n before the shift (FluxPipeline); else
     it takes the steps that the scheduler makes of the number n (StableDiffusion3Pipeline).
     train_times (1000,) float32: the scheduler's training grid, falling, shift included.
+    renoise_times (1000,) float32: what the scheduler's own set_timesteps makes of as many steps, without the data time.
+    It lays the steps out evenly between the ends of a grid that has been shifted and shifts them again, so that under a
+    fixed shift of 3 it ends at 0.00893 where train_times end at 0.00299; the authors draw from it.
     Raises ValueError for a scheduler that shifts by resolution and no mu.
     """
 
@@ -50,6 +53,7 @@ class Flow:
                 raise ValueError("mu = None: a scheduler with use_dynamic_shifting needs the shift of its resolution")
             times = scheduler.time_shift(mu, 1.0, times)
         self.train_times = times.float()
+        self.renoise_times = self._walked(num_inference_steps=self.num_train_timesteps)[:-1]
 
     def times(self, num_steps: int) -> Tensor:
         """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
@@ -149,6 +153,8 @@ class VariancePreserving:
 
     A time is a (possibly fractional) training step, float32: 999 is noise, 0 the least noisy trained step, -1 is data
     (alphabar = 1). Between steps sigma / alpha is interpolated linearly, as diffusers' Euler scheduler does.
+    train_times and renoise_times (1000,) float32: every training step, 999 to 0. There is no shift to apply twice, and
+    set_timesteps(1000) under SDXL's leading spacing would name the steps 1000 to 1, of which 1000 was never trained.
     scheduler: a diffusers scheduler with `alphas_cumprod` and prediction_type "epsilon"; copied, never changed.
     """
 
@@ -168,6 +174,7 @@ class VariancePreserving:
         self.num_train_timesteps = len(alphabar)
         self.start = float(self.num_train_timesteps - 1)
         self.train_times = torch.arange(self.num_train_timesteps - 1, -1, -1, dtype=torch.float32)
+        self.renoise_times = self.train_times
 
     def times(self, num_steps: int) -> Tensor:
         """The teacher's grid, (num_steps + 1,) float32: the scheduler's own timesteps and the data time."""

@@ -82,7 +82,8 @@ class Distillation:
         self.config = config
         self.student_times = diffusion.student_times(config.student_steps, config.student_grid).to(device)
         self.teacher_times = diffusion.times(config.teacher_steps).to(device)
-        self._train_times = diffusion.train_times.to(device)
+        own = config.renoise.distribution == "scheduler"
+        self._renoise_times = (diffusion.renoise_times if own else diffusion.train_times).to(device)
 
     def sample(self, student: Network, noise: Tensor, cond: Condition) -> Tensor:
         """The student's N steps from noise (B, ...), without guidance."""
@@ -184,13 +185,13 @@ class Distillation:
         return self.diffusion.critic_loss(critic(x_t, t, cond), fresh, x)
 
     def _renoise_time(self, batch: int, draws: Draws) -> Tensor:
-        """(B,) float32: over the scheduler's training times or uniform in [low, high]; one a batch or one a sample."""
+        """(B,) float32: one of a scheduler's times or uniform in [low, high]; one a batch or one a sample."""
         renoise = self.config.renoise
         count = batch if renoise.per == "sample" else 1
-        if renoise.distribution == "scheduler":
-            t = self._train_times[draws.index(len(self._train_times), count)]
-        else:
+        if renoise.distribution == "uniform":
             t = self.diffusion.uniform_time(renoise.low + (renoise.high - renoise.low) * draws.uniform(count))
+        else:
+            t = self._renoise_times[draws.index(len(self._renoise_times), count)]
         return t.expand(batch)
 
 

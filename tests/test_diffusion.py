@@ -55,6 +55,45 @@ def test_teacher_and_training_grids_are_the_schedulers():
     assert flow.times(30).dtype == torch.float32
 
 
+def test_renoise_times_are_those_of_set_timesteps_1000():
+    flow, scheduler = Flow(sd3_scheduler()), sd3_scheduler()
+    scheduler.set_timesteps(1000)
+    assert torch.equal(flow.renoise_times, scheduler.sigmas[:-1])
+    assert flow.renoise_times.dtype == torch.float32 and len(flow.renoise_times) == 1000
+    assert flow.renoise_times[0] == 1 and flow.renoise_times[-1].item() == pytest.approx(0.00893, abs=1e-5)
+    assert flow.train_times[-1].item() == pytest.approx(0.00299, abs=1e-5)
+
+
+@pytest.mark.parametrize("even_steps", [False, True])
+@pytest.mark.parametrize(
+    "settings, mu",
+    [
+        ({"shift": 3.0, "use_dynamic_shifting": True}, 0.7),
+        ({"shift": 3.0, "use_dynamic_shifting": True, "time_shift_type": "linear"}, 0.7),
+        ({"use_dynamic_shifting": True, "shift_terminal": 0.02}, 0.7),
+        ({"shift": 3.0}, None),
+        ({"shift": 3.0, "use_karras_sigmas": True}, None),
+        ({"shift": 5.0, "num_train_timesteps": 500}, None),
+    ],
+    ids=str,
+)
+def test_renoise_times_of_other_schedulers(settings, mu, even_steps):
+    """However the pipeline makes its steps: they are the scheduler's own, as many as it was trained with."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    flow = Flow(scheduler, mu=mu, even_steps=even_steps)
+    count = len(scheduler.sigmas)
+    scheduler.set_timesteps(count, mu=mu)
+    assert torch.equal(flow.renoise_times, scheduler.sigmas[:-1]) and len(flow.renoise_times) == count
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+def test_renoise_times_of_noise_prediction_are_the_trained_steps(spacing):
+    process = VariancePreserving(sdxl_scheduler(timestep_spacing=spacing))
+    assert process.renoise_times.tolist() == list(range(999, -1, -1))
+
+
 def test_a_shift_by_resolution_must_be_told():
     from diffusers import FlowMatchEulerDiscreteScheduler
 

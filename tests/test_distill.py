@@ -185,7 +185,7 @@ def test_student_update_is_the_papers(kind, options):
 
     models["student"].zero_grad()
     draws = Draws(0, 5, "student", 0)
-    t = diffusion.train_times[draws.index(1000, 1)]
+    t = diffusion.renoise_times[draws.index(1000, 1)]
     fresh = draws.noise((BATCH, *SHAPE), torch.float64)
     paper = Paper(kind, diffusion, config, networks["teacher"], networks["critic"], cond, uncond)
     total, dmd, diversity = paper.student_loss(
@@ -212,7 +212,7 @@ def test_critic_update_is_the_papers(kind):
 
     models["critic"].zero_grad()
     draws = Draws(0, 0, "critic", 0)
-    t = diffusion.train_times[draws.index(1000, 1)]
+    t = diffusion.renoise_times[draws.index(1000, 1)]
     fresh = draws.noise((BATCH, *SHAPE), torch.float64)
     paper = Paper(kind, diffusion, config, networks["teacher"], networks["critic"], cond, None)
     with torch.no_grad():
@@ -363,7 +363,7 @@ def test_random_rollout_gradient_is_that_of_one_step():
 
 
 @pytest.mark.parametrize("per", ["batch", "sample"])
-@pytest.mark.parametrize("distribution", ["scheduler", "uniform"])
+@pytest.mark.parametrize("distribution", ["scheduler", "training", "uniform"])
 @pytest.mark.parametrize("kind", ["flow", "noise"])
 def test_renoise_times(kind, per, distribution):
     diffusion = make_diffusion(kind)
@@ -372,14 +372,36 @@ def test_renoise_times(kind, per, distribution):
     times = torch.stack([distillation._renoise_time(8, Draws(0, iteration, "critic", 0)) for iteration in range(200)])
     assert times.dtype == torch.float32 and times.shape == (200, 8)
     assert (times.std(dim=1) > 0).any() == (per == "sample")
-    if distribution == "scheduler":
-        assert torch.isin(times, diffusion.train_times).all()
-        span = diffusion.train_times.max() - diffusion.train_times.min()
-        assert times.max() - times.min() > 0.9 * span
+    if distribution != "uniform":
+        grid = diffusion.renoise_times if distribution == "scheduler" else diffusion.train_times
+        assert torch.isin(times, grid).all()
+        assert times.max() - times.min() > 0.9 * (grid.max() - grid.min())
     else:
         low, high = (float(diffusion.uniform_time(torch.tensor(share))) for share in (0.2, 0.6))
         assert low <= times.min() < low + 0.1 * (high - low)
         assert high - 0.1 * (high - low) < times.max() <= high
+
+
+@pytest.mark.parametrize("settings", [{"shift": 3.0}, {"shift": 6.0, "num_train_timesteps": 500}], ids=str)
+def test_renoise_times_of_the_scheduler_are_those_of_its_set_timesteps(settings):
+    """To the bit, at every index: those of a scheduler that was told how many steps to make, or never told."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    class Every:  # every index of the grid, in the place of one drawn
+        def index(self, high, count):
+            assert count == high
+            return torch.arange(high)
+
+    scheduler = FlowMatchEulerDiscreteScheduler(**settings)
+    training = scheduler.sigmas
+    count = len(training)
+    scheduler.set_timesteps(count)
+    for distribution, expected in (("scheduler", scheduler.sigmas[:-1]), ("training", training)):
+        config = DistillConfig(renoise={"per": "sample", "distribution": distribution})
+        diffusion = Flow(FlowMatchEulerDiscreteScheduler(**settings))
+        assert torch.equal(Distillation(diffusion, config)._renoise_time(count, Every()), expected)
+    assert DistillConfig().renoise.distribution == "scheduler"
+    assert not torch.equal(scheduler.sigmas[:-1], training)
 
 
 def test_draws_differ_by_every_part_of_their_key_and_repeat():
