@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpdmd.backbones.files import check_file, check_finite, check_fit, reading
 from dpdmd.config import ConfigError
 from dpdmd.files import save_tensors
 
@@ -78,7 +80,7 @@ def add_adapters(
         raise ConfigError(f"{type(transformer).__name__} has adapters already: {', '.join(transformer.peft_config)}")
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"rank = {rank!r}: a whole number from 1 on is needed")
-    if not alpha > 0:
+    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
         raise ConfigError(f"alpha = {alpha!r}: a number above 0 is needed")
     roles = tuple(roles)
     if not roles or TEACHER in roles or len(set(roles)) < len(roles) or any("." in role for role in roles):
@@ -216,7 +218,11 @@ def _config(transformer: nn.Module, role: str):
 
 def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
     """Writes a role's adapter to folder/pytorch_lora_weights.safetensors, which StableDiffusion3Pipeline's and
-    FluxPipeline's load_lora_weights(folder) take, strength included. Returns the file's path.
+    FluxPipeline's load_lora_weights(folder) take. Returns the file's path.
+
+    B is written multiplied by alpha / rank, and the file's own alpha is its rank: W + B A is the trained weight for every
+    loader, the many that know tensors alone among them. All tensors are float32, in which that product is rounded to 24
+    bits; bfloat16 would lose 1 part in 256 of it again, unless alpha / rank is a power of two.
 
     state: the adapter's tensors by the names of `adapter_parameters`, where the transformer's own are not whole (ZeRO-3)
         or not those to keep (float32 masters); any device and dtype.
@@ -228,46 +234,114 @@ def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: d
     state = own if state is None else state
     if state.keys() != own.keys():
         raise ValueError(f"state {_difference(state.keys(), own.keys())}")
-    tensors = {f"{_PREFIX}{name}": state[name] for name in own}
-    settings = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": config.target_modules}
+    tensors = {}
+    for name in own:
+        tensor = state[name].detach().to("cpu", torch.float32, copy=True).contiguous()
+        tensors[f"{_PREFIX}{name}"] = tensor.mul_(_scale(config)) if _is_b(name) else tensor
+    settings = {"r": config.r, "lora_alpha": config.r, "target_modules": config.target_modules}
     settings = {f"{_PREFIX}{name}": value for name, value in settings.items()}
     path = Path(folder) / WEIGHTS_FILE
     save_tensors(path, tensors, {"format": "pt", _METADATA_KEY: json.dumps(settings)})
     return path
 
 
+def _scale(config) -> float:
+    """What a peft configuration multiplies B A by."""
+    return config.lora_alpha / config.r
+
+
+def _is_b(name: str) -> bool:
+    return name.endswith(".lora_B.weight")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter's file: what it adds to W is scale B A."""
+
+    path: Path
+    tensors: dict[str, Tensor]  # by the names of `adapter_parameters`: A (rank, K), B (N, rank)
+    rank: int
+    scale: float  # 1 in what `save_adapter` writes
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Reads folder/pytorch_lora_weights.safetensors.
+
+    Raises ConfigError for a file that is not there or is damaged, that is no adapter of a transformer's linear layers, of
+    one rank and one alpha, and that holds NaN or infinity.
+    """
+    from safetensors import safe_open
+
+    path = Path(folder) / WEIGHTS_FILE
+    if path.exists():
+        check_file(path, "adapter")
+    with reading(str(path), " as an adapter"), safe_open(path, framework="pt") as file:
+        settings = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
+        tensors = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        settings = {name.removeprefix(_PREFIX): value for name, value in settings.items()}
+    layers = {name.rsplit(".lora_", 1)[0] for name in tensors}
+    pairs = {f"{layer}.lora_{matrix}.weight" for layer in layers for matrix in "AB"}
+    if not tensors or tensors.keys() != pairs:
+        difference = _difference(tensors.keys(), pairs) if tensors else "holds no tensor"
+        raise ConfigError(f"{path} cannot be read as an adapter (it {difference})")
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2 or tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+            raise ConfigError(
+                f"{path} cannot be read as an adapter ({name} is {tensor.dtype} of shape {tuple(tensor.shape)}; a matrix "
+                "of floats is needed)"
+            )
+    ranks = {tensor.shape[_is_b(name)] for name, tensor in tensors.items()}
+    rank, alpha = settings.get("r", min(ranks)), settings.get("lora_alpha", min(ranks))
+    kinds = [name for name in ("rank_pattern", "alpha_pattern", "use_rslora", "use_dora") if settings.get(name)]
+    if ranks != {rank} or kinds or not isinstance(alpha, int | float) or not 0 < alpha < math.inf:
+        told = ", ".join(f"{name} = {settings[name]!r}" for name in ("r", "lora_alpha", *kinds) if name in settings)
+        raise ConfigError(
+            f"{path} cannot be read as an adapter (one rank and one alpha above 0 are needed; its tensors have rank "
+            f"{', '.join(map(str, sorted(ranks)))}, its own description is {told or 'empty'})"
+        )
+    check_finite(tensors, str(path))
+    return Adapter(path, tensors, rank, alpha / rank)
+
+
+def check_adapter(transformer: nn.Module, folder: str | Path) -> None:
+    """Raises ConfigError, as `read_adapter` does, and unless a transformer has the layers that the file adapts.
+
+    diffusers' own loaders pass over those that there are not.
+    """
+    adapter = read_adapter(folder)
+    needed, modules = {}, dict(transformer.named_modules())
+    for name in adapter.tensors:
+        layer = modules.get(name.rsplit(".lora_", 1)[0])
+        if isinstance(layer, nn.Linear):
+            shape = (layer.out_features, adapter.rank) if _is_b(name) else (adapter.rank, layer.in_features)
+            needed[name] = shape
+    check_fit({name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}, needed, str(adapter.path))
+
+
 def load_adapter(transformer: nn.Module, role: str, folder: str | Path) -> None:
     """Reads what `save_adapter` wrote into a role's adapter, in the adapter's dtype.
 
+    The role's alpha may be another than the one that the file was trained with: B is divided by the role's alpha / rank,
+    so that the role computes what the file does. Written and read at the same alpha it is the same but for a rounding of
+    float32, and the same to the bit where alpha / rank is a power of two.
+
     Under ZeRO-3 call it inside deepspeed.zero.GatheredParameters of the role's parameters, with modifier_rank=0.
 
-    Raises ValueError for an unknown role, ConfigError for a file that is not there, is no adapter, or is one of other
-    layers, rank or alpha.
+    Raises ValueError for an unknown role, ConfigError for a file that is not there, is no adapter, is one of other layers
+    or another rank, or holds NaN or infinity.
     """
-    from safetensors import SafetensorError, safe_open
-
     config = _config(transformer, role)
-    path = Path(folder) / WEIGHTS_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            settings = json.loads((file.metadata() or {}).get(_METADATA_KEY, "{}"))
-            state = {name.removeprefix(_PREFIX): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ConfigError(f"{path} cannot be read as an adapter: {error}") from error
-    for name, own in (("r", config.r), ("lora_alpha", config.lora_alpha)):
-        if settings.get(_PREFIX + name) != own:
-            raise ConfigError(f"{path} is of {name} = {settings.get(_PREFIX + name)}; the {role}'s is {own}")
+    adapter = read_adapter(folder)
     parameters = adapter_parameters(transformer, role)
-    if state.keys() != parameters.keys():
-        raise ConfigError(f"{path} {_difference(state.keys(), parameters.keys())}")
-    for name, parameter in parameters.items():
-        if parameter.shape != state[name].shape:
-            raise ConfigError(
-                f"{path} has {name} of shape {tuple(state[name].shape)}; the {role}'s is {tuple(parameter.shape)}"
-            )
+    if adapter.rank != config.r:
+        raise ConfigError(f"{adapter.path} is of r = {adapter.rank}; the {role}'s is {config.r}")
+    needed = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    check_fit({name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}, needed, str(adapter.path))
+    ratio = adapter.scale / _scale(config)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            parameter.copy_(state[name])
+            tensor = adapter.tensors[name]
+            parameter.copy_(tensor.float() * ratio if _is_b(name) else tensor)
 
 
 def _difference(names: Iterable[str], expected: Iterable[str]) -> str:

@@ -8,19 +8,25 @@ comes from the run's base pipeline unless --pipeline names another.
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
+from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.distill import Draws, rollout
 from dpdmd.engine import resolve_device, resolve_dtype
-from dpdmd.lora import WEIGHTS_FILE
+from dpdmd.lora import WEIGHTS_FILE, check_adapter
+
+_FORMAT = 1  # of dpdmd.json
 
 
 def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
@@ -53,36 +59,78 @@ class Student:
         return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
 
 
+class _Description(pydantic.BaseModel):
+    """What sampling needs of dpdmd.json, which holds more."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    family: Literal["sd3", "flux"]
+    adapter: bool = False
+    pipeline: str
+    revision: str | None
+    times: list[float] = pydantic.Field(min_length=2)
+    guidance_scale: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    resolution: pydantic.PositiveInt
+    max_sequence_length: pydantic.PositiveInt
+
+
+def _read_description(folder: Path) -> _Description:
+    path = folder / STUDENT_FILE
+    if not path.exists():
+        raise ConfigError(
+            f"--student {folder}: has no {STUDENT_FILE}; the folder `student` of a finished run is needed"
+        )
+    values = read_json(path, f"--student {folder}")
+    version = values.get("format")
+    if version != _FORMAT:
+        newer = isinstance(version, int) and version > _FORMAT
+        by = "was written by a newer dpdmd" if newer else "is of no kind that is known"
+        raise ConfigError(f"--student {folder}: {STUDENT_FILE} {by} (format = {version!r}; {_FORMAT} is needed)")
+    try:
+        description = _Description.model_validate(values)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = ".".join(map(str, problem["loc"]))
+        given = f"no {key}" if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
+        raise ConfigError(
+            f"--student {folder}: {STUDENT_FILE} has {given}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+        ) from error
+    times = description.times
+    if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
+        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
+    return description
+
+
 def load_student(
     folder: str | Path, *, pipeline: str | None = None, device: str = "auto", dtype: str = "auto"
 ) -> Student:
-    """Reads an exported student. Raises ConfigError for a folder that is none, or a pipeline that does not fit it."""
+    """Reads an exported student. Raises ConfigError for a folder that is none or is damaged, and for a pipeline that does
+    not fit it."""
     from dpdmd.backbones import load_backbone
 
     folder = Path(folder)
-    try:
-        description = json.loads((folder / STUDENT_FILE).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(
-            f"--student {folder}: has no {STUDENT_FILE}; the folder `student` of a finished run is needed"
-        ) from error
+    description = _read_description(folder)
+    own = pipeline in (None, description.pipeline)
     model = ModelConfig(
-        pipeline=pipeline or description["pipeline"],
-        family=description["family"],
-        revision=description["revision"],
-        resolution=description["resolution"],
-        max_sequence_length=description["max_sequence_length"],
-        embedded_guidance=description["guidance_scale"],
+        pipeline=pipeline or description.pipeline,
+        family=description.family,
+        revision=description.revision if own else None,
+        resolution=description.resolution,
+        max_sequence_length=description.max_sequence_length,
+        embedded_guidance=description.guidance_scale,
     )
     backbone = load_backbone(model)
+    backbone.check_weights()
     resolved = torch.device(resolve_device(device))
     precision = resolve_dtype(dtype, resolved.type)
-    if description.get("adapter"):
+    if description.adapter:
         transformer = backbone.load_transformer("teacher", precision, resolved)
-        transformer.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, local_files_only=True)
+        check_adapter(transformer, folder)
+        with reading(str(folder / WEIGHTS_FILE), " as an adapter"):
+            transformer.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, local_files_only=True)
     else:
         transformer = backbone.load_exported(folder, precision, resolved)
-    return Student(backbone, transformer, torch.tensor(description["times"]), precision, resolved)
+    return Student(backbone, transformer, torch.tensor(description.times), precision, resolved)
 
 
 def decode(decoder, latents: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Adapters of student and critic on one frozen base: what each role computes, what is trained, and the file on disk."""
 
 import copy
+import json
 import pickle
 import re
 
@@ -14,11 +15,21 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from dpdmd.config import ConfigError
 from dpdmd.kernels import fuse_transformer, selective_checkpoint
-from dpdmd.lora import adapter_parameters, add_adapters, load_adapter, remember_role, save_adapter, use
+from dpdmd.lora import (
+    adapter_parameters,
+    add_adapters,
+    check_adapter,
+    load_adapter,
+    remember_role,
+    save_adapter,
+    use,
+)
 
 RANK, ALPHA = 3, 5.0  # odd and unequal, so that neither can stand for the other or for a size
 ROLES = ("teacher", "student", "critic")
@@ -243,6 +254,9 @@ def test_dtype_and_device_of_the_base():
         ({"rank": 0}, "rank = 0: a whole number from 1 on is needed"),
         ({"rank": 1.5}, "rank = 1.5: a whole number"),
         ({"alpha": 0}, "alpha = 0: a number above 0 is needed"),
+        ({"alpha": float("nan")}, "alpha = nan: a number above 0 is needed"),
+        ({"alpha": float("inf")}, "alpha = inf: a number above 0 is needed"),
+        ({"alpha": "8"}, "alpha = '8': a number above 0 is needed"),
         ({"targets": ["to_q", "to_out"]}, r"target 'to_out' is no linear layer .* SD3.*; the nearest are to_out\.0"),
         ({"targets": ["proj_out"]}, r"target 'proj_out' is no linear layer in the blocks"),
         ({"targets": []}, r"targets is empty; a SD3Transformer2DModel has .*attn\.to_q"),
@@ -416,9 +430,74 @@ def test_full_pipeline_loads_it(tiny_pipeline, tmp_path):
     assert distance(images[1], images[0]) < 1e-6
 
 
+ALPHAS = [ALPHA, float(RANK), 1, 2.0 * RANK]
+
+
 @both
-def test_read_back(make, tmp_path):
-    model, other = adapted(make), adapted(make)
+@pytest.mark.parametrize("alpha", ALPHAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loader_that_knows_tensors_alone(make, alpha, dtype, tmp_path):
+    """W + B A from the file's tensors, by hand in float64, whatever alpha was: nothing else has to be known."""
+    model = adapted(make, alpha=alpha).to(dtype)
+    path = save_adapter(model, "student", tmp_path)
+    tensors, own = load_file(path), adapter_parameters(model, "student")
+    merged, wrong = make(), 0.0
+    for name in sorted({name.rsplit(".lora_", 1)[0] for name in tensors}):
+        a, b = (tensors[f"{name}.lora_{matrix}.weight"].double() for matrix in "AB")
+        layer = name.removeprefix("transformer.")
+        trained = own[f"{layer}.lora_B.weight"].double() @ own[f"{layer}.lora_A.weight"].double() * (alpha / RANK)
+        wrong = max(wrong, distance(b @ a, trained))
+        with torch.no_grad():
+            weight = merged.get_submodule(layer).weight
+            weight.copy_(weight.double() + b @ a)
+    assert wrong < 2**-23, "in bfloat16 it would be 2**-9"
+    if dtype == torch.float32:
+        use(model, "student")
+        assert distance(run(merged), run(model)) < 1e-5
+        use(model, "teacher")
+        assert distance(run(merged), run(model)) > 0.01
+    assert all(tensor.dtype == torch.float32 for tensor in tensors.values())
+    with safe_open(path, framework="pt") as file:
+        settings = json.loads(file.metadata()["lora_adapter_metadata"])
+    assert settings["transformer.r"] == settings["transformer.lora_alpha"] == RANK
+
+
+@pytest.mark.parametrize("make, pipeline", [(sd3, sd3_pipeline), (flux, flux_pipeline)])
+def test_every_loader_gives_it_the_same_strength(make, pipeline, tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
+    model = adapted(make)
+    path = save_adapter(model, "student", tmp_path)
+    use(model, "student")
+    with torch.no_grad():
+        expected = run(model)
+
+    def by_peft(stock):
+        tensors = {name.removeprefix("transformer."): tensor for name, tensor in load_file(path).items()}
+        layers = sorted({name.rsplit(".lora_", 1)[0] for name in tensors})
+        config = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=layers)  # as whoever sees the tensors has to guess
+        inject_adapter_in_model(config, stock.transformer, "default")
+        set_peft_model_state_dict(stock.transformer, tensors, "default")
+
+    for load in (
+        lambda stock: stock.load_lora_weights(tmp_path),
+        lambda stock: stock.load_lora_weights(str(path)),
+        lambda stock: stock.load_lora_weights(load_file(path)),
+        lambda stock: stock.transformer.load_lora_adapter(str(path)),
+        lambda stock: stock.transformer.load_lora_adapter(load_file(path)),
+        by_peft,
+    ):
+        stock = pipeline(make())
+        load(stock)
+        with torch.no_grad():
+            assert distance(run(stock.transformer), expected) < 1e-6
+
+
+@both
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_read_back(make, alpha, tmp_path):
+    """At its own alpha, to the bit where alpha / rank is a power of two; and at any other the same function."""
+    model, other = adapted(make, alpha=alpha), adapted(make, alpha=alpha)
     save_adapter(model, "student", tmp_path)
     with torch.no_grad():
         for parameter in adapter_parameters(other, "student").values():
@@ -426,15 +505,31 @@ def test_read_back(make, tmp_path):
     load_adapter(other, "critic", tmp_path)  # of another role: whoever wrote it
     load_adapter(other, "student", tmp_path)
     expected, got = outputs(model), outputs(other)
-    assert torch.equal(got["student"], expected["student"]) and torch.equal(got["critic"], expected["student"])
+    assert torch.equal(got["critic"], got["student"]) and distance(got["student"], expected["student"]) < 1e-6
+    if alpha in (RANK, 2 * RANK):
+        assert torch.equal(got["student"], expected["student"])
+    other = adapted(make, alpha=7.0)
+    load_adapter(other, "student", tmp_path)
+    assert distance(outputs(other)["student"], expected["student"]) < 1e-6
+
+
+def test_an_adapter_of_the_earlier_form_is_read_with_its_strength(tmp_path):
+    """B was written as it is, and alpha beside it."""
+    model, other = adapted(sd3), adapted(sd3, alpha=2.0)
+    path = save_adapter(model, "student", tmp_path)
+    tensors = {f"transformer.{name}": p.detach().clone() for name, p in adapter_parameters(model, "student").items()}
+    settings = {"transformer.r": RANK, "transformer.lora_alpha": ALPHA}
+    save_file(tensors, path, metadata={"format": "pt", "lora_adapter_metadata": json.dumps(settings)})
+    load_adapter(other, "student", tmp_path)
+    assert distance(outputs(other)["student"], outputs(model)["student"]) < 1e-6
 
 
 def test_a_state_gathered_elsewhere(tmp_path):
     """Float32 masters of a model in bfloat16 are kept as they are."""
-    model = adapted(sd3).bfloat16()
+    model = adapted(sd3, alpha=2.0 * RANK).bfloat16()
     masters = {name: p.detach().float() + 1e-6 for name, p in adapter_parameters(model, "student").items()}
     save_adapter(model, "student", tmp_path, masters)
-    whole = adapted(sd3)
+    whole = adapted(sd3, alpha=2.0 * RANK)
     load_adapter(whole, "student", tmp_path)
     for name, parameter in adapter_parameters(whole, "student").items():
         assert torch.equal(parameter, masters[name])
@@ -454,7 +549,6 @@ def test_what_cannot_be_loaded(tmp_path):
         load_adapter(model, "student", tmp_path)
     save_adapter(model, "student", tmp_path)
     for other, message in (
-        (adapted(sd3, alpha=2.0), "is of lora_alpha = 5.0; the student's is 2.0"),
         (adapted(sd3, rank=2), "is of r = 3; the student's is 2"),
         (adapted(sd3, targets=["to_q"]), "has besides .* tensors, such as transformer_blocks"),
         (adapted(flux), "lacks .* tensors, such as single_transformer_blocks"),
@@ -463,6 +557,95 @@ def test_what_cannot_be_loaded(tmp_path):
         with pytest.raises(ConfigError, match=message):
             load_adapter(other, "student", tmp_path)
         assert all(torch.equal(p, before[name]) for name, p in adapter_parameters(other, "student").items())
-    (tmp_path / "pytorch_lora_weights.safetensors").write_bytes(b"not a file of tensors")
-    with pytest.raises(ConfigError, match="cannot be read as an adapter"):
-        load_adapter(model, "student", tmp_path)
+
+
+def without(tensors, *parts):
+    return {name: tensor for name, tensor in tensors.items() if not all(part in name for part in parts)}
+
+
+def changed(tensors, change):
+    name = "transformer.transformer_blocks.0.attn.to_q.lora_B.weight"
+    return tensors | {name: change(tensors[name].clone())}
+
+
+def poisoned(value):
+    return lambda tensors, path: save_file(
+        changed(tensors, lambda b: b.fill_(0).index_fill_(0, torch.tensor(3), value)), path
+    )
+
+
+DAMAGE = {
+    "text": (lambda tensors, path: path.write_bytes(b"not a file of tensors"), "cannot be read as an adapter"),
+    "empty": (lambda tensors, path: path.write_bytes(b""), "cannot be read as an adapter"),
+    "cut off": (lambda tensors, path: path.write_bytes(path.read_bytes()[:-1]), "cannot be read as an adapter"),
+    "pointer": (
+        lambda tensors, path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        "git-lfs pointer.*git lfs pull",
+    ),
+    "folder": (lambda tensors, path: (path.unlink(), path.mkdir()), "it is a folder"),
+    "no tensors": (lambda tensors, path: save_file({}, path), "holds no tensor"),
+    "nan": (poisoned(torch.nan), r"NaN or infinity in 1 of 50 tensors, such as \S+to_q.lora_B.weight \(3 of 48"),
+    "infinity": (poisoned(-torch.inf), "NaN or infinity in 1 of 50 tensors"),
+    "integers": (lambda tensors, path: save_file(changed(tensors, lambda b: b.int()), path), "torch.int32"),
+    "float8": (lambda tensors, path: save_file(changed(tensors, lambda b: b.to(torch.float8_e4m3fn)), path), "float8"),
+    "vector": (lambda tensors, path: save_file(changed(tensors, lambda b: b.flatten()), path), "a matrix of floats"),
+    "other size": (
+        lambda tensors, path: save_file(changed(tensors, lambda b: b[1:].contiguous()), path),
+        r"has 1 tensor of another shape, such as \S+to_q.lora_B.weight: \(15, 3\), where \(16, 3\)",
+    ),
+    "half a pair": (
+        lambda tensors, path: save_file(without(tensors, "0.attn.to_q", "lora_B"), path),
+        "lacks 1 tensors",
+    ),
+    "a layer more": (
+        lambda tensors, path: save_file(
+            tensors | {f"transformer.norm_out.{name}": torch.ones(3, 3) for name in ("lora_A.weight", "lora_B.weight")},
+            path,
+        ),
+        "has besides 2 tensors, such as norm_out.lora_A.weight",
+    ),
+    "another tool's keys": (
+        lambda tensors, path: save_file(tensors | {"transformer.x.alpha": torch.tensor(4.0)}, path),
+        "has besides 1 tensors, such as x.alpha",
+    ),
+    "metadata that is no JSON": (
+        lambda tensors, path: save_file(tensors, path, metadata={"lora_adapter_metadata": "{"}),
+        "cannot be read as an adapter",
+    ),
+    "metadata that is no object": (
+        lambda tensors, path: save_file(tensors, path, metadata={"lora_adapter_metadata": "[1]"}),
+        "cannot be read as an adapter",
+    ),
+    "another rank told": (
+        lambda tensors, path: save_file(tensors, path, metadata={"lora_adapter_metadata": '{"transformer.r": 5}'}),
+        "its tensors have rank 3, its own description is r = 5",
+    ),
+    "alphas by layer": (
+        lambda tensors, path: save_file(
+            tensors, path, metadata={"lora_adapter_metadata": '{"transformer.alpha_pattern": {"to_q": 2}}'}
+        ),
+        "alpha_pattern",
+    ),
+    "no number for alpha": (
+        lambda tensors, path: save_file(
+            tensors, path, metadata={"lora_adapter_metadata": '{"transformer.lora_alpha": "five"}'}
+        ),
+        "lora_alpha = 'five'",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_adapters(damage, tmp_path):
+    """Of a role and of a stock transformer; in one line, and nothing is half read."""
+    model = adapted(sd3)
+    path = save_adapter(model, "student", tmp_path)
+    check_adapter(sd3(), tmp_path)
+    apply, message = DAMAGE[damage]
+    apply(load_file(path), path)
+    before = outputs(model)["student"]
+    for read in (lambda: load_adapter(model, "student", tmp_path), lambda: check_adapter(sd3(), tmp_path)):
+        with pytest.raises(ConfigError, match=message) as error:
+            read()
+        assert "\n" not in str(error.value) and str(path) in str(error.value)
+    assert torch.equal(outputs(model)["student"], before)

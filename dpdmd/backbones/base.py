@@ -6,16 +6,28 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import math
+import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
+from dpdmd.backbones.files import (
+    Weights,
+    check_finite,
+    check_fit,
+    find_weights,
+    read_json,
+    read_shapes,
+    reading,
+)
 from dpdmd.backbones.pipeline import PIPELINE_CLASSES, PipelineFolder
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import Flow
@@ -35,8 +47,9 @@ class Backbone(ABC):
     """The backbone of one run: three roles on one VAE, one scheduler and one set of text encoders (the teacher's).
 
     Constructing it reads configuration files alone. Raises ConfigError, naming the setting and the file, for a pipeline
-    that is absent, incomplete, of another class or pickled, for roles that do not fit each other, the text encoders or
-    the VAE, and for a resolution that the transformer cannot take.
+    that is absent, incomplete, of another class or pickled, for files of weights that are git-lfs pointers, for roles that
+    do not fit each other, the text encoders or the VAE, and for a resolution that the transformer cannot take.
+    `check_weights` looks further, and what loads weights raises ConfigError for numbers that are not finite too.
 
     config.revision is that of config.pipeline; student and critic from another hub id come from its default branch.
     Under random_init nothing but configuration is ever read: random weights, random (but repeatable) text embeddings,
@@ -50,6 +63,7 @@ class Backbone(ABC):
     transformer_class: ClassVar[str]  # its name in diffusers
     known: ClassVar[dict[str, dict[str, Any]]]  # architectures that random_init builds where their files are not
     common: ClassVar[tuple[str, ...]]  # settings of the transformer that all roles must have alike
+    optional: ClassVar[tuple[str, ...]] = ()  # settings that may be null, whatever the transformer's class says
     packing: ClassVar[int] = 1  # the pipeline makes one pixel of the network's input of packing x packing latents
 
     def __init__(self, config: ModelConfig):
@@ -65,9 +79,13 @@ class Backbone(ABC):
             if name not in opened:
                 opened[name] = self._open(key, name)
             self._pipelines[role] = pipeline = opened[name]
-            self._architectures[role] = (
-                dict(self.known[name]) if pipeline is None else self._read_architecture(pipeline)
-            )
+            if pipeline is None:
+                self._architectures[role] = dict(self.known[name])
+            else:
+                pipeline.require("transformer", self.transformer_class)
+                self._architectures[role] = self._read_architecture(
+                    pipeline.read("transformer"), f"{pipeline}: transformer/config.json"
+                )
 
         pipeline = self._pipelines["teacher"]
         self.folder = None if pipeline is None else pipeline.path
@@ -80,9 +98,13 @@ class Backbone(ABC):
         if not config.random_init:
             clip_length = self._check_text(pipeline)
             for each in opened.values():
-                each.check_weights("transformer")
-            for component in ("vae", *self._text_encoders):
-                pipeline.check_weights(component)
+                if each.is_local:
+                    each.weights("transformer")
+            if pipeline.is_local:
+                for component in ("vae", *self._text_encoders):
+                    pipeline.weights(component)
+            for encoder in self._text_encoders:
+                pipeline.check_tokenizer(_tokenizer(encoder))
 
         teacher = self._architectures["teacher"]
         self.text_shapes = {
@@ -91,7 +113,7 @@ class Backbone(ABC):
         }
         side = config.resolution // self._vae_scale
         self.latent_shape = (vae_channels, side, side)
-        self.diffusion = self._flow(pipeline)
+        self.diffusion = self._make_flow(pipeline)
 
     # What a family adds
 
@@ -151,6 +173,23 @@ class Backbone(ABC):
         """Every argument of the transformer's class, as the role's pipeline has it."""
         return dict(self._architectures[role])
 
+    def check_weights(self) -> None:
+        """Reads the headers of all weights that are here, which takes a second where loading them takes minutes.
+
+        Raises ConfigError, naming setting and file, for files that are cut off or damaged, hold other numbers than floats,
+        or (the transformers') lack tensors of the configuration's, or have others or of other shapes.
+        """
+        if self.config.random_init:
+            return
+        for pipeline, role in {pipeline: role for role, pipeline in self._pipelines.items()}.items():
+            if pipeline.is_local:
+                shapes = pipeline.shapes("transformer")
+                self._check_transformer(shapes, self._architectures[role], f"{pipeline}: transformer")
+        pipeline = self._pipelines["teacher"]
+        if pipeline.is_local:
+            for component in ("vae", *self._text_encoders):
+                pipeline.shapes(component)
+
     def load_transformer(self, role: Role, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The role's transformer on `device`, in eval mode, its parameters requiring gradients.
 
@@ -160,20 +199,32 @@ class Backbone(ABC):
         if self.config.random_init:
             return self._random_transformer(self._architectures[role], dtype, torch.device(device))
         pipeline = self._pipelines[role]
-        pipeline.weights("transformer")
-        return self._read_transformer(pipeline.path / "transformer", dtype, str(pipeline)).to(device)
+        weights = pipeline.weights("transformer")
+        return self._read_transformer(
+            pipeline.path / "transformer",
+            weights,
+            self._architectures[role],
+            dtype,
+            device,
+            f"{pipeline}: transformer",
+        )
 
     def load_exported(self, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """A transformer that `export` wrote, in eval mode. Raises ConfigError where it does not fit this pipeline."""
-        transformer = self._read_transformer(Path(folder), dtype, f"student folder {str(folder)!r}")
-        teacher = self._architectures["teacher"]
+        folder = Path(folder)
+        what = f"student folder {str(folder)!r}"
+        settings = read_json(folder / "config.json", what)
+        if (found := settings.get("_class_name")) != self.transformer_class:
+            raise ConfigError(f"{what} holds a {found}; the {self.transformer_class} of a finished run is needed")
+        student, teacher = self._read_architecture(settings, f"{what}: config.json"), self._architectures["teacher"]
         for name in self.common:
-            if transformer.config[name] != teacher[name]:
+            if student[name] != teacher[name]:
                 raise ConfigError(
-                    f"student folder {str(folder)!r} has {name} = {transformer.config[name]}, but the pipeline "
+                    f"{what} has {name} = {student[name]}, but the pipeline "
                     f"{self.config.pipeline!r} has {teacher[name]}: it is not the one that the student was made from"
                 )
-        return transformer.to(device)
+        weights = find_weights(folder, "diffusion_pytorch_model", what)
+        return self._read_transformer(folder, weights, student, dtype, device, what)
 
     def load_text(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoders | RandomText:
         """What encodes prompts: the pipeline's own encoders; under random_init numbers drawn from the prompt."""
@@ -229,19 +280,27 @@ class Backbone(ABC):
         revision = self.config.revision if name == self.config.pipeline else None
         return PipelineFolder(key, name, PIPELINE_CLASSES[self.family], revision)
 
-    def _read_architecture(self, pipeline: PipelineFolder) -> dict[str, Any]:
-        pipeline.require("transformer", self.transformer_class)
+    def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
+        """Every argument of the transformer's class, from its config.json, which `what` names. Raises ConfigError."""
         arguments = inspect.signature(self._class.__init__).parameters.values()
         defaults = {argument.name: argument.default for argument in arguments if argument.name != "self"}
         # Older folders lack the settings that came later; their defaults are what those models were made with.
-        values = {name: value for name, value in pipeline.read("transformer").items() if name in defaults}
-        architecture = {**defaults, **values}
-        for name, value in architecture.items():
-            if isinstance(value, list):
-                architecture[name] = tuple(value)
+        architecture = {**defaults, **{name: value for name, value in settings.items() if name in defaults}}
         if architecture["out_channels"] is None:
             architecture["out_channels"] = architecture["in_channels"]
+        kinds = typing.get_type_hints(self._class.__init__)
+        for name, value in architecture.items():
+            if value is None and name in self.optional:
+                continue
+            check_setting(name, value, kinds.get(name, Any), what)
+            if isinstance(value, list):
+                architecture[name] = tuple(value)
         return architecture
+
+    def _check_transformer(self, shapes: dict[str, tuple[int, ...]], architecture: dict[str, Any], what: str) -> None:
+        with reading(f"{what}'s config.json"), torch.device("meta"):
+            transformer = self._class.from_config(architecture)
+        check_fit(shapes, {name: tensor.shape for name, tensor in transformer.state_dict().items()}, what)
 
     def _check_roles(self, vae_channels: int) -> None:
         teacher = self._architectures["teacher"]
@@ -293,11 +352,24 @@ class Backbone(ABC):
         clips, t5 = [], None
         for encoder, encoder_class in self._text_encoders.items():
             if encoder_class == "T5EncoderModel":
-                t5 = T5Config.from_dict(pipeline.read(encoder))
+                config_class, widths = T5Config, ("d_model", "vocab_size")
             else:
-                clips.append(CLIPTextConfig.from_dict(pipeline.read(encoder)))
+                config_class = CLIPTextConfig
+                widths = ("hidden_size", "projection_dim", "max_position_embeddings", "vocab_size")
+            settings = pipeline.read(encoder)
+            with pipeline.reading(encoder):
+                made = config_class.from_dict(settings)
+            for name in widths:
+                check_setting(name, getattr(made, name), int, f"{pipeline}: {encoder}/config.json")
+            if config_class is T5Config:
+                t5 = made
+            else:
+                clips.append(made)
         self._check_widths(pipeline, clips, t5)
-        length = int(pipeline.read("tokenizer", "tokenizer_config.json").get("model_max_length", _CLIP_LENGTH))
+        length = pipeline.read("tokenizer", "tokenizer_config.json").get("model_max_length", _CLIP_LENGTH)
+        if isinstance(length, float) and length.is_integer():  # transformers' own way to write that there is no limit
+            length = int(length)
+        check_setting("model_max_length", length, int, f"{pipeline}: tokenizer/tokenizer_config.json")
         positions = min(clip.max_position_embeddings for clip in clips)
         if length > positions:
             raise ConfigError(
@@ -309,13 +381,37 @@ class Backbone(ABC):
     def _name(self, role: str) -> str:
         return getattr(self.config, role, None) or self.config.pipeline
 
-    def _read_transformer(self, folder: Path, dtype: torch.dtype, what: str) -> nn.Module:
-        transformer, info = self._class.from_pretrained(
-            folder, torch_dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
-        )
-        wrong = {kind: names for kind, names in info.items() if names}
-        if wrong:
-            raise ConfigError(f"{what}: the weights in {folder} do not fit its config: {wrong}")
+    def _make_flow(self, pipeline: PipelineFolder | None) -> Flow:
+        if pipeline is None:
+            return self._flow(None)
+        pipeline.require("scheduler", "FlowMatchEulerDiscreteScheduler")
+        with pipeline.reading("scheduler", "scheduler_config.json"):
+            flow = self._flow(pipeline)
+        for times in (flow.train_times, flow.renoise_times):
+            # From noise, at 1, towards the data. Rounding may put the first time a hair off 1.
+            if not (times.isfinite().all() and (times.diff() < 0).all() and times[0] <= 1.001 and times[-1] > 0):
+                raise ConfigError(
+                    f"{pipeline}: the times of its scheduler/scheduler_config.json run from {times[0]:.4g} to "
+                    f"{times[-1]:.4g}; times that fall from 1 towards 0 are needed"
+                )
+        return flow
+
+    def _read_transformer(
+        self,
+        folder: Path,
+        weights: Weights,
+        architecture: dict[str, Any],
+        dtype: torch.dtype,
+        device: torch.device | str,
+        what: str,
+    ) -> nn.Module:
+        self._check_transformer(read_shapes(weights, what), architecture, what)
+        with reading(f"{what} in {folder}"):
+            transformer = self._class.from_pretrained(
+                folder, torch_dtype=dtype, variant=weights.variant, use_safetensors=True, local_files_only=True
+            )
+        transformer = transformer.to(device)
+        check_finite(transformer, f"{what}'s weights in {folder}")
         return transformer
 
     def _random_transformer(self, architecture: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -347,21 +443,43 @@ def network_dtype(transformer: nn.Module) -> torch.dtype:
     return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
 
 
+def check_setting(name: str, value: Any, kind: Any, what: str) -> None:
+    """Raises ConfigError, which begins with `what`, unless a value from a JSON file is of a kind (a type or a union of
+    types); a whole number has to be 1 or more."""
+    if kind is int:
+        kind = typing.Annotated[int, pydantic.Field(ge=1)]
+    try:
+        pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ConfigError(f"{what} has {name} = {value!r}; {message[:1].lower()}{message[1:]}") from error
+
+
 def read_scheduler(pipeline: PipelineFolder):
-    """The pipeline's FlowMatchEulerDiscreteScheduler. Raises ConfigError for another class."""
+    """The pipeline's FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    pipeline.require("scheduler", "FlowMatchEulerDiscreteScheduler")
     return FlowMatchEulerDiscreteScheduler.from_config(pipeline.read("scheduler", "scheduler_config.json"))
 
 
 def _read_vae(pipeline: PipelineFolder) -> tuple[int, int]:
     """(pixels a latent, latent channels)"""
+    from diffusers import AutoencoderKL
+
     pipeline.require("vae", "AutoencoderKL")
     config = pipeline.read("vae")
-    for name in ("block_out_channels", "latent_channels", "scaling_factor", "shift_factor"):
+    kinds = {
+        "block_out_channels": typing.Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=1)],
+        "latent_channels": int,
+        "scaling_factor": typing.Annotated[pydantic.FiniteFloat, pydantic.Field(gt=0)],
+        "shift_factor": pydantic.FiniteFloat,
+    }
+    for name, kind in kinds.items():
         if config.get(name) is None:
             raise ConfigError(f"{pipeline}: vae/config.json has no {name}, which the stock pipeline decodes with")
+        check_setting(name, config[name], kind, f"{pipeline}: vae/config.json")
+    with pipeline.reading("vae"), torch.device("meta"):
+        AutoencoderKL.from_config(config)
     return 2 ** (len(config["block_out_channels"]) - 1), config["latent_channels"]
 
 
@@ -378,14 +496,55 @@ def _read_text(
     parts: dict[str, Any] = {}
     for encoder, encoder_class in encoders.items():
         tokenizer = _tokenizer(encoder)
-        tokenizer_class = getattr(transformers, pipeline.component_class(tokenizer))
-        parts[tokenizer] = tokenizer_class.from_pretrained(pipeline.path / tokenizer, local_files_only=True)
-        pipeline.weights(encoder)
-        model = getattr(transformers, encoder_class).from_pretrained(
-            pipeline.path / encoder, dtype=dtype, use_safetensors=True, local_files_only=True
-        )
-        parts[encoder] = model.eval().requires_grad_(False).to(device)
+        with reading(f"{pipeline}: {pipeline.path / tokenizer}"):
+            tokenizer_class = getattr(transformers, pipeline.component_class(tokenizer))
+            parts[tokenizer] = tokenizer_class.from_pretrained(pipeline.path / tokenizer, local_files_only=True)
+            num_tokens = len(parts[tokenizer])
+        parts[encoder] = _read_encoder(pipeline, encoder, getattr(transformers, encoder_class), device, dtype)
+        rows = parts[encoder].get_input_embeddings().num_embeddings
+        if num_tokens > rows:
+            raise ConfigError(
+                f"{pipeline}: its {tokenizer} makes {num_tokens} different tokens, but {encoder} knows {rows}"
+            )
     return parts
+
+
+def _read_encoder(
+    pipeline: PipelineFolder, encoder: str, encoder_class, device: torch.device | str, dtype: torch.dtype
+) -> nn.Module:
+    from transformers.utils import logging
+
+    folder, what = pipeline.path / encoder, f"{pipeline}: {encoder}"
+    weights = pipeline.weights(encoder)
+    read_shapes(weights, what)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # its report of what does not fit is told here in one line
+    try:
+        with reading(f"{what} in {folder}"):
+            model, info = encoder_class.from_pretrained(
+                folder,
+                dtype=dtype,
+                variant=weights.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    finally:
+        logging.set_verbosity(verbosity)
+    # Tensors of other modules are those of a larger model, of which this is the encoder.
+    modules = dict(model.named_children())
+    names = {
+        "lacks": info["missing_keys"],
+        "has of another shape": [each[0] for each in info["mismatched_keys"]],
+        "has besides": [name for name in info["unexpected_keys"] if name.split(".")[0] in modules],
+    }
+    for verb, group in names.items():
+        if group:
+            raise ConfigError(f"{what}: what {folder} {verb} is {len(group)} tensors, such as {min(group)}")
+    model = model.eval().requires_grad_(False).to(device)
+    check_finite(model, f"{what}'s weights in {folder}")
+    return model
 
 
 class TextEncoders:
@@ -430,11 +589,23 @@ class Decoder:
     def __init__(self, pipeline: PipelineFolder, device: torch.device | str):
         from diffusers import AutoencoderKL
 
-        pipeline.weights("vae")
-        vae = AutoencoderKL.from_pretrained(
-            pipeline.path / "vae", torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        folder, what = pipeline.path / "vae", f"{pipeline}: vae"
+        weights = pipeline.weights("vae")
+        read_shapes(weights, what)
+        with reading(f"{what} in {folder}"):
+            vae, info = AutoencoderKL.from_pretrained(
+                folder,
+                torch_dtype=torch.float32,
+                variant=weights.variant,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        for verb, names in (("lacks", info["missing_keys"]), ("has besides", info["unexpected_keys"])):
+            if names:
+                raise ConfigError(f"{what} in {folder} {verb} {len(names)} tensors, such as {min(names)}")
         self._vae = vae.eval().requires_grad_(False).to(device)
+        check_finite(self._vae, f"{what}'s weights in {folder}")
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -114,11 +114,11 @@ class Flux(Backbone):
     def _text_encoders(self) -> dict[str, str]:
         return {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
 
-    def _read_architecture(self, pipeline: PipelineFolder) -> dict[str, Any]:
-        architecture = super()._read_architecture(pipeline)
+    def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
+        architecture = super()._read_architecture(settings, what)
         if architecture["patch_size"] != 1:
             raise ConfigError(
-                f"{pipeline}: transformer/config.json has patch_size = {architecture['patch_size']}; 1 is needed, as "
+                f"{what} has patch_size = {architecture['patch_size']}; 1 is needed, as "
                 "FluxPipeline makes the patches itself"
             )
         return architecture

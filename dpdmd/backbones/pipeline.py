@@ -6,17 +6,30 @@ Nothing that comes from elsewhere is unpickled: weights are safetensors or refus
 from __future__ import annotations
 
 import hashlib
-import json
+import os
 import re
 from pathlib import Path
 
+from dpdmd.backbones.files import (
+    PICKLED,
+    VARIANTS,
+    Weights,
+    check_file,
+    find_weights,
+    has_weights,
+    read_json,
+    read_shapes,
+    reading,
+)
 from dpdmd.config import ConfigError
 
 # By model.family.
 PIPELINE_CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
 
-_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
+_COPIES = [f"*.{variant}*" for variant in VARIANTS]  # stand beside the weights under names of their own
+_SINGLE_FILES = (".safetensors", ".gguf", *PICKLED)
+_ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 class PipelineFolder:
@@ -35,18 +48,25 @@ class PipelineFolder:
             from dpdmd.demo import TEACHER
 
             self.path = Path(TEACHER)
-        elif Path(name).is_dir():
+        elif name and os.path.isdir(name):  # of any string: Path.is_dir raises for one that is too long
             self.path = Path(name)
-        elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not _is_file_name(name):
             self._is_remote = True
-            self.path = self._fetch(_CONFIGURATION, revision)
+            self.path = self._fetch(_CONFIGURATION, revision, _COPIES)
         else:
-            raise ConfigError(f"{key} = {name!r}: neither a folder nor the id of a repository on the hub (owner/name)")
+            raise ConfigError(f"{self}: {_no_pipeline(name, pipeline_class)}")
         self._index = self._read_index(pipeline_class)
 
     def component_class(self, component: str) -> str | None:
         """Class name of a component as model_index.json has it; None where the pipeline has none."""
-        return (self._index.get(component) or [None, None])[1]
+        entry = self._index.get(component)
+        if entry is None:
+            return None
+        if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[1], str | type(None)):
+            raise ConfigError(
+                f"{self}: {self.path / 'model_index.json'} has {component} = {entry!r}; a library and a class are needed"
+            )
+        return entry[1]
 
     def require(self, component: str, *classes: str) -> None:
         """Raises ConfigError where a component or its folder is missing, or its class is none of `classes`."""
@@ -59,39 +79,38 @@ class PipelineFolder:
 
     def read(self, component: str, file: str = "config.json") -> dict:
         """A JSON file of a component."""
-        return self._read_json(self.path / component / file)
+        return read_json(self.path / component / file, str(self))
 
-    def weights(self, component: str) -> list[Path]:
-        """The safetensors files of a component, fetched from the hub if need be; none is opened.
+    def reading(self, component: str, file: str = "config.json"):
+        """`files.reading` around a library that makes something of a component's file."""
+        return reading(f"{self}: {self.path / component / file}")
 
-        Raises ConfigError where there are none, where a shard is missing, and where there are only pickled ones.
-        """
+    def weights(self, component: str) -> Weights:
+        """The safetensors files of a component, fetched from the hub if need be. Raises as `files.find_weights`."""
         folder = self.path / component
         if self._is_remote:
             # The snapshot's folder bears its commit's name: a branch that has moved on since cannot mix in.
-            self._fetch([f"{component}/*.json", f"{component}/*.safetensors"], self.path.name)
-        for stem in ("diffusion_pytorch_model", "model"):
-            index, single = folder / f"{stem}.safetensors.index.json", folder / f"{stem}.safetensors"
-            if single.is_file():
-                return [single]
-            if index.is_file():
-                shards = sorted({folder / shard for shard in self._read_json(index).get("weight_map", {}).values()})
-                absent = [shard.name for shard in shards if not shard.is_file()]
-                if absent:
-                    raise ConfigError(f"{self}: {', '.join(absent)} of its {component} missing in {folder}")
-                return shards
-        pickled = [path.name for path in sorted(folder.iterdir()) if path.suffix in _PICKLED]
-        if pickled:
-            raise ConfigError(
-                f"{self}: the weights of its {component} are pickled ({', '.join(pickled)} in {folder}), and "
-                "unpickling can run any code: save them as safetensors (save_pretrained does)"
-            )
-        raise ConfigError(f"{self}: no weights of its {component} in {folder} (a .safetensors file is needed)")
+            self._fetch([f"{component}/*.json", f"{component}/*.safetensors"], self.path.name, _COPIES)
+            for variant in VARIANTS:
+                if not has_weights(folder, _stem(component)):
+                    self._fetch(
+                        [f"{component}/*.{variant}*.json", f"{component}/*.{variant}*.safetensors"], self.path.name
+                    )
+        return find_weights(folder, _stem(component), str(self), f" of its {component}")
 
-    def check_weights(self, component: str) -> None:
-        """`weights` ahead of time, where that downloads nothing."""
-        if not self._is_remote:
-            self.weights(component)
+    def shapes(self, component: str) -> dict[str, tuple[int, ...]]:
+        """Shape of each tensor in a component's weights, from the files' headers. Raises as `files.read_shapes`."""
+        return read_shapes(self.weights(component), f"{self}: {component}")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether weights are read from where they are, and not first fetched from the hub."""
+        return not self._is_remote
+
+    def check_tokenizer(self, component: str) -> None:
+        """Raises ConfigError where one of a tokenizer's files is a git-lfs pointer."""
+        for path in self._vocabularies(component):
+            check_file(path, str(self))
 
     def fingerprint(self, components: list[str]) -> str:
         """Hex digest of what the components compute: classes, settings, weights, vocabularies; see `_digest_file`."""
@@ -100,9 +119,9 @@ class PipelineFolder:
             digest.update(f"{component} {self.component_class(component)}\n".encode())
             folder = self.path / component
             if (folder / "config.json").is_file():
-                files = [folder / "config.json", *self.weights(component)]
+                files = [folder / "config.json", *self.weights(component).files]
             else:  # a tokenizer
-                files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".txt", ".model")]
+                files = self._vocabularies(component)
             for path in files:
                 digest.update(path.name.encode() + _digest_file(path))
         return digest.hexdigest()
@@ -110,14 +129,17 @@ class PipelineFolder:
     def __str__(self) -> str:
         return f"{self.key} = {self.name!r}"
 
-    def _fetch(self, patterns: list[str], revision: str | None) -> Path:
+    def _vocabularies(self, component: str) -> list[Path]:
+        paths = sorted((self.path / component).iterdir())
+        return [path for path in paths if path.suffix in (".json", ".txt", ".model")]
+
+    def _fetch(self, patterns: list[str], revision: str | None, ignored: list[str] | None = None) -> Path:
         import huggingface_hub
 
         try:
-            # Half-precision copies stand beside the weights under names of their own.
             return Path(
                 huggingface_hub.snapshot_download(
-                    self.name, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16*", "*.bf16*"]
+                    self.name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
                 )
             )
         except Exception as error:  # the hub's own kinds and those of whichever HTTP client it uses
@@ -129,9 +151,9 @@ class PipelineFolder:
             ) from error
 
     def _read_index(self, pipeline_class: str) -> dict:
-        if not (self.path / "model_index.json").is_file():
+        if not (self.path / "model_index.json").exists():
             raise ConfigError(f"{self}: {_describe(self.path)}; a diffusers pipeline folder has a model_index.json")
-        index = self._read_json(self.path / "model_index.json")
+        index = read_json(self.path / "model_index.json", str(self))
         found = index.get("_class_name")
         if found != pipeline_class:
             families = [family for family, its_class in PIPELINE_CLASSES.items() if its_class == found]
@@ -139,23 +161,45 @@ class PipelineFolder:
             raise ConfigError(f"{self}: is a {found}; a {pipeline_class} is needed (model.family){hint}")
         return index
 
-    def _read_json(self, path: Path) -> dict:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise ConfigError(f"{self}: {path} cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ConfigError(f"{self}: {path} is not JSON ({error})") from error
-        if not isinstance(values, dict):
-            raise ConfigError(f"{self}: {path} holds a {type(values).__name__} where an object is needed")
-        return values
+
+def _stem(component: str) -> str:
+    """What the names of a component's weights begin with: diffusers' models, or transformers'."""
+    return "model" if component.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def _is_file_name(name: str) -> bool:
+    return name.lower().endswith((*_SINGLE_FILES, *_ARCHIVES))
+
+
+def _no_pipeline(name: str, pipeline_class: str) -> str:
+    """What is wrong with a name that is neither a folder nor the form of a hub id."""
+    if os.path.isfile(name) or _is_file_name(name):
+        there = "is a file" if os.path.isfile(name) else "there is no such file, and a file would not do"
+        if Path(name).name == "model_index.json":
+            return f"{there}; the folder that it lies in is needed"
+        if name.lower().endswith(_ARCHIVES):
+            return f"{there}; a diffusers pipeline folder is needed: unpack the archive and name the folder"
+        if name.lower().endswith(_SINGLE_FILES):
+            return (
+                f"{there}; a single-file checkpoint has to be converted to a diffusers pipeline folder: "
+                f"{pipeline_class}.from_single_file(file).save_pretrained(folder), and name the folder"
+            )
+        return f"{there}; a diffusers pipeline folder is needed"
+    hint = ""
+    if "://" in name:
+        hint = "; of an address on the hub the last two parts, owner/name, are needed"
+    elif name.startswith("~"):
+        hint = "; ~ is not expanded here: write the path out"
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*/+", name):
+        hint = "; a hub id has no slash at its end"
+    return f"neither a folder nor the id of a repository on the hub (owner/name){hint}"
 
 
 def _describe(folder: Path) -> str:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        component = config.get("_class_name") or config["architectures"][0]
-    except (OSError, ValueError, LookupError, AttributeError, TypeError):
+        config = read_json(folder / "config.json", "its description")
+        component = str(config.get("_class_name") or config["architectures"][0])
+    except (ConfigError, LookupError, TypeError):
         names = sorted(path.name for path in folder.iterdir())
         return f"{folder} holds {', '.join(names[:6]) + (', ...' if names[6:] else '') or 'nothing'}"
     kind = "a transformer" if "Transformer2DModel" in component else "one component's"

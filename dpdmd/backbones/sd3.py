@@ -69,6 +69,7 @@ class SD3(Backbone):
     transformer_class = "SD3Transformer2DModel"
     known = KNOWN
     common = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
+    optional = ("dual_attention_layers", "pos_embed_max_size")
 
     @property
     def block_classes(self) -> tuple[type[nn.Module], ...]:
@@ -95,8 +96,8 @@ class SD3(Backbone):
         third = self._pipelines["teacher"].component_class("text_encoder_3")
         return {**encoders, "text_encoder_3": "T5EncoderModel"} if third else encoders
 
-    def _read_architecture(self, pipeline: PipelineFolder) -> dict[str, Any]:
-        architecture = super()._read_architecture(pipeline)
+    def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
+        architecture = super()._read_architecture(settings, what)
         architecture["dual_attention_layers"] = architecture["dual_attention_layers"] or ()
         return architecture
 
