@@ -584,14 +584,14 @@ DAMAGE = {
     ),
     "folder": (lambda tensors, path: (path.unlink(), path.mkdir()), "it is a folder"),
     "no tensors": (lambda tensors, path: save_file({}, path), "holds no tensor"),
-    "nan": (poisoned(torch.nan), r"NaN or infinity in 1 of 50 tensors, such as \S+to_q.lora_B.weight \(3 of 48"),
+    "nan": (poisoned(torch.nan), r": NaN or infinity in 1 of 50 tensors, such as \S+to_q.lora_B.weight \(3 of 48"),
     "infinity": (poisoned(-torch.inf), "NaN or infinity in 1 of 50 tensors"),
     "integers": (lambda tensors, path: save_file(changed(tensors, lambda b: b.int()), path), "torch.int32"),
     "float8": (lambda tensors, path: save_file(changed(tensors, lambda b: b.to(torch.float8_e4m3fn)), path), "float8"),
     "vector": (lambda tensors, path: save_file(changed(tensors, lambda b: b.flatten()), path), "a matrix of floats"),
     "other size": (
         lambda tensors, path: save_file(changed(tensors, lambda b: b[1:].contiguous()), path),
-        r"has 1 tensor of another shape, such as \S+to_q.lora_B.weight: \(15, 3\), where \(16, 3\)",
+        r"has in another shape 1 tensor, such as \S+to_q.lora_B.weight of shape \(15, 3\), where \(16, 3\)",
     ),
     "half a pair": (
         lambda tensors, path: save_file(without(tensors, "0.attn.to_q", "lora_B"), path),

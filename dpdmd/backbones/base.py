@@ -27,6 +27,7 @@ from dpdmd.backbones.files import (
     read_json,
     read_shapes,
     reading,
+    refuse_misfits,
 )
 from dpdmd.backbones.pipeline import PIPELINE_CLASSES, PipelineFolder
 from dpdmd.config import ConfigError, ModelConfig
@@ -459,7 +460,11 @@ def read_scheduler(pipeline: PipelineFolder):
     """The pipeline's FlowMatchEulerDiscreteScheduler."""
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    return FlowMatchEulerDiscreteScheduler.from_config(pipeline.read("scheduler", "scheduler_config.json"))
+    settings = pipeline.read("scheduler", "scheduler_config.json")
+    if "num_train_timesteps" in settings:
+        where = f"{pipeline}: scheduler/scheduler_config.json"
+        check_setting("num_train_timesteps", settings["num_train_timesteps"], int, where)
+    return FlowMatchEulerDiscreteScheduler.from_config(settings)
 
 
 def _read_vae(pipeline: PipelineFolder) -> tuple[int, int]:
@@ -534,14 +539,9 @@ def _read_encoder(
         logging.set_verbosity(verbosity)
     # Tensors of other modules are those of a larger model, of which this is the encoder.
     modules = dict(model.named_children())
-    names = {
-        "lacks": info["missing_keys"],
-        "has of another shape": [each[0] for each in info["mismatched_keys"]],
-        "has besides": [name for name in info["unexpected_keys"] if name.split(".")[0] in modules],
-    }
-    for verb, group in names.items():
-        if group:
-            raise ConfigError(f"{what}: what {folder} {verb} is {len(group)} tensors, such as {min(group)}")
+    besides = [name for name in info["unexpected_keys"] if name.split(".")[0] in modules]
+    other = [name for name, *_ in info["mismatched_keys"]]
+    refuse_misfits(f"{what} in {folder}", info["missing_keys"], besides, other)
     model = model.eval().requires_grad_(False).to(device)
     check_finite(model, f"{what}'s weights in {folder}")
     return model
@@ -601,9 +601,7 @@ class Decoder:
                 local_files_only=True,
                 output_loading_info=True,
             )
-        for verb, names in (("lacks", info["missing_keys"]), ("has besides", info["unexpected_keys"])):
-            if names:
-                raise ConfigError(f"{what} in {folder} {verb} {len(names)} tensors, such as {min(names)}")
+        refuse_misfits(f"{what} in {folder}", info["missing_keys"], info["unexpected_keys"], ())
         self._vae = vae.eval().requires_grad_(False).to(device)
         check_finite(self._vae, f"{what}'s weights in {folder}")
 

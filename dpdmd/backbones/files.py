@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -175,22 +175,24 @@ def read_header(path: Path, what: str) -> dict[str, tuple[str, tuple[int, ...]]]
 
 def check_fit(shapes: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raises ConfigError, which begins with `what`, unless there are the tensors that are needed and no others."""
-    problems = []
-    for verb, names in (("lacks", needed.keys() - shapes.keys()), ("has besides", shapes.keys() - needed.keys())):
-        if names:
-            problems.append(f"{verb} {_count(names)}, such as {min(names)}")
-    other = [name for name in sorted(needed.keys() & shapes.keys()) if tuple(shapes[name]) != tuple(needed[name])]
-    if other:
-        name = other[0]
-        problems.append(
-            f"has {_count(other)} of another shape, such as {name}: {tuple(shapes[name])}, where {tuple(needed[name])} "
-            "is needed"
-        )
+    other = [
+        f"{name} of shape {tuple(shapes[name])}, where {tuple(needed[name])} is needed"
+        for name in needed.keys() & shapes.keys()
+        if tuple(shapes[name]) != tuple(needed[name])
+    ]
+    refuse_misfits(what, needed.keys() - shapes.keys(), shapes.keys() - needed.keys(), other)
+
+
+def refuse_misfits(what: str, lacking: Collection[str], besides: Collection[str], other: Collection[str]) -> None:
+    """Raises ConfigError, which begins with `what`, where any of these is not empty: names of tensors that are not there,
+    of those that should not be, and of those that have another shape."""
+    groups = (("lacks", lacking), ("has besides", besides), ("has in another shape", other))
+    problems = [f"{verb} {_count(names)}, such as {min(names)}" for verb, names in groups if names]
     if problems:
         raise ConfigError(f"{what} {' and '.join(problems)}")
 
 
-def _count(names) -> str:
+def _count(names: Collection) -> str:
     return f"{len(names)} tensor{'s' * (len(names) != 1)}"
 
 
@@ -199,17 +201,20 @@ def check_finite(tensors: Mapping[str, Tensor] | nn.Module, what: str) -> None:
 
     Reads every number once and copies none: 3 to 8 GB/s a CPU core.
     """
-    tensors = tensors.state_dict() if isinstance(tensors, nn.Module) else tensors
+    if isinstance(tensors, nn.Module):
+        # What a module has under two names counts once.
+        distinct = {id(tensor): (name, tensor) for name, tensor in tensors.state_dict(keep_vars=True).items()}
+        tensors = dict(distinct.values())
     bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
     if bad:
         first = tensors[bad[0]]
         count = sum(int((~piece.isfinite()).sum()) for piece in first.flatten().split(1 << 20))
         raise ConfigError(
-            f"{what} {'holds' if len(bad) == 1 else 'hold'} NaN or infinity in {len(bad)} of {_count(tensors)}, such as "
-            f"{bad[0]} ({count} of {first.numel()} values): the file is damaged, or what wrote it had broken"
+            f"{what}: NaN or infinity in {len(bad)} of {_count(tensors)}, such as {bad[0]} ({count} of {first.numel()} "
+            "values): the file is damaged, or what wrote it had broken"
         )
 
 
 def _finite(tensor: Tensor) -> bool:
     # The smallest and the largest pass NaN on.
-    return tensor.numel() == 0 or all(bool(each.isfinite()) for each in torch.aminmax(tensor))
+    return tensor.numel() == 0 or all(bool(each.isfinite()) for each in torch.aminmax(tensor.detach()))
