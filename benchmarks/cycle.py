@@ -28,9 +28,9 @@ import gpu_time
 import torch
 from contenders import CONTENDERS, Peer
 
-from dpdmd import train
+from dpdmd import command, train
 from dpdmd.backbones import load_backbone
-from dpdmd.config import ConfigError, load_config
+from dpdmd.config import load_config
 from dpdmd.engine import start
 from dpdmd.provenance import provenance
 from dpdmd.residency import Traffic
@@ -199,20 +199,16 @@ def run_one(args) -> int:
     """One contender, in the processes that the launcher started."""
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
     train.quieten()
-    try:
-        config = load_config(args.config, [*fixed, *args.settings, *CONTENDERS[args.contender].settings])
-        backbone = load_backbone(config.model)
-        train.check(config, backbone)
-        world = start(config.engine)
-        plan = None
-        if CONTENDERS[args.contender].peer is None:
-            config, plan = train.plan_run(config, backbone, world)
-        begin = time.perf_counter()
-        trainer = build(args.contender, config, world, backbone)
-        build_seconds = time.perf_counter() - begin
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    config = load_config(args.config, [*fixed, *args.settings, *CONTENDERS[args.contender].settings])
+    backbone = load_backbone(config.model)
+    train.check(config, backbone)
+    world = start(config.engine)
+    plan = None
+    if CONTENDERS[args.contender].peer is None:
+        config, plan = train.plan_run(config, backbone, world)
+    begin = time.perf_counter()
+    trainer = build(args.contender, config, world, backbone)
+    build_seconds = time.perf_counter() - begin
     result = {
         "contender": args.contender,
         "title": CONTENDERS[args.contender].title,
@@ -310,22 +306,26 @@ def table(results: dict[str, dict], problems: dict[str, str]) -> str:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="benchmarks/cycle.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="benchmarks/cycle.py", description=__doc__.split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=None)
-    parser.add_argument("--cycles", type=int, default=2)
+    parser.add_argument("--cycles", type=command.count, default=2)
     parser.add_argument(
         "--warmup",
-        type=int,
+        type=command.whole(0),
         default=2,
         help="cycles before those that count: a pass that comes once a cycle is recorded in the second (dpdmd/replay.py)",
     )
     parser.add_argument("--profile", action="store_true", help="one more cycle, its GPU time by kind of kernel")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=command.path)
     return parser
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = make_parser()
     parser.add_argument("--contender", choices=CONTENDERS, default="ours")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -337,8 +337,8 @@ def compare_main(argv: list[str] | None = None) -> int:
     """`run.py --op cycle`."""
     parser = make_parser()
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
-    parser.add_argument("--gpus", type=int, default=1, help="processes, one a GPU (without GPUs: on the CPU)")
-    parser.add_argument("--port", type=int, default=29531)
+    parser.add_argument("--gpus", type=command.count, default=1, help="processes, one a GPU (without GPUs: on the CPU)")
+    parser.add_argument("--port", type=command.whole(1, 2**16), default=29531)
     args = parser.parse_intermixed_args(argv)
     processes = "--num_gpus" if torch.cuda.is_available() else "--num_accelerators"
     args.launcher = [processes, str(args.gpus), "--master_port", str(args.port)]

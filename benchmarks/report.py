@@ -15,6 +15,8 @@ from operations import OPERATIONS
 from rich.console import Console
 from rich.table import Table
 
+from dpdmd.command import ConfigError
+
 CPU_NOTE = "No GPU here: these are CPU figures. They say nothing of a GPU."
 WAYS = {  # what the tables call them
     "forward": "forward us",
@@ -49,7 +51,7 @@ CANCELLATION = {
 }
 
 
-class UsageError(ValueError):
+class UsageError(ConfigError):
     """What the user asked for cannot be had; the message says why and what can."""
 
 

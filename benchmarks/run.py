@@ -51,6 +51,7 @@ import transformer
 from block_operations import BLOCK_OPERATIONS
 from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
 
+from dpdmd import command
 from dpdmd.kernels import backend, use_backend
 from dpdmd.provenance import provenance
 
@@ -487,25 +488,28 @@ def parse(argv: list[str]) -> argparse.Namespace:
         f"{block_rates.COMPILE_SECONDS:.0f} s",
     )
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="write all numbers, with machine, versions and commit"
+        "--json", type=command.path, metavar="FILE", help="write all numbers, with machine, versions and commit"
     )
     parser.add_argument(
         "--baseline",
-        type=Path,
+        type=command.path,
         metavar="FILE",
         help="a file that --json wrote on the same GPU: print what got slower than it by more than the spread (the larger "
         "of both runs'). For reading, not for a gate: the exit status stays what it is",
     )
     parser.add_argument(
-        "--plot", nargs="*", type=Path, metavar="FILE", help="measure nothing; draw files that --json wrote"
+        "--plot", nargs="*", type=command.path, metavar="FILE", help="measure nothing; draw files that --json wrote"
     )
     parser.add_argument(
-        "--output", type=Path, metavar="PNG", help="where --plot draws (docs/roofline.png, docs/transformer.png)"
+        "--output",
+        type=command.path,
+        metavar="PNG",
+        help="where --plot draws (docs/roofline.png, docs/transformer.png)",
     )
     parser.add_argument(
         "--markdown",
         nargs="+",
-        type=Path,
+        type=command.path,
         metavar="FILE",
         help="measure nothing; print the transformer's tables of files that --json wrote",
     )
@@ -531,22 +535,21 @@ def _positive(text: str) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    return command.run(_main, sys.argv[1:] if argv is None else argv)
+
+
+def _main(argv: list[str]) -> int:
     if argv[:2] == ["--op", "cycle"]:  # has options of its own, and needs what the trainer needs
         import cycle
 
         return cycle.compare_main(argv[2:])
     args = parse(argv)
-    try:
-        if args.markdown:
-            print("\n\n".join(report.markdown(report.read_run(path)) for path in args.markdown))
-            return 0
-        if args.plot is not None:
-            return plot(args.plot, args.output, "transformer" in (args.op or ()))
-        return measure(args)
-    except report.UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.markdown:
+        print("\n\n".join(report.markdown(report.read_run(path)) for path in args.markdown))
+        return 0
+    if args.plot is not None:
+        return plot(args.plot, args.output, "transformer" in (args.op or ()))
+    return measure(args)
 
 
 if __name__ == "__main__":

@@ -4,19 +4,31 @@ A run is described by one YAML file (`configs/*.yaml`) and dotted overrides on t
 section `on_cpu` of the file holds settings that take the place of its others on a machine without a GPU.
 Both are checked here before anything is loaded: an unknown key names its nearest neighbour, an impossible value names
 the key, what it got and what is allowed. The fields' descriptions are the documentation of the settings.
+
+Values are taken as they are written. A whole number is no text, no `true` and not 4.0; a number is finite; every number
+has a range. A name of a file or folder may begin with `~` or `~user`, which is replaced by that home folder.
 """
 
 from __future__ import annotations
 
 import difflib
 import itertools
-from collections.abc import Iterable
+import json
+import math
+import os
+import re
+import reprlib
+import stat
+import typing
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
-from pydantic import Field
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
+
+from dpdmd.command import ConfigError, expand
 
 CONFIG_FOLDER = next(
     (
@@ -29,38 +41,100 @@ CONFIG_FOLDER = next(
 DEFAULT_CONFIG = CONFIG_FOLDER / "demo.yaml"
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be run; the message says which key, what it got and what is allowed."""
-
-
 class _Section(pydantic.BaseModel):
-    # validate_default: a default is held to the same rules as a value from a file.
-    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    # strict: "4", true and 4.0 are no whole numbers. validate_default: a default is held to the same rules as a value from
+    # a file.
+    model_config = pydantic.ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        protected_namespaces=(),
+    )
 
 
-PositiveInt = Annotated[int, Field(ge=1)]
+# Types of settings. The upper ends are far beyond any machine: they catch slips as 10**20, never a large run.
+
+
+def _number(value: Any) -> Any:
+    # Other programs' YAML has 1e-5 as text, as YAML 1.1 does.
+    return float(value) if isinstance(value, str) and _FLOAT_OR_INT.fullmatch(value) else value
+
+
+def _name(value: str) -> str:
+    if not value.strip() or any(character < " " or character == "\x7f" for character in value):
+        raise ValueError("a name is needed, which is not empty and holds no control characters")
+    return value
+
+
+def _off(value: Any) -> Any:
+    return "off" if value is False else value  # which is what YAML makes of the word
+
+
+def _stage(value: Any) -> Any:
+    if type(value) is not int:
+        raise ValueError("input should be 0 or 3")
+    return value
+
+
+def _own_stage(value: Any, info: pydantic.ValidationInfo) -> Any:
+    if type(value) is not int or value != 3:
+        raise ValueError(
+            f"the {info.field_name} is always sharded by the engine's own stage 3 (stages 0 to 2 were removed: on one "
+            "process stage 3 copies nothing)"
+        )
+    return value
+
+
+def _deepspeed(value: Any) -> Any:
+    """A JSON file's name, or what JSON can hold."""
+    if isinstance(value, str):
+        return expand(value)
+    if not isinstance(value, dict):
+        raise ValueError("a JSON file or a mapping is needed")
+    for key, each in _everything(value):
+        if isinstance(each, float) and not math.isfinite(each):
+            raise ValueError(f"{key} = {each!r} is not finite")
+        if isinstance(each, int) and abs(each) >= 2**63:
+            raise ValueError(f"{key} = {shown(each)} has more than 63 bits")
+        if each is not None and not isinstance(each, str | int | float | dict | list):
+            raise ValueError(f"{key} = {shown(each)} is a {type(each).__name__}, which JSON has not")
+    return value
+
+
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+CountFrom0 = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Size = Annotated[int, Field(ge=1, le=2**16)]  # of what lies in memory at a time
+Number = Annotated[float, BeforeValidator(_number)]
+NonNegative = Annotated[Number, Field(ge=0.0, le=1e6)]
+Guidance = Annotated[Number, Field(ge=0.0, le=1000.0)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Decay = Annotated[Number, Field(ge=0.0, lt=1.0)]
+Name = Annotated[str, AfterValidator(_name)]
+Location = Annotated[str, AfterValidator(expand)]  # of a file, a folder or a pipeline
 
 
 class ModelConfig(_Section):
-    pipeline: str = Field(
+    pipeline: Location = Field(
         "demo",
         description="Teacher: a diffusers pipeline folder, a hub id, or 'demo' for the small one that ships here.",
     )
-    student: str | None = Field(
+    student: Location | None = Field(
         None, description="Pipeline whose transformer the student starts from (default: teacher)."
     )
-    critic: str | None = Field(
+    critic: Location | None = Field(
         None, description="Pipeline whose transformer the critic starts from (default: teacher)."
     )
     family: Literal["sd3", "flux"] = Field("sd3", description="Which backbones/ file knows this architecture.")
     random_init: bool = Field(
         False, description="Build the architecture from its configuration alone, with random weights (benchmarks)."
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    resolution: PositiveInt = Field(1024, description="Height and width of the images, in pixels.")
-    max_sequence_length: PositiveInt = Field(256, description="Length of the T5 text embedding, in tokens.")
-    embedded_guidance: float = Field(
-        3.5, ge=0.0, description="Guidance value that guidance-distilled models (FLUX.1-dev) take as an input."
+    revision: Name | None = Field(None, description="Branch, tag or commit of a hub id.")
+    resolution: Size = Field(1024, description="Height and width of the images, in pixels.")
+    max_sequence_length: Size = Field(256, description="Length of the T5 text embedding, in tokens.")
+    embedded_guidance: Guidance = Field(
+        3.5, description="Guidance value that guidance-distilled models (FLUX.1-dev) take as an input."
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto",
@@ -74,20 +148,24 @@ class ModelConfig(_Section):
     fuse: bool = Field(
         True, description="On a GPU: the fused operations in the transformers' blocks (dpdmd.kernels.fuse_transformer)."
     )
-    fp8: Literal["off", "no_grad"] = Field(
+    fp8: Annotated[Literal["off", "no_grad"], BeforeValidator(_off)] = Field(
         "off", description="no_grad: FP8 matrix products in passes without gradient (with fuse, on a GPU that has FP8)."
     )
 
 
 class PromptsConfig(_Section):
-    file: str | None = Field(None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the demo's own list.")
-    field: str = Field("prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
+    file: Location | None = Field(
+        None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the demo's own list."
+    )
+    field: Name = Field("prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
     encoding: Literal["cache", "stream"] = Field(
         "cache",
         description="cache: encode every prompt once, then train without text encoders; stream: encode each batch.",
     )
-    cache_dir: str | None = Field(None, description="Folder of the embedding cache (default: <output_dir>/embeddings).")
-    encode_batch_size: PositiveInt = Field(32, description="Prompts encoded at a time.")
+    cache_dir: Location | None = Field(
+        None, description="Folder of the embedding cache (default: <output_dir>/embeddings)."
+    )
+    encode_batch_size: Size = Field(32, description="Prompts encoded at a time.")
     negative_prompt: str | None = Field(
         "", description="Prompt of the unconditional branch of guidance; null for none (then guidance_scale must be 1)."
     )
@@ -102,23 +180,26 @@ class RenoiseConfig(_Section):
         description="scheduler: one of the 1000 times of the scheduler's set_timesteps(1000) (the authors' code; for SD3.5 "
         "down to 0.00893); training: one of its 1000 training times (down to 0.00299); uniform: between low and high.",
     )
-    low: float = Field(0.02, ge=0.0, le=1.0, description="uniform: smallest noise time, as a share of the whole range.")
-    high: float = Field(0.98, ge=0.0, le=1.0, description="uniform: largest noise time, as a share of the whole range.")
+    low: Share = Field(0.02, description="uniform: smallest noise time, as a share of the whole range.")
+    high: Share = Field(0.98, description="uniform: largest noise time, as a share of the whole range.")
 
 
 class DistillConfig(_Section):
     method: Literal["dpdmd", "dmd"] = Field("dpdmd", description="dpdmd: first step learns diversity; dmd: plain DMD.")
     detach: bool = Field(True, description="Stop the DMD gradient before the first step (dpdmd).")
-    student_steps: PositiveInt = Field(4, description="N, network evaluations of the student.")
-    student_grid: Literal["scheduler", "uniform"] | list[float] = Field(
+    student_steps: Size = Field(4, description="N, network evaluations of the student.")
+    student_grid: Annotated[
+        Annotated[Literal["scheduler", "uniform"], Tag("literal[]")] | Annotated[list[Number], Tag("list[]")],
+        Discriminator(lambda value: "list[]" if isinstance(value, list) else "literal[]"),
+    ] = Field(
         "scheduler",
         description="Student times: the scheduler's own (paper), uniform before the shift, or N explicit falling ones.",
     )
-    teacher_steps: PositiveInt = Field(30, description="T, steps of the teacher's grid.")
-    anchor: PositiveInt = Field(5, description="K, how many teacher steps make the first-step target; K = T included.")
-    diversity_weight: float = Field(0.05, ge=0.0, description="lambda, weight of the first-step loss.")
-    guidance_scale: float = Field(3.5, ge=0.0, description="Classifier-free guidance of the teacher; 1 for none.")
-    critic_updates: PositiveInt = Field(5, description="M, critic updates before each student update.")
+    teacher_steps: Size = Field(30, description="T, steps of the teacher's grid.")
+    anchor: Size = Field(5, description="K, how many teacher steps make the first-step target; K = T included.")
+    diversity_weight: NonNegative = Field(0.05, description="lambda, weight of the first-step loss.")
+    guidance_scale: Guidance = Field(3.5, description="Classifier-free guidance of the teacher; 1 for none.")
+    critic_updates: Count = Field(5, description="M, critic updates before each student update.")
     normalizer: Literal["teacher", "sample", "none"] = Field(
         "teacher", description="DMD weight a sample: mean|x_t - x_real| (paper), mean|x - x_real| (DMD2), or 1."
     )
@@ -139,11 +220,12 @@ class OptimizerConfig(_Section):
         description="The two moments in 8, 4 or 2 bytes a parameter, of fused alone; fewer than 8 are stochastically "
         "rounded. The float32 masters stay.",
     )
-    lr: float = Field(1e-5, gt=0.0, description="Learning rate.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="Decay of the two moments.")
-    eps: float = Field(1e-8, gt=0.0, description="Added to the denominator.")
-    weight_decay: float = Field(0.0, ge=0.0, description="Decoupled weight decay.")
-    warmup: int = Field(0, ge=0, description="Updates over which the rate rises linearly from 0.")
+    # Smaller ones do nothing in float32; AdamW moves every weight by about lr an update, so larger ones are slips.
+    lr: Number = Field(1e-5, ge=1e-12, le=1.0, description="Learning rate.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="Decay of the two moments.")
+    eps: Number = Field(1e-8, ge=1e-30, le=1.0, description="Added to the denominator.")
+    weight_decay: Number = Field(0.0, ge=0.0, le=10.0, description="Decoupled weight decay.")
+    warmup: CountFrom0 = Field(0, description="Updates over which the rate rises linearly from 0.")
     decay: Literal["none", "cosine"] = Field(
         "none", description="none: the rate stays (paper); cosine: falls to 0 at the end of run.iterations."
     )
@@ -156,23 +238,23 @@ class OptimizerConfig(_Section):
 
 
 class ZeroConfig(_Section):
-    teacher: Literal[0, 3] = Field(
+    teacher: Annotated[Literal[0, 3], BeforeValidator(_stage)] = Field(
         3, description="ZeRO stage of the frozen teacher: 3 shards its weights, 0 copies them."
     )
-    student: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the student.")
-    critic: Literal[0, 1, 2, 3] = Field(3, description="ZeRO stage of the critic.")
+    student: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(3, description="ZeRO stage of the student: 3.")
+    critic: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(3, description="ZeRO stage of the critic: 3.")
 
 
 class KeptPassesConfig(_Section):
-    student: int | None = Field(None, ge=0, description="Block passes of each forward chain of the student.")
-    critic: int | None = Field(None, ge=0, description="Block passes of the critic's forward pass.")
+    student: CountFrom0 | None = Field(None, description="Block passes of each forward chain of the student.")
+    critic: CountFrom0 | None = Field(None, description="Block passes of the critic's forward pass.")
 
 
 class EngineConfig(_Section):
     zero: ZeroConfig = ZeroConfig()
-    batch_size: PositiveInt = Field(4, description="Samples a process and forward pass.")
-    accumulation: PositiveInt = Field(1, description="Forward-backward passes an update.")
-    clip: float = Field(1.0, ge=0.0, description="Largest gradient norm; 0 for no clipping.")
+    batch_size: Size = Field(4, description="Samples a process and forward pass.")
+    accumulation: Size = Field(1, description="Forward-backward passes an update.")
+    clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 for no clipping.")
     residency: Literal["auto", "whole", "phase", "block"] = Field(
         "auto",
         description="ZeRO stage 3: how long gathered weights stay. whole: until an update changes them; phase: for a phase "
@@ -194,8 +276,8 @@ class EngineConfig(_Section):
         description="ZeRO stage 3: where masters and moments live and are updated (torch's AdamW, on the CPU): cpu, or nvme "
         "under nvme_path.",
     )
-    nvme_path: str | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
-    deepspeed: str | dict[str, Any] | None = Field(
+    nvme_path: Location | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
+    deepspeed: Annotated[str | dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
         None,
         description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",
     )
@@ -203,43 +285,47 @@ class EngineConfig(_Section):
 
 
 class LoraConfig(_Section):
-    rank: PositiveInt = Field(64, description="Rank of the adapters.")
-    alpha: float | None = Field(None, gt=0.0, description="Adapters are scaled by alpha / rank (default: rank).")
-    targets: list[str] | None = Field(
-        None, description="Modules that get an adapter (default: attention and feed-forward products of the blocks)."
+    rank: Size = Field(64, description="Rank of the adapters.")
+    alpha: Number | None = Field(
+        None, gt=0.0, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
+    )
+    targets: list[Name] | None = Field(
+        None,
+        min_length=1,
+        description="Modules that get an adapter (default: attention and feed-forward products of the blocks).",
     )
 
 
 class EmaConfig(_Section):
-    decay: float = Field(0.999, gt=0.0, lt=1.0, description="The average keeps this share at each student update.")
+    decay: Number = Field(0.999, gt=0.0, lt=1.0, description="The average keeps this share at each student update.")
     device: Literal["same", "cpu"] = Field("same", description="Where the float32 shard of the average lives.")
 
 
 class EvaluationConfig(_Section):
     enabled: bool = Field(False, description="Measure samples in the demo's picture world; only for its models.")
-    every: int = Field(0, ge=0, description="Student updates between measurements of the student; 0: only at the end.")
-    num_prompts: PositiveInt = Field(64, description="Evaluation prompts.")
-    num_samples: PositiveInt = Field(16, description="Samples a prompt.")
+    every: CountFrom0 = Field(0, description="Student updates between measurements of the student; 0: only at the end.")
+    num_prompts: int = Field(64, ge=1, le=4096, description="Evaluation prompts; the world has some 5000 captions.")
+    num_samples: Size = Field(16, description="Samples a prompt.")
 
 
 class RunConfig(_Section):
-    output_dir: str = Field("runs/default", description="Folder of everything that this run writes.")
-    iterations: PositiveInt = Field(
+    output_dir: Location = Field("runs/default", description="Folder of everything that this run writes.")
+    iterations: Count = Field(
         6000, description="Updates in all, student's and critic's together (as the paper counts)."
     )
-    seed: int = Field(0, ge=0, description="Seed of every draw.")
-    log_every: PositiveInt = Field(1, description="Updates between lines of metrics.")
-    sample_every: int = Field(0, ge=0, description="Student updates between sample grids; 0 for none.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every draw.")
+    log_every: Count = Field(1, description="Updates between lines of metrics.")
+    sample_every: CountFrom0 = Field(0, description="Student updates between sample grids; 0 for none.")
     sample_prompts: list[str] = Field(
         [], description="Prompts of the sample grids (default: the first of the prompt file)."
     )
-    checkpoint_every: int = Field(0, ge=0, description="Iterations between checkpoints; 0: only at the end.")
-    keep_checkpoints: PositiveInt = Field(2, description="How many of the newest checkpoints stay.")
-    max_bad_updates: PositiveInt = Field(
+    checkpoint_every: CountFrom0 = Field(0, description="Iterations between checkpoints; 0: only at the end.")
+    keep_checkpoints: Count = Field(2, description="How many of the newest checkpoints stay.")
+    max_bad_updates: Count = Field(
         10, description="Updates in a row that may be skipped as not finite before the run stops."
     )
     tensorboard: bool = Field(True, description="Write TensorBoard events where tensorboard is installed.")
-    wandb: str | None = Field(None, description="Weights & Biases project to log to, where wandb is installed.")
+    wandb: Name | None = Field(None, description="Weights & Biases project to log to, where wandb is installed.")
 
 
 class Config(_Section):
@@ -276,6 +362,12 @@ class Config(_Section):
                 f"distill.guidance_scale = {distill.guidance_scale} needs unconditional embeddings, but "
                 'prompts.negative_prompt is null: give one ("" is the usual), or set distill.guidance_scale=1'
             )
+        if self.run.iterations <= distill.critic_updates:
+            raise ValueError(
+                f"run.iterations = {self.run.iterations} with distill.critic_updates = {distill.critic_updates}: the student "
+                f"has an update after every {distill.critic_updates} of the critic, so none at all would take place; "
+                f"{distill.critic_updates + 1} iterations or more are needed"
+            )
         if isinstance(distill.student_grid, list):
             check_explicit_grid(distill.student_grid, distill.student_steps)
         low, high = distill.renoise.low, distill.renoise.high
@@ -309,13 +401,6 @@ class Config(_Section):
                         f"model.{role} = {getattr(model, role)!r} with lora: the {role} is an adapter on the teacher's "
                         f"weights; set model.{role}=null or lora=null"
                     )
-                if (stage := getattr(self.engine.zero, role)) != 3:
-                    raise ValueError(f"lora needs ZeRO stage 3 for the adapters, but engine.zero.{role} = {stage}")
-        if self.ema is not None and self.engine.zero.student != 3:
-            raise ValueError(
-                f"ema averages the shards of ZeRO stage 3, but engine.zero.student = {self.engine.zero.student}: set "
-                "engine.zero.student=3 or ema=null"
-            )
         if self.prompts.file is None and model.pipeline != "demo":
             raise ValueError(
                 "prompts.file is not set: name a .txt, .jsonl or .csv file of prompts "
@@ -328,10 +413,6 @@ class Config(_Section):
         if engine.offload == "none":
             return
         for role in ("student", "critic"):
-            if (stage := getattr(engine.zero, role)) != 3:
-                raise ValueError(
-                    f"engine.offload = {engine.offload} is of ZeRO stage 3, but engine.zero.{role} = {stage}"
-                )
             optimizer = getattr(self, f"{role}_optimizer")
             if optimizer.name not in ("auto", "torch") or optimizer.state != "float32":
                 raise ValueError(
@@ -349,7 +430,7 @@ class Config(_Section):
 def check_explicit_grid(grid: list[float], student_steps: int) -> None:
     if len(grid) != student_steps or any(a <= b for a, b in itertools.pairwise(grid)) or min(grid) <= 0:
         raise ValueError(
-            f"distill.student_grid = {grid}: {student_steps} falling times above 0 are needed "
+            f"distill.student_grid = {shown(grid)}: {student_steps} falling times above 0 are needed "
             "(distill.student_steps of them, the end at 0 not listed)"
         )
 
@@ -359,17 +440,30 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple[str
 
     Raises ConfigError for a missing or malformed file, an unknown key (naming the nearest known), an impossible value.
     """
-    path = Path(path) if path is not None else DEFAULT_CONFIG
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--config {path}: not a YAML file: {error}") from error
+        path = Path(expand(str(path))) if path is not None else DEFAULT_CONFIG
+    except ValueError as error:
+        raise ConfigError(f"--config {shown(str(path))}: {error}") from error
+    where = f"--config {printable(str(path))}"
+    try:
+        values = _read_yaml(read_file(path, where, most=_MOST_BYTES).decode("utf-8-sig"))
+    except ValueError as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: not a YAML file: {error}") from error
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ConfigError(f"--config {path}: holds a {type(values).__name__}; sections with keys are needed")
-    on_cpu = values.pop("on_cpu", None) or {}
+        raise ConfigError(f"{where}: holds a {type(values).__name__}; sections with keys are needed")
+    on_cpu = values.pop("on_cpu", None)
+    on_cpu = {} if on_cpu is None else on_cpu
+    if not isinstance(on_cpu, dict):
+        raise ConfigError(
+            f"{where}: on_cpu = {shown(on_cpu)}: sections with keys are needed, as in `on_cpu: {{engine: {{batch_size: 2}}}}`"
+        )
+    try:  # its keys one by one, on machines with a GPU too; alone it need not be a configuration
+        Config.model_validate(on_cpu)
+    except pydantic.ValidationError as error:
+        found = [_explain(problem, "on_cpu.") for problem in error.errors(include_url=False) if problem["loc"]]
+        if found:
+            raise ConfigError("\n".join(dict.fromkeys(found))) from error
     given = read_overrides(overrides)
     if on_cpu and _without_gpu(merged(values, given)):
         values = merged(values, on_cpu)
@@ -386,7 +480,8 @@ def merged(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def _without_gpu(values: dict[str, Any]) -> bool:
-    device = (values.get("engine") or {}).get("device", "auto")
+    engine = values.get("engine")
+    device = engine.get("device", "auto") if isinstance(engine, dict) else "auto"  # another value is refused later
     if device != "auto":
         return device == "cpu"
     import torch
@@ -397,56 +492,285 @@ def _without_gpu(values: dict[str, Any]) -> bool:
 def parse_config(values: dict[str, Any]) -> Config:
     """Checks a nested mapping. Raises ConfigError with one line for each thing that is wrong."""
     try:
+        _check_shape(values)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    try:
         return Config.model_validate(values)
     except pydantic.ValidationError as error:
-        raise ConfigError("\n".join(_explain(problem) for problem in error.errors())) from error
+        found = [_explain(problem) for problem in error.errors(include_url=False)]
+        raise ConfigError("\n".join(dict.fromkeys(found))) from error
 
 
 def to_yaml(config: Config) -> str:
     """The resolved configuration as a file that `load_config` reads back to the same."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`section.key=value`, values as YAML has them, as a nested mapping. Raises ConfigError for what has another form."""
+    """`section.key=value`, values as YAML has them, as a nested mapping; a later one wins. Raises ConfigError for what has
+    another form."""
     given: dict[str, Any] = {}
     for override in overrides:
-        _apply(given, override)
+        given = merged(given, _read_override(override))
     return given
 
 
-def _apply(values: dict[str, Any], override: str) -> None:
+def _read_override(override: str) -> dict[str, Any]:
     key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"override {override!r}: the form is section.key=value, for example distill.anchor=10")
-    *sections, name = key.split(".")
-    for section in sections:
-        below = values.setdefault(section, {})
-        if not isinstance(below, dict):
-            raise ConfigError(f"override {override!r}: {section} is a value, not a section")
-        values = below
+    names = key.split(".")
+    if not separator or not all(names) or len(names) > 9:
+        raise ConfigError(f"override {shown(override)}: the form is section.key=value, for example distill.anchor=10")
+    if text.strip() in ("", "~"):  # both are null in YAML, which is seldom what is meant here
+        given = "your home folder is ~/" if text.strip() else "nothing follows the ="
+        raise ConfigError(f'override {shown(override)}: {given}; write null for none, or "" for an empty text')
     try:
-        values[name] = yaml.safe_load(text)
+        value = _read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"override {shown(override)}: the value is not YAML: {error}") from error
+    for name in reversed(names):
+        value = {name: value}
+    return value
+
+
+# Files
+
+
+_MOST_BYTES = 2**20  # of a file of settings; PyYAML takes some seconds for as much
+
+
+def read_file(path: Path, where: str, most: int | None = None) -> bytes:
+    """What a regular file holds. Raises ConfigError, which begins with `where`, for one that cannot be read, is no file (a
+    pipe, on which one would wait for ever, a folder, a device) or has more than `most` bytes."""
+    try:
+        with open(path, "rb", opener=_open_at_once) as file:
+            found = os.fstat(file.fileno())
+            if not stat.S_ISREG(found.st_mode):
+                kind = "pipe" if stat.S_ISFIFO(found.st_mode) else "device"
+                raise ConfigError(f"{where}: cannot be read (a {kind}, where a file is needed)")
+            if most is not None and found.st_size > most:
+                raise ConfigError(f"{where}: cannot be read ({found.st_size} bytes, where at most {most} make sense)")
+            return file.read()
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
+    except ValueError as error:  # a NUL in the name, or half of a surrogate pair
+        raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: cannot be read ({error})") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe that nobody writes to holds us up for ever
+
+
+# YAML
+
+
+_FLOAT = (
+    r"[-+]?(?:[0-9][0-9_]*\.[0-9_]*|\.[0-9][0-9_]*)(?:[eE][-+]?[0-9]+)?|[-+]?[0-9][0-9_]*[eE][-+]?[0-9]+"
+    r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_INT = r"[-+]?(?:0|[1-9][0-9_]{0,99})|[-+]?0x[0-9a-fA-F]{1,32}"
+_FLOAT_OR_INT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?")
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: text, numbers, true and false, null, lists and mappings.
+
+    As in YAML 1.2, 1e-5 is a number, and 2020-12-25, 1:30 (90 in YAML 1.1) and 010 (8) are text, which no number accepts.
+    A key that stands twice is an error, and so is a tag.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's name
+        first: [(tag, pattern) for tag, pattern in known if tag.rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent, index):
+        event = self.peek_event()
+        if getattr(event, "tag", None) not in (None, "!"):
+            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read", event.start_mark)
+        return super().compose_node(parent, index)
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        seen = {}
+        for key, _ in node.value:
+            name = key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)
+            if name in seen:
+                first = seen[name].start_mark.line + 1
+                raise yaml.composer.ComposerError(
+                    None, None, f"the key {shown(key.value)} stands twice, in line {first} too", key.start_mark
+                )
+            seen[name] = key
+        return node
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either YAML would take for something else than text."""
+
+    def represent_str(self, value):
+        # Outside double quotes PyYAML writes these as they are, and reads a line break.
+        style = '"' if any(character in value for character in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", value, style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
+for _each in (_Loader, _Dumper):
+    _each.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(f"(?:{_INT})$"), list("-+0123456789"))
+    _each.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"(?:{_FLOAT})$"), list("-+0123456789."))
+
+
+def _read_yaml(text: str) -> Any:
+    """What YAML's text says, of a size and form that the rest can handle. Raises ValueError with one line."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {_line(error.problem)}") from error
     except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from error
+        raise ValueError(_line(error)) from error
+    except RecursionError as error:
+        raise ValueError(_TOO_DEEP) from error
+    _check_shape(value)
+    return value
 
 
-def _explain(problem: dict[str, Any]) -> str:
-    location = [str(part) for part in problem["loc"] if not str(part).startswith(("list[", "literal["))]
-    key = ".".join(location)
-    if problem["type"] == "extra_forbidden":
-        nearest = difflib.get_close_matches(key, known_keys(), n=1, cutoff=0.0)
-        return f"{key}: unknown key; the nearest known is {nearest[0]}"
-    if problem["type"] == "value_error":
-        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-    return f"{key} = {problem['input']!r}: {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+def _line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+_TOO_DEEP = "it is nested more than 30 deep, or holds itself"
+
+
+def _check_shape(value: Any) -> None:
+    """Raises ValueError for nesting, sizes (aliases can stand for billions of values), keys and text that nothing below can
+    handle."""
+    for number, (key, each) in enumerate(_everything(value)):
+        if number > 100_000:
+            raise ValueError("it holds more than 100000 values (aliases counted where they stand)")
+        if isinstance(each, str) and not _encodable(each):
+            raise ValueError(f"{key} = {shown(each)}: holds half of a surrogate pair, which is no character")
+
+
+def _everything(value: Any, key: str = "", depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of a value and of everything that it holds."""
+    if depth > 30:
+        raise ValueError(_TOO_DEEP)
+    yield key, value
+    if isinstance(value, dict):
+        for name, below in value.items():
+            if not isinstance(name, str) or not _encodable(name):
+                raise ValueError(f"{key}{'.' * bool(key)}{shown(name)}: a key has to be text (quote it)")
+            yield from _everything(below, f"{key}{'.' * bool(key)}{printable(name)}", depth + 1)
+    elif isinstance(value, list):
+        for index, below in enumerate(value):
+            yield from _everything(below, f"{key}{'.' * bool(key)}{index}", depth + 1)
+
+
+def _encodable(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+# Errors
+
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 3, 120, 120, 120
+_short.maxdict = _short.maxlist = _short.maxtuple = 8
+
+
+def shown(value: Any) -> str:
+    """`value` for a message: as Python writes it, in one line that is not long."""
+    try:
+        return _short.repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        return "a number of thousands of digits"
+
+
+def printable(text: str) -> str:
+    """A name for a message: as it is, where it can stand in one line."""
+    return text if text.isprintable() and len(text) <= 300 else shown(text)
+
+
+def _explain(problem: dict[str, Any], before: str = "") -> str:
+    parts = [part for part in problem["loc"] if part not in ("list[]", "literal[]")]
+    key, value, kind = ".".join(printable(str(part)) for part in parts), problem["input"], problem["type"]
+    if kind == "extra_forbidden":
+        return f"{before}{key}: unknown key; {_nearest(parts)}"
+    if kind == "model_type":
+        return f"{before}{key or 'the configuration'} = {shown(value)}: {_section_needed(parts)}"
+    if kind == "value_error":
+        if not key:
+            return str(problem["ctx"]["error"])
+        given = "" if isinstance(value, dict) else f" = {shown(value)}"
+        return f"{before}{key}{given}: {problem['ctx']['error']}"
+    message = _line(problem["msg"][:1].lower() + problem["msg"][1:])
+    if kind == "missing":  # from a pair, which is the input
+        key, message = key.rpartition(".")[0], "2 values are needed"
+    elif kind == "too_long":
+        message = f"{problem['ctx']['max_length']} values are needed"
+    elif "literal[]" in problem["loc"]:
+        message += ", or a list of times"
+    elif kind == "string_type" and isinstance(value, bool | int | float | None):
+        message += "; quote text that YAML takes for a number, true, false or null: 'key=\"text\"'"
+    elif kind == "int_type" and re.fullmatch(r"[1-9][0-9]{0,14}(?:\.0)?", str(value)):
+        message += f", as {int(float(value))} is"
+    return f"{before}{key} = {shown(value)}: {message}"
+
+
+def _section_needed(parts: list[str]) -> str:
+    """How a section is written, whose name was given another value."""
+    section = Config
+    optional = False
+    for part in parts:
+        annotation = section.model_fields[part].annotation
+        section, optional = _section_of(annotation), type(None) in typing.get_args(annotation)
+    if section is Config:
+        return "sections with keys are needed"
+    fields = {name: field.default for name, field in section.model_fields.items()}
+    name = next(
+        (name for name, default in fields.items() if isinstance(default, str | int | float)), next(iter(fields))
+    )
+    prefix = ".".join(parts)
+    default = json.dumps(fields[name]).strip('"')
+    text = f"a section with keys is needed, for example {prefix}.{name}={default}"
+    return f"{text}; {prefix}={{}} takes its defaults, {prefix}=null leaves it out" if optional else text
+
+
+def _nearest(parts: list[str]) -> str:
+    """What may have been meant by an unknown key: one of that name elsewhere, or one of a like name, here before there."""
+    *sections, name = parts
+    if parts == ["on_cpu"]:
+        return "it is a section of files; on the command line settings stand for themselves"
+    if "." in name:
+        return (
+            f"in a file keys stand under their sections, as in `{name.replace('.', ': {')}: ...{'}' * name.count('.')}`"
+        )
+    here = ".".join(sections)
+    keys = known_keys()
+    elsewhere = [key for key in keys if key.rpartition(".")[2] == name.lower()]
+    if elsewhere:
+        return f"the nearest known is {' or '.join(elsewhere)}"
+    siblings = [key for key in keys if key.rpartition(".")[0] == here]
+    for candidates in (siblings, keys):
+        names = [key.rpartition(".")[2] for key in candidates]
+        for close in difflib.get_close_matches(name.lower(), names, n=1):
+            return f"the nearest known is {candidates[names.index(close)]}"
+    return f"known {'in ' + here if here else 'sections'} are {', '.join(key.rpartition('.')[2] for key in siblings)}"
 
 
 def known_keys(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> list[str]:
-    """Every dotted name: sections and the keys in them."""
+    """Every dotted name: sections, those that may be null too, and the keys in them."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, pydantic.BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        if (below := _section_of(field.annotation)) is not None:
+            keys += known_keys(below, f"{prefix}{name}.")
     return keys
+
+
+def _section_of(annotation: Any) -> type[pydantic.BaseModel] | None:
+    """The section that a field of this type holds."""
+    for each in (annotation, *typing.get_args(annotation)):
+        if isinstance(each, type) and issubclass(each, pydantic.BaseModel):
+            return each
+    return None

@@ -13,11 +13,11 @@ import itertools
 import sys
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from dpdmd import command
 from dpdmd.backbones import load_backbone
 from dpdmd.budget import (
     ALIKE,
@@ -45,6 +45,7 @@ from dpdmd.config import (
 )
 
 WORTH = 0.05  # so much faster is what makes a change of settings one to recommend
+MOST_GPUS = 2**16
 
 
 class Planner:
@@ -402,6 +403,10 @@ def architecture_only(config: Config):
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python -m dpdmd.plan", description=__doc__.split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
@@ -414,31 +419,29 @@ def main(argv: list[str] | None = None) -> int:
         help="GPUs, a process each (default: 1); of several numbers a table of what is recommended for each",
     )
     parser.add_argument(
-        "--gpu-memory", type=float, metavar="GIB", help="of each GPU (default: of the one that is here)"
+        "--gpu-memory", type=command.above_0, metavar="GIB", help="of each GPU (default: of the one that is here)"
     )
-    parser.add_argument("--output", type=Path, metavar="FILE.yaml", help="write the recommended configuration")
+    parser.add_argument("--output", type=command.path, metavar="FILE.yaml", help="write the recommended configuration")
     args = parser.parse_intermixed_args(argv)
-    try:
-        if min(args.gpus) < 1:
-            raise ConfigError(f"--gpus = {min(args.gpus)}: 1 or more are needed")
-        if len(args.gpus) > 1 and args.output is not None:
-            raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
-        memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
-        if memory is None:
-            raise ConfigError(
-                "--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB"
-            )
-        # For GPUs, wherever it is planned: what a file has for the CPU does not count.
-        config = load_config(args.config, [*args.settings, "engine.device=cuda"])
-        config = _with(config, device="auto")
-        planner = Planner(Footprints(architecture_only(config)), args.gpus[0], memory)
-        if len(args.gpus) > 1:
-            print(scaling_table(config, planner, args.gpus))
-            return 0
-        text, plan = report(config, planner)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if min(args.gpus) < 1:
+        raise ConfigError(f"--gpus = {min(args.gpus)}: 1 or more are needed")
+    if max(args.gpus) > MOST_GPUS:
+        raise ConfigError(f"--gpus = {max(args.gpus)}: at most {MOST_GPUS} are planned for")
+    if len(args.gpus) > 1 and args.output is not None:
+        raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
+    if args.output is not None and not args.output.parent.is_dir():
+        raise ConfigError(f"--output {args.output}: there is no folder {args.output.parent}")
+    memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
+    if memory is None:
+        raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")
+    # For GPUs, wherever it is planned: what a file has for the CPU does not count.
+    config = load_config(args.config, [*args.settings, "engine.device=cuda"])
+    config = _with(config, device="auto")
+    planner = Planner(Footprints(architecture_only(config)), args.gpus[0], memory)
+    if len(args.gpus) > 1:
+        print(scaling_table(config, planner, args.gpus))
+        return 0
+    text, plan = report(config, planner)
     print(text)
     if plan is None:
         return 1

@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dpdmd.config import ConfigError, PromptsConfig
+from dpdmd.config import ConfigError, PromptsConfig, printable, read_file, shown
 from dpdmd.files import (
     UNFINISHED,
     DamagedFile,
@@ -60,33 +60,36 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[str]:
     .csv    a header, one column of which is `field`.
     Blank lines and blank prompts are skipped.
 
-    Raises ConfigError for a file that is missing, empty, of another kind or not UTF-8 (with line and byte offset), for
-    a malformed line, and for a missing field (with the ones that are there).
+    Raises ConfigError for a file that is missing, no file (a folder, a pipe, a device), empty, of another kind or not UTF-8
+    (with line and byte offset), for a malformed line, and for a missing field (with the ones that are there).
     """
     path = Path(path)
+    where = f"prompts.file {printable(str(path))}"
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise ConfigError(f"prompts.file {path}: the name ends in {path.suffix!r}; {', '.join(readers)} can be read")
-    prompts = [prompt for prompt in (text.strip() for text in reader(path, _read_text(path), field)) if prompt]
+        kind = "it is a folder" if os.path.isdir(path) else f"the name ends in {path.suffix!r}"
+        raise ConfigError(f"{where}: {kind}; {', '.join(readers)} can be read")
+    prompts = [prompt for prompt in (text.strip() for text in reader(where, _read_text(path, where), field)) if prompt]
     if not prompts:
-        raise ConfigError(f"prompts.file {path}: holds no prompt")
+        raise ConfigError(f"{where}: holds no prompt")
     return prompts
 
 
-def _read_text(path: Path) -> str:
+def _read_text(path: Path, where: str) -> str:
+    data = read_file(path, where)
     try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"prompts.file {path}: cannot be read ({error.strerror})") from error
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ConfigError(
-            f"prompts.file {path}: line {line}, byte offset {error.start}: byte 0x{data[error.start]:02x} is not UTF-8 "
+            f"{where}: line {line}, byte offset {error.start}: byte 0x{data[error.start]:02x} is not UTF-8 "
             f"({error.reason}); convert the file to UTF-8"
         ) from error
+    if "\0" in text:  # UTF-16 and UTF-32 of plain English are valid UTF-8
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise ConfigError(f"{where}: line {line} holds a NUL, as text in UTF-16 does; convert the file to UTF-8")
+    return text
 
 
 def _lines(text: str) -> list[str]:
@@ -97,49 +100,79 @@ def _lines(text: str) -> list[str]:
 _NUMBERED = re.compile(r"\s*\d+\s*---(.*)")
 
 
-def _read_txt(path: Path, text: str, field: str) -> list[str]:
+def _read_txt(where: str, text: str, field: str) -> list[str]:
     lines = [line for line in _lines(text) if line.strip()]
     numbered = [_NUMBERED.fullmatch(line) for line in lines]
     return [match.group(1) for match in numbered] if all(numbered) else lines
 
 
-def _read_jsonl(path: Path, text: str, field: str) -> Iterable[str]:
+def _read_jsonl(where: str, text: str, field: str) -> Iterable[str]:
     for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
-        where = f"prompts.file {path}: line {number}"
+        here = f"{where}: line {number}"
         try:
-            prompt = json.loads(line)
+            prompt = json.loads(line, object_pairs_hook=_object)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{where}: not JSON ({error.msg} at column {error.colno})") from error
+            raise ConfigError(f"{here}: not JSON ({error.msg} at column {error.colno})") from error
+        except ValueError as error:  # a key that stands twice, a number of thousands of digits
+            raise ConfigError(f"{here}: not JSON ({error})") from error
+        except RecursionError as error:
+            raise ConfigError(f"{here}: not JSON of prompts (it is nested too deep)") from error
         if isinstance(prompt, dict):
             if field not in prompt:
-                raise ConfigError(f"{where}: no field {field!r}; there are {', '.join(map(repr, prompt)) or 'none'}")
+                raise ConfigError(f"{here}: no field {shown(field)}; there are {_listed(prompt)}")
             prompt = prompt[field]
         if not isinstance(prompt, str):
-            raise ConfigError(f"{where}: found {type(prompt).__name__} where a string is needed")
+            found = "null" if prompt is None else type(prompt).__name__
+            raise ConfigError(f"{here}: found {found} where a string is needed")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer takes
-            raise ConfigError(f"{where}: holds an unpaired surrogate, which is no character") from error
+            raise ConfigError(f"{here}: holds an unpaired surrogate, which is no character") from error
         yield prompt
 
 
-def _read_csv(path: Path, text: str, field: str) -> Iterable[str]:
+def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
+    return found
+
+
+def _listed(names: Iterable[str], most: int = 12) -> str:
+    names = [*names]
+    listed = ", ".join(shown(name) for name in names[:most]) or "none"
+    return listed if len(names) <= most else f"{listed} and {len(names) - most} more"
+
+
+def _read_csv(where: str, text: str, field: str) -> Iterable[str]:
     # strict: otherwise a quote that is never closed swallows the rest of the file without a word.
-    rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
-        header = rows.fieldnames or []
-        if header and field not in header:
-            raise ConfigError(
-                f"prompts.file {path}: no column {field!r} (prompts.field); there are {', '.join(map(repr, header))}"
-            )
+        header = next(rows, None)
+        if header is None:
+            return
+        if not header:
+            raise ConfigError(f"{where}: line 1 is blank, where the names of the columns are needed")
+        if header.count(field) != 1:
+            found = f"{header.count(field)} columns" if field in header else "no column"
+            raise ConfigError(f"{where}: {found} {shown(field)} (prompts.field); there are {_listed(header)}")
+        column = header.index(field)
         for row in rows:
-            if row[field] is None:
-                raise ConfigError(f"prompts.file {path}: line {rows.line_num}: too short to have a {field!r}")
-            yield row[field]
+            if not row:
+                continue
+            if len(row) <= column:
+                raise ConfigError(f"{where}: line {rows.line_num}: too short to have a {shown(field)}")
+            if any(row[len(header) :]):
+                raise ConfigError(
+                    f"{where}: line {rows.line_num}: {len(row)} fields under {len(header)} columns; text with a comma needs "
+                    "quotes around it"
+                )
+            yield row[column]
     except csv.Error as error:
-        raise ConfigError(f"prompts.file {path}: line {rows.line_num}: not CSV ({error})") from error
+        raise ConfigError(f"{where}: line {rows.line_num}: not CSV ({error})") from error
 
 
 class PromptOrder:

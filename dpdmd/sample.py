@@ -19,6 +19,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from dpdmd import command
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
@@ -185,25 +186,25 @@ def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> N
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
     parser = argparse.ArgumentParser(prog="python -m dpdmd.sample", description=__doc__.split("\n")[0])
-    parser.add_argument("--student", required=True, help="folder `student` of a finished run")
+    parser.add_argument("--student", type=command.path, required=True, help="folder `student` of a finished run")
     parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
-    parser.add_argument("--pipeline", help="base pipeline folder or hub id (default: the run's)")
-    parser.add_argument("--num-images", type=int, default=4, help="pictures a prompt")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", default="samples", help="folder of the PNG files")
+    parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")
+    parser.add_argument("--num-images", type=command.count, default=4, help="pictures a prompt")
+    parser.add_argument("--seed", type=command.seed, default=0)
+    parser.add_argument("--output", type=command.path, default=Path("samples"), help="folder of the PNG files")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     args = parser.parse_args(argv)
-    if args.num_images < 1:
-        parser.error(f"--num-images {args.num_images}: 1 or more are needed")
-    try:
-        student = load_student(args.student, pipeline=args.pipeline, device=args.device, dtype=args.dtype)
-        output = Path(args.output)
-        output.mkdir(parents=True, exist_ok=True)
-    except (ConfigError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    for prompt in args.prompt:
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise ConfigError(f"--prompt {prompt!r}: is not UTF-8")
+    student = load_student(args.student, pipeline=args.pipeline, device=args.device, dtype=args.dtype)
+    args.output.mkdir(parents=True, exist_ok=True)
     embeddings = student.encode(args.prompt)
     decoder = student.backbone.load_decoder(student.device)
     shape = student.backbone.latent_shape
@@ -213,10 +214,9 @@ def main(argv: list[str] | None = None) -> int:
             name: value[number : number + 1].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()
         }
         for index, image in enumerate(decode(decoder, student.latents(cond, noise))):
-            path = output / f"{number:03d}-{args.seed}-{index:03d}.png"
+            path = args.output / f"{number:03d}-{args.seed}-{index:03d}.png"
             save_png(image, path)
             print(path)
-    return 0
 
 
 if __name__ == "__main__":

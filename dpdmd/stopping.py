@@ -14,14 +14,10 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
+from dpdmd.command import RunEnded
 from dpdmd.world import Launcher
 
-STATUS = 75  # of a run that was ended so and can go on (EX_TEMPFAIL of sysexits.h)
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-
-class RunEnded(RuntimeError):
-    """The run was asked to end; the message says how to go on."""
 
 
 class Stop:

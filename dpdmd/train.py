@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import difflib
 import logging
-import os
 import sys
 import time
 import warnings
@@ -23,9 +22,10 @@ from pathlib import Path
 
 import torch
 
-from dpdmd import engine
+from dpdmd import command, engine
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes, export_student, with_global_batch
+from dpdmd.command import RunEnded, RunStopped
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
@@ -34,14 +34,10 @@ from dpdmd.journal import Journal, check_writers
 from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
-from dpdmd.stopping import STATUS, RunEnded, Stop
+from dpdmd.stopping import Stop
 from dpdmd.world import World
 
 ROLES = ("teacher", "student", "critic")
-
-
-class RunStopped(RuntimeError):
-    """The run cannot go on: too many updates in a row were not finite, or all of the student's."""
 
 
 TRAINED = ("student", "critic")
@@ -624,7 +620,11 @@ class Progress:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="deepspeed dpdmd/train.py", description=__doc__.split("\n")[0])
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
+    parser = command.Parser(prog="deepspeed dpdmd/train.py", description=__doc__.split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
@@ -633,21 +633,11 @@ def main(argv: list[str] | None = None) -> int:
     existing.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
-    try:
-        config = load_config(args.config, args.overrides)
-        if args.dry_run:
-            print(to_yaml(config), end="")
-            return 0
+    config = load_config(args.config, args.overrides)
+    if args.dry_run:
+        print(to_yaml(config), end="")
+    else:
         train(config, resume=args.resume, overwrite=args.overwrite)
-    except RunEnded as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(error, file=sys.stderr)
-        return STATUS
-    except (ConfigError, RunStopped, OSError) as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, OSError):
-            print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
 
 
 if __name__ == "__main__":

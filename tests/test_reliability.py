@@ -13,7 +13,7 @@ import torch
 from processes import run_script
 from safetensors.torch import load_file
 
-from dpdmd import stopping
+from dpdmd import command, stopping
 
 DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
 TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
@@ -74,7 +74,7 @@ def test_a_signal_saves_a_checkpoint(options, straight, tmp_path, name, processe
     """Of one process or of both, which agree on the iteration; going on gives the bits of the run that was not stopped."""
     folder = tmp_path / "run"
     mine = [*options, f"run.output_dir={folder}", *(["engine.accumulation=1"] if processes == 2 else [])]
-    done = checked(run_script(processes, DRIVER, f"{name}-{rank}-4", tmp_path, *mine), stopping.STATUS)
+    done = checked(run_script(processes, DRIVER, f"{name}-{rank}-4", tmp_path, *mine), command.ENDED)
     ended = re.findall(
         r"ended after (\d) of 9 updates, which .*/checkpoints/step_00000(\d) holds; the same command", done.stderr
     )
@@ -101,14 +101,14 @@ def test_a_second_interrupt_ends_at_once(options, tmp_path):
 
 
 def test_a_signal_before_training_ends_at_once(monkeypatch):
-    with pytest.raises(stopping.RunEnded, match="SIGTERM: ended; --resume goes on"), stopping.Stop():
+    with pytest.raises(command.RunEnded, match="SIGTERM: ended; --resume goes on"), stopping.Stop():
         signal.raise_signal(signal.SIGTERM)
     with stopping.Stop() as stop:
         with stop.deferred():
             assert not stop.requested
             signal.raise_signal(signal.SIGHUP)
             assert stop.requested and stop.reason == "SIGHUP"
-        with pytest.raises(stopping.RunEnded):
+        with pytest.raises(command.RunEnded):
             signal.raise_signal(signal.SIGINT)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
@@ -132,9 +132,9 @@ def test_other_numbers_of_processes(options, straight, tmp_path):
     mine += ["engine.accumulation=4", f"run.output_dir={folder}", "ema={decay: 0.5}", "critic_optimizer.state=bfloat16"]
     expected = tmp_path / "straight"
     checked(run_script(0, TRAIN, *mine, f"run.output_dir={expected}"))
-    checked(run_script(0, DRIVER, "SIGTERM-0-1", tmp_path, *mine), stopping.STATUS)
+    checked(run_script(0, DRIVER, "SIGTERM-0-1", tmp_path, *mine), command.ENDED)
     for processes, at in ((2, 3), (4, 5)):
-        done = checked(run_script(processes, DRIVER, f"SIGTERM-1-{at}", tmp_path, *mine, "--resume"), stopping.STATUS)
+        done = checked(run_script(processes, DRIVER, f"SIGTERM-1-{at}", tmp_path, *mine, "--resume"), command.ENDED)
         assert f"engine.accumulation = {4 // processes}, so that an update stays one of 4 samples" in done.stdout
     checked(run_script(0, TRAIN, *mine, "--resume"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

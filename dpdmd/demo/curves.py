@@ -20,6 +20,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from dpdmd import command
+
 # What --compare takes: the settings of each variant.
 VARIANTS = {
     "methods": {method: (f"distill.method={method}",) for method in ("dpdmd", "dmd")},
@@ -67,7 +69,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
             running.append((key, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
         key, process, log = running.pop(0)
         if process.wait() != 0:
-            raise RuntimeError(f"{key[0]}, seed {key[1]} failed; see {log.name}")
+            raise command.RunStopped(f"{key[0]}, seed {key[1]} failed; see {log.name}")
         log.close()
         print(f"{key[0]}, seed {key[1]}: done", flush=True)
     arguments = f"--compare {args.compare} --seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
@@ -148,35 +150,46 @@ def print_summary(results: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> None:
+    from dpdmd.config import load_config
+
     parser = argparse.ArgumentParser(prog="python -m dpdmd.demo.curves", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     training = commands.add_parser("train", help="train every variant and seed, write their numbers")
     training.add_argument("--compare", choices=VARIANTS, default="methods", help="the methods, or optimizer.state")
-    training.add_argument("--output", type=Path, default=Path("benchmarks/results/demo_curves.json"))
+    training.add_argument("--output", type=command.path, default=Path("benchmarks/results/demo_curves.json"))
     training.add_argument(
-        "--runs", type=Path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
+        "--runs", type=command.path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
     )
-    training.add_argument("--seeds", type=int, default=3)
-    training.add_argument("--updates", type=int, default=100, help="student updates of each run")
-    training.add_argument("--every", type=int, default=10, help="student updates between measurements")
-    training.add_argument("--last", type=int, default=5, help="measurements that the verdict averages")
-    training.add_argument("--parallel", type=int, default=6, help="runs at a time; they are small and share a GPU well")
+    count = command.count
+    training.add_argument("--seeds", type=count, default=3)
+    training.add_argument("--updates", type=count, default=100, help="student updates of each run")
+    training.add_argument("--every", type=count, default=10, help="student updates between measurements")
+    training.add_argument("--last", type=count, default=5, help="measurements that the verdict averages")
+    training.add_argument(
+        "--parallel", type=count, default=6, help="runs at a time; they are small and share a GPU well"
+    )
     training.add_argument("settings", nargs="*", metavar="section.key=value", help="further settings of every run")
     drawing = commands.add_parser("draw", help="draw the numbers")
-    drawing.add_argument("results", type=Path)
-    drawing.add_argument("--output", type=Path, default=Path("docs/demo-curves.png"))
+    drawing.add_argument("results", type=command.path)
+    drawing.add_argument("--output", type=command.path, default=Path("docs/demo-curves.png"))
     args = parser.parse_args(argv)
     if args.what == "train":
+        load_config(None, args.settings)  # what is wrong with them is better known now
         results = train(args)
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(args.output)
     else:
-        results = json.loads(args.results.read_text(encoding="utf-8"))
+        results = command.read_json(args.results)
+        if not {"runs", "last"} <= results.keys():
+            raise command.ConfigError(f"{args.results}: has no runs; a file that `curves train` wrote is needed")
         draw(results, args.output)
         print(args.output)
     print_summary(results)
-    return 0
 
 
 if __name__ == "__main__":

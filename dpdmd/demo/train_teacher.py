@@ -47,6 +47,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from dpdmd import command
 from dpdmd.demo import TEACHER, measure, world
 from dpdmd.files import follow_umask
 
@@ -639,51 +640,78 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--out",
-        type=Path,
+        type=command.path,
         default=Path("runs/teacher"),
         help="folder to write (the project's own is dpdmd/demo/teacher)",
     )
     add(
-        "--evaluate", type=Path, nargs="?", const=TEACHER, metavar="DIR", help="measure this folder instead of training"
+        "--evaluate",
+        type=command.path,
+        nargs="?",
+        const=TEACHER,
+        metavar="DIR",
+        help="measure this folder instead of training",
     )
     add("--update-card", action="store_true", help="with --evaluate: write the numbers into the folder's card")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=int, default=0)
-    add("--layers", type=int, default=3, help="transformer blocks")
-    add("--width", type=int, default=128, help="width of the transformer, a multiple of 64")
-    add("--steps", type=int, default=13000, help="teacher updates")
-    add("--seconds", type=float, help="teacher: end the schedule after this long instead")
-    add("--batch", type=int, default=512)
-    add("--rate", type=float, default=1.5e-3)
-    add("--decay", type=float, default=0.999, help="of the running mean of the teacher's weights, a step")
-    add("--pool", type=int, default=2**20, help="distinct pictures the teacher sees")
-    add("--autoencoder", type=Path, metavar="DIR", help="start from this AutoencoderKL folder instead of training one")
+    add("--seed", type=command.seed, default=0)
+    add("--layers", type=command.count, default=3, help="transformer blocks")
+    add("--width", type=command.count, default=128, help="width of the transformer, a multiple of 64")
+    add("--steps", type=command.count, default=13000, help="teacher updates")
+    add("--seconds", type=command.above_0, help="teacher: end the schedule after this long instead")
+    add("--batch", type=command.count, default=512)
+    add("--rate", type=command.above_0, default=1.5e-3)
+    add("--decay", type=command.finite, default=0.999, help="of the running mean of the teacher's weights, a step")
+    add("--pool", type=command.count, default=2**20, help="distinct pictures the teacher sees")
+    add(
+        "--autoencoder",
+        type=command.path,
+        metavar="DIR",
+        help="start from this AutoencoderKL folder instead of training one",
+    )
     add("--autoencoder-only", action="store_true", help="write the AutoencoderKL alone to --out and stop")
-    add("--autoencoder-steps", type=int, default=3600)
-    add("--autoencoder-seconds", type=float)
-    add("--autoencoder-batch", type=int, default=512)
-    add("--autoencoder-rate", type=float, default=2e-3)
-    add("--autoencoder-pool", type=int, default=2**18)
-    add("--kl-weight", type=float, default=1e-3)
+    add("--autoencoder-steps", type=command.count, default=3600)
+    add("--autoencoder-seconds", type=command.above_0)
+    add("--autoencoder-batch", type=command.count, default=512)
+    add("--autoencoder-rate", type=command.above_0, default=2e-3)
+    add("--autoencoder-pool", type=command.count, default=2**18)
+    add("--kl-weight", type=command.finite, default=1e-3)
     add("--eager", action="store_true", help="no CUDA graph")
-    add("--shift", type=float, help="scheduler's shift (when evaluating: instead of the folder's own)")
-    add("--num-prompts", type=int, default=64, help="evaluation prompts")
-    add("--num-samples", type=int, default=16, help="samples a prompt")
+    add("--shift", type=command.above_0, help="scheduler's shift (when evaluating: instead of the folder's own)")
+    add("--num-prompts", type=command.count, default=64, help="evaluation prompts")
+    add("--num-samples", type=command.count, default=16, help="samples a prompt")
     return parser.parse_args(argv)
+
+
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise command.ConfigError(f"--device {name!r}: cpu or cuda is needed") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise command.ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
+    return device
 
 
 def _machine(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one {platform.machine()} CPU"
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     args = _arguments(argv)
-    device = torch.device(args.device)
+    device = _device(args.device)
+    for option in ("evaluate", "autoencoder"):
+        if (folder := getattr(args, option)) is not None and not folder.is_dir():
+            raise command.ConfigError(f"--{option} {folder}: there is no such folder")
     measuring = {"device": device, "num_prompts": args.num_prompts, "samples": args.num_samples, "shift": args.shift}
     if args.evaluate:
         rows = evaluate(args.evaluate, **measuring)
         if args.update_card:
-            card = json.loads((args.evaluate / "card.json").read_text(encoding="utf-8"))
+            card = command.read_json(args.evaluate / "card.json")
             write_card(args.evaluate, card | {"evaluation": rows, "evaluated_on": _machine(device)})
         return
 
@@ -691,7 +719,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.autoencoder:
         vae, report = AutoencoderKL.from_pretrained(args.autoencoder).to(device), {"from": args.autoencoder.name}
         if (args.autoencoder / "report.json").exists():
-            report = json.loads((args.autoencoder / "report.json").read_text(encoding="utf-8"))
+            report = command.read_json(args.autoencoder / "report.json")
     else:
         vae = build_autoencoder().to(device)
         if device.type == "cuda":
@@ -755,4 +783,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

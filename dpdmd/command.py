@@ -1,0 +1,294 @@
+"""How a command of dpdmd ends: with a line for what its user can put right, with a traceback for a bug of ours.
+
+    status   on stderr
+    0        nothing
+    1        `error:` a line: the run stopped, or the machine refused something (a file, a full disk, memory)
+    2        `error:` a line for each thing that is wrong with a setting, an option or a file; nothing was started
+    75       a line that says how to go on: the run was asked to end (SIGTERM, SIGINT, SIGHUP)
+    70       a traceback and a line that asks for a report: a bug of dpdmd
+    130      `error: interrupted`, from the keyboard
+    141      nothing: whoever read the output has gone (`... --dry-run | head -1`)
+
+`run` holds this for every `main`. Of several processes that fail alike one speaks, and none that fails alone is silent:
+see `_say`. This module imports nothing of dpdmd, and nothing but Python's own library, so that everybody may use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import os
+import select
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+BUG, ENDED = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be run; a line for each problem says which key, what it got and what is allowed."""
+
+
+class RunStopped(RuntimeError):
+    """A run that cannot go on; the message says why and what is left of it."""
+
+
+class RunEnded(RuntimeError):
+    """A run that was asked to end; the message says how to go on."""
+
+
+def run(function: Callable[..., int | None], *arguments: object) -> int:
+    """The status to exit with after function(*arguments), which returns its own or None for 0. SystemExit passes."""
+    try:
+        try:
+            status = function(*arguments) or 0
+        except SystemExit:
+            _flush()  # what --help printed
+            raise
+        _flush()
+        return status
+    except KeyboardInterrupt:
+        if _leads():  # the keyboard interrupts all processes
+            _write("error: interrupted\n")
+        return 130
+    except RunEnded as error:
+        if os.environ.get("RANK", "0") == "0":  # all processes have agreed to end, or the launcher ends them
+            _write(f"{error}\n")
+        return ENDED
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and (_unread(sys.stdout) or _unread(sys.stderr)):
+            return 141
+        status, message = explain(error)
+        _say(message, "".join(traceback.format_exception(error)) if status == BUG else "")
+        return status
+    finally:
+        met(None)
+        try:
+            _flush()
+        except OSError:  # Python would try again at its end, and complain
+            _discard(sys.stdout)
+
+
+def explain(error: Exception) -> tuple[int, str]:
+    """The status that an exception ends with, and what is said of it: one line, of a ConfigError one a problem."""
+    if isinstance(error, ConfigError):
+        return 2, str(error)
+    if isinstance(error, RunStopped):
+        return 1, _line(error)
+    if isinstance(error, OSError):
+        return 1, _of_system(error)
+    if _of_memory(error):
+        found = _line(error)[:300] or "Python's own"
+        return 1, f"out of memory ({found}): a smaller batch needs less, and python -m dpdmd.plan says what fits"
+    if isinstance(error, ModuleNotFoundError) and _not_installed(error):
+        return 1, f"the package {error.name!r} is not installed; pip install -e '.[train,eval]' brings all that is used"
+    if isinstance(error, UnicodeEncodeError) and error.encoding == getattr(sys.stdout, "encoding", None) != "utf-8":
+        return (
+            1,
+            f"stdout takes {error.encoding} alone, which lacks a character of the output: set PYTHONIOENCODING=utf-8",
+        )
+    if _publish is not None and _of_a_peer(error):
+        return 1, f"another process of this run has ended; what it said is the reason ({_line(error)[:300]})"
+    return BUG, (
+        f"{type(error).__name__}: {_line(error)[:300]}: this is a bug of dpdmd; please report it, with the lines above, in "
+        "the issue tracker of the repository that dpdmd came from"
+    )
+
+
+def _line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _of_system(error: OSError) -> str:
+    if error.filename is not None:
+        names = [name for name in (error.filename, error.filename2) if name is not None]
+        paths = [os.fsdecode(name) if isinstance(name, str | bytes | os.PathLike) else f"file {name}" for name in names]
+        return _line(f"{' -> '.join(paths)}: {error.strerror or type(error).__name__}")
+    if not error.strerror:  # its message is a sentence of ours, or of a library
+        return _line(error) or type(error).__name__
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename != __file__]
+    ours = [frame for frame in frames if _OURS & {*Path(frame.filename).parents}]
+    doing = f" (in {ours[-1].name}, line {ours[-1].lineno} of {ours[-1].filename})" if ours else ""
+    return _line(f"{error.strerror}{doing}")
+
+
+_OURS = {Path(__file__).parent, Path(__file__).parents[1] / "benchmarks"}
+
+
+def _of_memory(error: Exception) -> bool:
+    torch = sys.modules.get("torch")
+    if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
+        return True
+    # Torch's allocator on the CPU, and CUDA outside torch's allocator, raise a RuntimeError.
+    return isinstance(error, RuntimeError) and any(
+        words in str(error) for words in ("DefaultCPUAllocator", "CUDA error: out of memory", "CUDA out of memory")
+    )
+
+
+def _not_installed(error: ModuleNotFoundError) -> bool:
+    package = (error.name or "dpdmd").partition(".")[0]
+    return package != "dpdmd" and importlib.util.find_spec(package) is None
+
+
+def _of_a_peer(error: Exception) -> bool:
+    words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
+    return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+# Which of several processes speaks
+
+_PATIENCE = 10.0
+_publish: Callable[[str], bool] | None = None
+
+
+def met(publish: Callable[[str], bool] | None) -> None:
+    """From here on `publish` decides who speaks: True where no process has said this text yet. It must neither wait for
+    other processes nor need them alive. None: processes have not met."""
+    global _publish
+    _publish = publish
+
+
+def _say(message: str, details: str = "") -> None:
+    """Prints an error, unless another process provably prints the same.
+
+    Once the processes have met they ask `publish`. Before, what is wrong is as a rule wrong for all: the first process of
+    each machine speaks at once and ends, upon which the launcher ends the others while they wait. One that fails alone
+    outlives its wait and speaks.
+    """
+    if _publish is not None:
+        with contextlib.suppress(Exception):  # whoever cannot ask speaks
+            if not _publish(details + message):
+                return
+    elif not _leads():
+        with contextlib.suppress(KeyboardInterrupt):
+            time.sleep(_PATIENCE)
+    number = os.environ.get("RANK", "0")
+    start = "error: " if number == "0" else f"error (process {number}): "
+    _write(details + "".join(f"{start}{line}\n" for line in message.splitlines() or [""]))
+
+
+def _leads() -> bool:
+    """Whether this is the first process of this machine, or the only one."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+# Streams that may be closed at their other end
+
+
+def _write(text: str) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        if sys.stderr is not None:
+            encoding = sys.stderr.encoding or "utf-8"
+            sys.stderr.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            sys.stderr.flush()
+
+
+def _flush() -> None:
+    if sys.stdout is not None and not sys.stdout.closed:
+        sys.stdout.flush()
+
+
+def _unread(stream) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    try:
+        watch = select.poll()
+        watch.register(stream.fileno(), 0)
+        return any(event & select.POLLERR for _, event in watch.poll(0))
+    except (AttributeError, OSError, ValueError):  # no stream, or one without a file
+        return False
+
+
+def _discard(stream) -> None:
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# What command lines hold
+
+
+def expand(path: str) -> str:
+    """`path` with `~` or `~user` at its start replaced by that home folder; $VARIABLES stay as they are.
+
+    The shell leaves `~` alone after `key=`. Raises ValueError for a name that no file or folder has, and for a user without
+    a home folder.
+    """
+    if not path.strip():
+        raise ValueError("it is empty, and names no file or folder")
+    if any(character < " " or character == "\x7f" for character in path):
+        raise ValueError("it holds a control character, which no file or folder here has in its name")
+    expanded = os.path.expanduser(path)
+    if path.startswith("~") and expanded == path:
+        name = path.split("/")[0]
+        raise ValueError(f"there is no home folder for {name}; a folder of that name itself is ./{name}")
+    return expanded
+
+
+def location(text: str) -> str:
+    """argparse's type of a path that may also be something else, as a hub id."""
+    try:
+        return expand(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from error
+
+
+def path(text: str) -> Path:
+    """argparse's type of a path."""
+    return Path(location(text))
+
+
+def whole(low: int, end: int = 2**31) -> Callable[[str], int]:
+    """argparse's type of a whole number of [low, end)."""
+
+    def read(text: str) -> int:
+        with contextlib.suppress(ValueError):
+            if low <= (value := int(text)) < end:
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:120]!r}: a whole number from {low} to {end - 1} is needed")
+
+    return read
+
+
+def finite(text: str) -> float:
+    """argparse's type of a finite number that is not negative."""
+    with contextlib.suppress(ValueError):
+        if 0 <= (value := float(text)) < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"{text[:120]!r}: a finite number from 0 on is needed")
+
+
+def above_0(text: str) -> float:
+    """argparse's type of a finite number above 0."""
+    if (value := finite(text)) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}: a number above 0 is needed")
+    return value
+
+
+count = whole(1)
+seed = whole(0, 2**63)  # as run.seed
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ConfigError for another content, OSError where it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not JSON ({_line(error)})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{file}: holds a {type(found).__name__}, where an object is needed")
+    return found
+
+
+class Parser(argparse.ArgumentParser):
+    """For commands that run in several processes, which all get the same arguments: the first of each machine says what is
+    wrong with them."""
+
+    def error(self, message: str):
+        if not _leads():
+            raise SystemExit(2)
+        super().error(message)
