@@ -1,0 +1,340 @@
+"""Attacks runs of the demo from outside and counts what was lost: signals at random moments, damaged checkpoints, full disks.
+
+    python benchmarks/chaos.py [--signals 50] [--damages 30] [--full 10] [--jobs N] [--json benchmarks/results/reliability.json]
+
+Each case starts a short run of the shipped teacher on the CPU, in one process or two, does one thing to it, and goes on with
+--resume until the run ends by itself. It is survived where the final student has the bits of a run that nothing was done to;
+where something went wrong on the way, an exit status other than 0 and a line on stderr must have said so. A traceback counts
+as lost. --full mounts a small tmpfs, for which it needs root.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dpdmd import command
+from dpdmd.files import load_tensors, sha256, write_json
+from dpdmd.provenance import provenance
+
+TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
+ITERATIONS = 18
+SETTINGS = (
+    *("engine.device=cpu", "engine.batch_size=2", "evaluation.enabled=false", "distill.critic_updates=2"),
+    *("distill.teacher_steps=6", "distill.anchor=2", f"run.iterations={ITERATIONS}", "run.checkpoint_every=2"),
+    *("run.sample_every=3", "run.keep_checkpoints=2", "student_optimizer.lr=1e-3", "critic_optimizer.lr=1e-3"),
+)
+PATIENCE = 900.0  # seconds that a run may take, however busy the machine
+
+
+@dataclass
+class Case:
+    kind: str  # signal, damage or full disk
+    what: str
+    processes: int
+    survived: bool = False
+    problem: str = ""  # why it was not
+    said: list[str] = field(default_factory=list)  # what the user was told
+
+
+@dataclass
+class Run:
+    """One run: its processes, started as a launcher does, and what they print."""
+
+    folder: Path
+    processes: list[subprocess.Popen]
+    log: Path
+
+    @classmethod
+    def start(cls, shared: Path, folder: Path, number: int, *more: str) -> Run:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        log = folder.with_name(f"{folder.name}.log")
+        settings = (*SETTINGS, f"prompts.file={shared / 'prompts.txt'}", f"prompts.cache_dir={shared / 'embeddings'}")
+        processes = []
+        for rank in range(number):
+            world = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            if number > 1:
+                world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
+                world |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            with log.open("ab") as output:
+                arguments = [sys.executable, str(TRAIN), *settings, f"run.output_dir={folder}", *more]
+                processes.append(
+                    subprocess.Popen(arguments, stdout=output, stderr=output, env={**os.environ, **world}, cwd="/")
+                )
+        return cls(folder, processes, log)
+
+    def wait(self) -> int:
+        """The status of the first that failed, the others being ended then as a launcher does; 0 where none did."""
+        deadline = time.monotonic() + PATIENCE
+        while any(each.poll() is None for each in self.processes):
+            failed = [each.returncode for each in self.processes if each.returncode]
+            if failed or time.monotonic() > deadline:
+                return self.end(failed[0] if failed else None)
+            time.sleep(0.1)
+        return next((each.returncode for each in self.processes if each.returncode), 0)
+
+    def end(self, status: int | None) -> int:
+        for each in self.processes:
+            each.terminate()
+        for each in self.processes:
+            try:
+                each.wait(30)
+            except subprocess.TimeoutExpired:
+                each.kill()
+                each.wait()
+        if status is None:
+            raise TimeoutError(f"a run did not end within {PATIENCE:.0f} s")
+        return status
+
+
+def finish(shared: Path, folder: Path, number: int, case: Case) -> None:
+    """Goes on until the run ends by itself, and compares."""
+    for _ in range(3):
+        if Run.start(shared, folder, number, "--resume").wait() == 0:
+            break
+    else:
+        case.problem = "did not end well when it was resumed"
+    case.said = said(folder)
+    text = folder.with_name(f"{folder.name}.log").read_text(errors="replace")
+    if "Traceback" in text:
+        case.problem = case.problem or "a traceback"
+    if not case.problem and weights_of(folder) != json.loads((shared / f"weights-{number}.json").read_text()):
+        case.problem = "the student has other bits"
+    case.survived = not case.problem
+
+
+def said(folder: Path) -> list[str]:
+    words = ("error", "ended after", "left out", "going on", "starting at", "finished:")
+    lines = folder.with_name(f"{folder.name}.log").read_text(errors="replace").splitlines()
+    return [line.replace(str(folder), "RUN")[:300] for line in lines if line.startswith(words) or "left out" in line]
+
+
+def weights_of(folder: Path) -> dict[str, str]:
+    (file,) = (folder / "student").glob("*.safetensors")
+    tensors, _ = load_tensors(file)
+    return {name: tensor.double().sum().item().hex() for name, tensor in tensors.items()} | {"file": sha256(file)}
+
+
+# Cases
+
+
+def by_signal(shared: Path, folder: Path, number: int, rng: random.Random, whole: float) -> Case:
+    name = rng.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"])
+    delay, victims = rng.uniform(0.05, 1.0) * whole, rng.choice(["one", "all"])
+    case = Case("signal", f"{name} to {victims} after {delay:.1f} s", number)
+    run = Run.start(shared, folder, number)
+    time.sleep(delay)
+    chosen = run.processes if victims == "all" else [rng.choice(run.processes)]
+    for process in chosen:
+        if process.poll() is None:
+            process.send_signal(getattr(signal, name))
+    if name == "SIGSTOP":
+        time.sleep(3)
+        for process in chosen:
+            process.send_signal(signal.SIGCONT)
+    status = run.wait()
+    allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, command.ENDED, -15), "SIGSTOP": (0,)}[name]
+    if status not in (*allowed, *((1, 70) if victims == "one" and number > 1 and name == "SIGKILL" else ())):
+        case.problem = f"ended with status {status}"
+    folder.with_name(f"{folder.name}.log").rename(folder.with_name(f"{folder.name}.first.log"))
+    finish(shared, folder, number, case)
+    return case
+
+
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {}
+
+
+def damage(function: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
+    DAMAGES[function.__name__.replace("_", " ")] = function
+    return function
+
+
+@damage
+def flip_a_bit(file: Path, rng: random.Random) -> None:
+    with file.open("r+b") as opened:
+        place = rng.randrange(file.stat().st_size)
+        opened.seek(place)
+        byte = opened.read(1)[0]
+        opened.seek(place)
+        opened.write(bytes([byte ^ 1 << rng.randrange(8)]))
+
+
+@damage
+def truncate(file: Path, rng: random.Random) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size))
+
+
+@damage
+def zero_a_page(file: Path, rng: random.Random) -> None:
+    before = file.read_bytes()
+    place = rng.randrange(max(1, len(before) - 4096))
+    file.write_bytes(before[:place] + bytes(min(4096, len(before) - place)) + before[place + 4096 :] + b"\0")
+
+
+@damage
+def delete(file: Path, rng: random.Random) -> None:
+    file.unlink()
+
+
+@damage
+def take_that_of_the_checkpoint_before(file: Path, rng: random.Random) -> None:
+    newest = next(parent for parent in file.parents if parent.name.startswith("step_"))
+    before = sorted(newest.parent.glob("step_*"))[-2]
+    shutil.copy(before / file.relative_to(newest), file)
+
+
+@damage
+def swap_with_the_other_role(file: Path, rng: random.Random) -> None:
+    if file.parent.name not in ("student", "critic"):
+        file.write_text("{}")
+        return
+    other = file.parent.with_name("critic" if file.parent.name == "student" else "student") / file.name
+    one, two = file.read_bytes(), other.read_bytes()
+    file.write_bytes(two), other.write_bytes(one)
+
+
+def by_damage(shared: Path, folder: Path, number: int, rng: random.Random, name: str) -> Case:
+    """The newest checkpoint of a run that was killed when it had several."""
+    shutil.copytree(shared / f"killed-{number}", folder)
+    newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
+    files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.suffix in (".json", ".safetensors")]
+    file = rng.choice(files)
+    DAMAGES[name](file, rng)
+    case = Case("damage", f"{name}: {file.relative_to(newest)}", number)
+    finish(shared, folder, number, case)
+    if not any("left out" in line and newest.name in line for line in case.said):
+        case.survived, case.problem = False, case.problem or "the damage was not named"
+    return case
+
+
+def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, needed: int) -> Case:
+    """On a tmpfs that is filled up by another program while the run goes on, and has room again when it is resumed."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * needed}", "tmpfs", str(folder)], check=True)
+    try:
+        run_folder = folder / "run"
+        share = rng.uniform(0.02, 0.95)
+        case = Case(
+            "full disk", f"room for {share:.0%} of what a run writes, from its first line of metrics on", number
+        )
+        run = Run.start(shared, run_folder, number)
+        while not (run_folder / "metrics.jsonl").exists() and any(each.poll() is None for each in run.processes):
+            time.sleep(0.02)
+        filler, free = folder / "filler", shutil.disk_usage(folder).free
+        with filler.open("wb") as file:
+            file.write(bytes(max(0, free - int(share * needed))))
+        status = run.wait()
+        first = said(run_folder)
+        if status == 0 and not (run_folder / "finished.json").exists():
+            case.problem = "ended with status 0 and is not finished"
+        if status not in (0, 1, 2) or (status and not any(line.startswith("error") for line in first)):
+            case.problem = f"ended with status {status} and said {first}"
+        filler.unlink()
+        finish(shared, run_folder, number, case)
+        return case
+    finally:
+        subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+# The command
+
+
+def prepare(shared: Path) -> tuple[float, int]:
+    """Runs that nothing is done to, and one that is killed late. Returns the seconds of the longest and the bytes it writes."""
+    (shared / "prompts.txt").write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
+    seconds, written = 0.0, 0
+    for number in (1, 2):
+        began = time.monotonic()
+        folder = shared / f"straight-{number}"
+        if status := Run.start(shared, folder, number).wait():
+            log = folder.with_name(f"{folder.name}.log").read_text()[-2000:]
+            raise RuntimeError(f"a run that nothing was done to ended with status {status}: {log}")
+        seconds = max(seconds, time.monotonic() - began)
+        written = max(written, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
+        write_json(shared / f"weights-{number}.json", weights_of(folder))
+        run = Run.start(shared, shared / f"killed-{number}", number)
+        while len(list((shared / f"killed-{number}" / "checkpoints").glob("step_*"))) < 2:
+            time.sleep(0.02)
+        run.end(1)
+    return seconds, written
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
+    parser = argparse.ArgumentParser(prog="python benchmarks/chaos.py", description=__doc__.split("\n")[0])
+    parser.add_argument("--signals", type=int, default=50, metavar="N", help="moments at which a run gets a signal")
+    parser.add_argument("--damages", type=int, default=30, metavar="N", help="damaged checkpoints")
+    parser.add_argument(
+        "--full", type=int, default=10, metavar="N", help="moments at which the disk is full (needs root)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=command.path, metavar="FILE", help="store what was found")
+    args = parser.parse_args(argv)
+    if args.full and os.geteuid() != 0:
+        raise command.ConfigError("--full mounts a tmpfs, for which it needs root: --full 0 leaves it out")
+    with tempfile.TemporaryDirectory(prefix="dpdmd-chaos-") as root:
+        shared = Path(root)
+        seconds, written = prepare(shared)
+        print(f"a run takes {seconds:.0f} s and leaves {written / 1e6:.0f} MB; {args.jobs} cases at a time", flush=True)
+        names = list(DAMAGES)
+        jobs = [
+            *((by_signal, seconds) for _ in range(args.signals)),
+            *((by_damage, names[index % len(names)]) for index in range(args.damages)),
+            *((by_full_disk, written) for _ in range(args.full)),
+        ]
+
+        def attack(index: int) -> Case:
+            attacked, argument = jobs[index]
+            folder = shared / f"case-{index:03d}"
+            number = 1 + index % 2
+            try:
+                case = attacked(shared, folder, number, random.Random(f"{args.seed}-{index}"), argument)
+            except Exception as error:  # a case that could not be carried out counts as lost
+                case = Case(attacked.__name__, "could not be carried out", number, problem=f"{error}")
+            print(
+                f"{'survived' if case.survived else 'LOST: ' + case.problem}: {case.what}, {number} processes",
+                flush=True,
+            )
+            shutil.rmtree(folder, ignore_errors=True)
+            return case
+
+        with ThreadPoolExecutor(args.jobs) as pool:
+            cases = list(pool.map(attack, range(len(jobs))))
+    left = [path.name for path in Path("/dev/shm").glob("*deepspeed*")] if Path("/dev/shm").is_dir() else []
+    counts = Counter((case.kind, case.survived) for case in cases)
+    kinds = dict.fromkeys(case.kind for case in cases)
+    table = {
+        kind: {"tried": counts[kind, True] + counts[kind, False], "survived": counts[kind, True]} for kind in kinds
+    }
+    for kind, numbers in table.items():
+        print(f"{kind}: {numbers['survived']} of {numbers['tried']} survived")
+    if args.json is not None:
+        typed = f"python benchmarks/chaos.py --signals {args.signals} --damages {args.damages} --full {args.full}"
+        found = {**provenance(f"{typed} --seed {args.seed}"), "table": table, "left_in_shared_memory": left}
+        write_json(args.json, {**found, "cases": [dataclasses.asdict(case) for case in cases]})
+    return 0 if all(case.survived for case in cases) and not left else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
