@@ -708,6 +708,9 @@ def _explain(problem: dict[str, Any], before: str = "") -> str:
         key, message = key.rpartition(".")[0], "2 values are needed"
     elif kind == "too_long":
         message = f"{problem['ctx']['max_length']} values are needed"
+    elif kind in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
+        (bound,) = problem["ctx"].values()  # pydantic writes 1e-30 with all its zeros
+        message = f"{message.rpartition(' ')[0]} {bound:g}" if isinstance(bound, float) else message
     elif "literal[]" in problem["loc"]:
         message += ", or a list of times"
     elif kind == "string_type" and isinstance(value, bool | int | float | None):

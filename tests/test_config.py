@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 import pytest
 import torch
 
@@ -53,6 +55,163 @@ def test_shipped_files_are_valid_and_read_back(file, tmp_path):
 def test_bad_settings_are_named(override, message):
     with pytest.raises(ConfigError, match=message):
         load_config(None, [override])
+
+
+STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were removed: on one process stage 3 copies nothing\)$"
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        # Sections and their names
+        ("engine=cpu", "engine = 'cpu': a section with keys is needed, for example engine.batch_size=4$"),
+        ("run=3", "run = 3: a section with keys is needed, for example run.output_dir=runs/default$"),
+        ("engine=[]", r"engine = \[\]: a section with keys is needed"),
+        ("evaluation=null", "evaluation = None: a section with keys is needed, for example evaluation.enabled=false$"),
+        ("engine.kept_passes=3", "for example engine.kept_passes.student=null$"),
+        (
+            "lora=true",
+            "lora = True: a section with keys is needed, for example lora.rank=64; lora={} takes .* lora=null",
+        ),
+        ("ema=0.9", "ema = 0.9: a section with keys is needed, for example ema.decay=0.999; ema={} takes .* ema=null"),
+        ("lora.rnak=3", "^lora.rnak: unknown key; the nearest known is lora.rank$"),
+        ("ema={deacy: 0.9}", "^ema.deacy: unknown key; the nearest known is ema.decay$"),
+        ("modle.pipeline=x", "^modle: unknown key; the nearest known is model$"),
+        ("Engine.batch_size=3", "^Engine: unknown key; the nearest known is engine$"),
+        ("batch_size=3", "^batch_size: unknown key; the nearest known is engine.batch_size$"),
+        ("run.batch_size=3", "^run.batch_size: unknown key; the nearest known is engine.batch_size$"),
+        ("engine.batch-size=3", "^engine.batch-size: unknown key; the nearest known is engine.batch_size$"),
+        ("engine.lr=1e-5", "nearest known is student_optimizer.lr or critic_optimizer.lr$"),
+        ("rank=3", "^rank: unknown key; the nearest known is lora.rank$"),
+        ("student_optimizer.momentum=3", "unknown key; known in student_optimizer are name, state, lr, betas, eps"),
+        ("xyz=3", "^xyz: unknown key; known sections are model, prompts, distill"),
+        ("on_cpu.engine.batch_size=3", "^on_cpu: unknown key; it is a section of files; on the command line"),
+        (
+            "engine={zero.teacher: 0}",
+            "engine.zero.teacher: unknown key; in a file keys stand .* `zero: {teacher: ...}`$",
+        ),
+        # Whole numbers
+        ("run.seed=2020-13-45", "^run.seed = '2020-13-45': input should be a valid integer$"),
+        ("run.seed=2020-12-25", "^run.seed = '2020-12-25': input should be a valid integer$"),
+        ("run.seed=1:30", "^run.seed = '1:30': input should be a valid integer$"),  # 90 in YAML 1.1
+        ("run.seed=010", "^run.seed = '010': input should be a valid integer$"),  # 8 in YAML 1.1
+        ("engine.batch_size=true", "^engine.batch_size = True: input should be a valid integer$"),
+        ('engine.batch_size="4"', "^engine.batch_size = '4': input should be a valid integer, as 4 is$"),
+        ("engine.batch_size=4.0", "^engine.batch_size = 4.0: input should be a valid integer, as 4 is$"),
+        (f"engine.batch_size={10**20}", "^engine.batch_size = 100000000000000000000: .* less than or equal to 65536$"),
+        (f"run.iterations={10**20}", "^run.iterations = .* less than or equal to 2147483647$"),
+        (f"run.seed={2**63}", "^run.seed = 9223372036854775808: input should be less than 9223372036854775808$"),
+        ("engine.accumulation=0", "^engine.accumulation = 0: input should be greater than or equal to 1$"),
+        ("model.resolution=100000", "^model.resolution = 100000: input should be less than or equal to 65536$"),
+        ("evaluation.num_prompts=5000", "^evaluation.num_prompts = 5000: input should be less than or equal to 4096$"),
+        (
+            "engine.kept_passes.critic=-1",
+            "^engine.kept_passes.critic = -1: input should be greater than or equal to 0$",
+        ),
+        # Numbers
+        ("student_optimizer.lr=.inf", "^student_optimizer.lr = inf: input should be a finite number$"),
+        ("student_optimizer.lr=1e999", "^student_optimizer.lr = inf: input should be a finite number$"),
+        ("student_optimizer.lr=inf", "^student_optimizer.lr = 'inf': input should be a valid number$"),
+        ("student_optimizer.lr=0", "^student_optimizer.lr = 0: input should be greater than or equal to 1e-12$"),
+        ("student_optimizer.lr=2", "^student_optimizer.lr = 2: input should be less than or equal to 1$"),
+        ("student_optimizer.lr=true", "^student_optimizer.lr = True: input should be a valid number$"),
+        (
+            "critic_optimizer.eps=1e-40",
+            "^critic_optimizer.eps = 1e-40: input should be greater than or equal to 1e-30$",
+        ),
+        (
+            "critic_optimizer.weight_decay=.nan",
+            "^critic_optimizer.weight_decay = nan: input should be a finite number$",
+        ),
+        ("distill.guidance_scale=.inf", "^distill.guidance_scale = inf: input should be a finite number$"),
+        ("distill.diversity_weight=-1", "^distill.diversity_weight = -1: input should be greater than or equal to 0$"),
+        ("engine.clip=.inf", "^engine.clip = inf: input should be a finite number$"),
+        ("lora.alpha=.nan", "^lora.alpha = nan: input should be a finite number$"),
+        ("ema.decay=1", "^ema.decay = 1: input should be less than 1$"),
+        ("distill.renoise.high=.nan", "^distill.renoise.high = nan: input should be a finite number$"),
+        ("distill.student_grid=[1, .nan, 0.5, 0.2]", "^distill.student_grid.1 = nan: input should be a finite number$"),
+        ("distill.student_grid=3", "'scheduler' or 'uniform', or a list of times$"),
+        ("student_optimizer.betas=[2, 0.9]", "^student_optimizer.betas.0 = 2: input should be less than 1$"),
+        ("student_optimizer.betas=[0.9, -1]", "^student_optimizer.betas.1 = -1: .* greater than or equal to 0$"),
+        ("student_optimizer.betas=[0.9]", r"^student_optimizer.betas = \[0.9\]: 2 values are needed$"),
+        ("student_optimizer.betas=[0.9, 0.9, 0.9]", "^student_optimizer.betas = .*: 2 values are needed$"),
+        # Words
+        ("model.fuse=1", "^model.fuse = 1: input should be a valid boolean$"),
+        ("model.fuse='no'", "^model.fuse = 'no': input should be a valid boolean$"),
+        ("prompts.negative_prompt=no", "^prompts.negative_prompt = False: input should be a valid string; quote text"),
+        ("model.revision=1234567", "^model.revision = 1234567: input should be a valid string; quote text"),
+        ("run.output_dir=''", "^run.output_dir = '': it is empty, and names no file or folder$"),
+        ('run.output_dir="a\\nb"', r"^run.output_dir = 'a\\nb': it holds a control character"),
+        ('prompts.file="a\\0"', r"^prompts.file = 'a\\x00': it holds a control character"),
+        ("run.wandb=''", "^run.wandb = '': a name is needed"),
+        ("prompts.field=' '", "^prompts.field = ' ': a name is needed"),
+        ("lora.targets=['']", "^lora.targets.0 = '': a name is needed"),
+        ("lora.targets=[]", r"^lora.targets = \[\]: list should have at least 1 item"),
+        ('run.sample_prompts=["\\ud800"]', "holds half of a surrogate pair, which is no character$"),
+        # DeepSpeed's own settings
+        ("engine.deepspeed={a: {b: [.nan]}}", "^engine.deepspeed: a.b.0 = nan is not finite$"),
+        (f"engine.deepspeed={{a: {2**63}}}", "^engine.deepspeed: a = 9223372036854775808 has more than 63 bits$"),
+        ("engine.deepspeed=true", "^engine.deepspeed = True: a JSON file or a mapping is needed$"),
+        ("engine.deepspeed={1: 2}", "1: a key has to be text"),
+        # Stages
+        ("engine.zero.student=2", "^engine.zero.student = 2: the student " + STAGE),
+        ("engine.zero.critic=0", "^engine.zero.critic = 0: the critic " + STAGE),
+        ("engine.zero.critic=true", "^engine.zero.critic = True: the critic " + STAGE),
+        ("engine.zero.teacher=false", "^engine.zero.teacher = False: input should be 0 or 3$"),
+        ("engine.zero.teacher=3.0", "^engine.zero.teacher = 3.0: input should be 0 or 3$"),
+        # Together
+        (
+            "run.iterations=5",
+            "^run.iterations = 5 with distill.critic_updates = 5: the student .* 6 iterations or more",
+        ),
+        # The command line itself
+        ("prompts.cache_dir=~", "override 'prompts.cache_dir=~': your home folder is ~/; write null for none"),
+        ("prompts.cache_dir=", "override 'prompts.cache_dir=': nothing follows the =; write null for none"),
+        ("run..seed=3", "override 'run..seed=3': the form is section.key=value"),
+        ("run={seed: 1, seed: 2}", "override 'run={seed: 1, seed: 2}': .* the key 'seed' stands twice"),
+        ("run.output_dir=~nobody-here/x", "there is no home folder for ~nobody-here; .* is ./~nobody-here$"),
+    ],
+)
+def test_values_are_taken_as_they_are_written(override, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_config(None, ["evaluation.enabled=false", override])
+    assert "\n" not in str(caught.value)
+
+
+def test_numbers_and_words_that_yaml_would_change():
+    settings = [
+        "student_optimizer.lr=1e-5",
+        "model.fp8=off",
+        "run.wandb=2020-12-25",
+        "engine.deepspeed={a: 1e-1, b: 1:30}",
+    ]
+    config = load_config(None, settings)
+    assert config.student_optimizer.lr == 1e-5 and config.model.fp8 == "off" and config.run.wandb == "2020-12-25"
+    assert config.engine.deepspeed == {"a": 0.1, "b": "1:30"}
+    assert parse_config({"student_optimizer": {"lr": "1e-5"}}).student_optimizer.lr == 1e-5  # from other YAML
+    assert parse_config({"student_optimizer": {"betas": [0, 0.5]}}).student_optimizer.betas == (0.0, 0.5)
+    with pytest.raises(ConfigError, match=r"engine.deepspeed: a = datetime.date.* is a date, which JSON has not"):
+        parse_config({"engine": {"deepspeed": {"a": datetime.date(2020, 12, 25)}}})
+
+
+def test_overrides_of_a_section_and_of_its_keys_add_up():
+    config = load_config(None, ["engine.batch_size=3", "engine={accumulation: 2}", "engine.batch_size=4"])
+    assert (config.engine.batch_size, config.engine.accumulation) == (4, 2)
+    assert load_config(None, ["lora=null", "lora.rank=3"]).lora.rank == 3
+
+
+def test_home_folders_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = ["model.pipeline", "model.student", "model.critic", "prompts.file", "prompts.cache_dir", "engine.nvme_path"]
+    names += ["engine.deepspeed", "run.output_dir"]
+    config = load_config(None, ["evaluation.enabled=false", *(f"{name}=~/x/$HOME" for name in names)])
+    for name in names:
+        section, key = name.split(".")
+        assert getattr(getattr(config, section), key) == f"{tmp_path}/x/$HOME", name
+
+
+def test_sections_that_may_be_null_are_known():
+    assert {"lora.rank", "ema.decay", "engine.zero.teacher", "engine.kept_passes.student"} <= set(known_keys())
 
 
 def test_prompts_are_needed_for_any_other_pipeline():

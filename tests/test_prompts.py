@@ -51,6 +51,7 @@ def refusal(path, field="prompt") -> str:
         ("odd.txt", "line\u2028separator\x0cfeed\n日本", ["line\u2028separator\x0cfeed", "日本"]),
         ("a.jsonl", '{"prompt": "a ring", "n": 1}\n\n"a cross"\n{"prompt": " "}\n', ["a ring", "a cross"]),
         ("a.csv", 'id,prompt\r\n1,"a ring, red\nand ""big"""\r\n2,\r\n3,b\r\n', ['a ring, red\nand "big"', "b"]),
+        ("rest.csv", "prompt,id\na,1,,\n\nb,2\n", ["a", "b"]),  # spreadsheets leave empty columns at the end
         ("bom.csv", b"\xef\xbb\xbfprompt\na ring\n", ["a ring"]),  # the mark must not become part of the column's name
     ],
 )
@@ -88,6 +89,24 @@ def test_wrong_encoding_says_where(tmp_path):
         ("a.csv", "text,id\na,1\n", "no column 'prompt' (prompts.field); there are 'text', 'id'"),
         ("a.csv", "id,prompt\n1,a\n2\n", "line 3: too short"),
         ("a.csv", 'prompt\na\n"never closed\nb\n', "not CSV"),
+        ("a.csv", "\nprompt\na\n", "line 1 is blank, where the names of the columns are needed"),
+        ("a.csv", "\r\nprompt\r\na\r\n", "line 1 is blank"),
+        (
+            "a.csv",
+            "prompt,id,prompt\na,1,b\n",
+            "2 columns 'prompt' (prompts.field); there are 'prompt', 'id', 'prompt'",
+        ),
+        ("a.csv", "prompt\na ring, red\n", "line 2: 2 fields under 1 columns; text with a comma needs quotes"),
+        ("a.csv", "prompt\n" + "x" * 200_000, "line 2: not CSV (field larger than field limit"),
+        ("a.csv", ",".join(f"c{i}" for i in range(99)), "'c11' and 87 more"),
+        ("a.jsonl", '{"prompt": "a", "prompt": "b"}', "line 1: not JSON (the key 'prompt' stands twice)"),
+        ("a.jsonl", "[" * 100_000, "line 1: not JSON of prompts (it is nested too deep)"),
+        ("a.jsonl", "9" * 5000, "line 1: not JSON (Exceeds the limit"),
+        ("a.jsonl", "null", "line 1: found null where a string is needed"),
+        ("a.jsonl", "true", "line 1: found bool where a string is needed"),
+        ("a.jsonl", '{"prompt": NaN}', "line 1: found float where a string is needed"),
+        ("a.txt", "a ring\nb".encode("utf-16-le"), "line 1 holds a NUL, as text in UTF-16 does; convert"),
+        ("a.txt", "a\nb\0", "line 2 holds a NUL"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, words):
@@ -97,7 +116,8 @@ def test_what_cannot_be_read(tmp_path, name, content, words):
 def test_missing_file_and_folder(tmp_path):
     assert "No such file" in refusal(tmp_path / "none.txt")
     (tmp_path / "folder.txt").mkdir()
-    assert "cannot be read" in refusal(tmp_path / "folder.txt")
+    assert "cannot be read (Is a directory)" in refusal(tmp_path / "folder.txt")
+    assert "it is a folder; .txt, .jsonl, .csv can be read" in refusal(tmp_path)
 
 
 # Order
