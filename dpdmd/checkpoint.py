@@ -545,6 +545,8 @@ def export_student(
             else:
                 save_adapter(networks["student"].base.transformer, "student", unfinished, state_dict)
         diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
+        sigmas = diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid)
+        side, length = config.model.resolution, config.model.max_sequence_length
         if pipeline != "demo" and Path(pipeline).is_dir():
             pipeline = str(Path(pipeline).resolve())
         description = {
@@ -558,10 +560,18 @@ def export_student(
             "method": distill.method,
             "num_steps": distill.student_steps,
             "times": distillation.student_times.tolist(),
-            "pipeline_sigmas": diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid),
+            "pipeline_sigmas": sigmas,
             "guidance_scale": backbone.pipeline_guidance_scale,
-            "resolution": config.model.resolution,
-            "max_sequence_length": config.model.max_sequence_length,
+            "resolution": side,
+            "max_sequence_length": length,
+            # Whatever a stock pipeline has to be called with beside the prompt.
+            "pipeline_call": {
+                "sigmas": sigmas,
+                "guidance_scale": backbone.pipeline_guidance_scale,
+                "height": side,
+                "width": side,
+                "max_sequence_length": length,
+            },
         }
         write_json(unfinished / STUDENT_FILE, description)
         write_text(unfinished / "config.yaml", to_yaml(config))

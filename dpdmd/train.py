@@ -464,6 +464,7 @@ def identity(config: Config, backbone, world: World) -> dict:
 
 def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer:
     """Encodes the prompts, then loads the three networks."""
+    backbone.check_weights()  # Encoding takes long, and what is wrong with the files shows in their headers.
     dtype = resolve_dtype(config.model.dtype, world.device.type)
     cache_dir = config.prompts.cache_dir or str(Path(config.run.output_dir) / "embeddings")
     conditioner = make_conditioner(

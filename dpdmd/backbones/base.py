@@ -232,7 +232,7 @@ class Backbone(ABC):
         if self.config.random_init:
             return RandomText(self.text_shapes, device, dtype)
         parts = _read_text(self._pipelines["teacher"], self._text_encoders, device, dtype)
-        return TextEncoders(self._encode_prompt(parts, torch.device(device)))
+        return TextEncoders(self._encode_prompt(parts, torch.device(device)), str(self._pipelines["teacher"]))
 
     @cached_property
     def text_key(self) -> str:
@@ -548,15 +548,18 @@ def _read_encoder(
 
 
 class TextEncoders:
-    """The pipeline's text encoders, through the stock encode_prompt."""
+    """The pipeline's text encoders, through the stock encode_prompt; `what` names the pipeline in errors."""
 
-    def __init__(self, encode_prompt: EncodePrompt):
+    def __init__(self, encode_prompt: EncodePrompt, what: str):
         self._encode_prompt = encode_prompt
+        self._what = what
 
     @torch.no_grad()
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
         """{"prompt_embeds": (B, L, D), "pooled_prompt_embeds": (B, P)} on the encoders' device and in their dtype."""
-        prompt_embeds, pooled_prompt_embeds = self._encode_prompt(prompts)
+        # Some settings of tokenizers and encoders are looked at here first.
+        with reading(f"{self._what}: a prompt", " by its tokenizers and text encoders"):
+            prompt_embeds, pooled_prompt_embeds = self._encode_prompt(prompts)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
 

@@ -28,12 +28,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 def reading(what: str, purpose: str = "") -> Iterator[None]:
     """Around a library that reads a user's file: whatever it raises becomes a ConfigError of one line about `what`.
 
-    purpose: what it was to be read as, " as an adapter" for example. A ConfigError passes as it is, and so does running
-    out of memory, which says nothing about the file.
+    purpose: what it was to be read as, " as an adapter" for example. A ConfigError passes as it is, and so do running
+    out of memory and a device's own errors, which say nothing about the file.
     """
     try:
         yield
-    except (ConfigError, MemoryError, torch.OutOfMemoryError):
+    except (ConfigError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except BaseException as error:
         # tokenizers and safetensors are written in Rust, whose panics are no Exception.

@@ -305,6 +305,20 @@ def test_settings_of_a_wrong_kind(folder, family, file):
     path.write_text(kept)
 
 
+def test_settings_that_show_when_a_prompt_is_encoded(folder, family):
+    for file, name, value in (
+        ("text_encoder/config.json", "eos_token_id", [2]),
+        ("text_encoder/config.json", "layer_norm_eps", None),
+        (f"{ENCODERS[family][-1]}/config.json", "relative_attention_max_distance", -1),
+        ("tokenizer/tokenizer_config.json", "pad_token", None),
+    ):
+        path = folder / file
+        kept = path.read_text()
+        path.write_text(json.dumps(json.loads(kept) | {name: value}))
+        assert "a prompt cannot be read by its tokenizers and text encoders" in refusal(folder, family), name
+        path.write_text(kept)
+
+
 @pytest.mark.parametrize("entry", ["text", 5, [], ["diffusers"], ["diffusers", 5], ["a", "b", "c"], {"a": "b"}, True])
 def test_entries_of_the_index_of_a_wrong_kind(folder, family, entry):
     path = folder / "model_index.json"
