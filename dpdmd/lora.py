@@ -184,6 +184,7 @@ def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Calla
         finally:
             active[:] = now
 
+    in_role.__wrapped__ = function  # by which a checkpoint knows whose function it is
     return in_role
 
 

@@ -1,6 +1,9 @@
 """Checkpoints that keep attention's outputs: what is computed twice, what once, and the same gradients as without."""
 
 import copy
+import functools
+import sys
+import warnings
 
 import pytest
 import torch
@@ -349,6 +352,91 @@ def test_sharded_parameters(torchs):
     assert len(torchs) == 1, "gathered parameters are no reason"
 
 
+def gradients_of(module, run, *tensors):
+    module.zero_grad()
+    for tensor in tensors:
+        tensor.grad = None
+    run().square().sum().backward()
+    return [tensor.grad for tensor in (*module.parameters(), *tensors)]
+
+
+def assert_same_gradients(module, function, checkpointed, *tensors):
+    expected = gradients_of(module, function, *tensors)
+    got = gradients_of(module, checkpointed, *tensors)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert mine is theirs if theirs is None else torch.equal(mine, theirs)
+
+
+class Marked(torch.Tensor):
+    """A subclass, as DTensor is one."""
+
+
+def test_parameters_of_a_subclass(torchs):
+    linear = nn.Linear(8, 8).to(DEVICE)
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Marked))
+    x = make_inputs()[0]
+    assert_same_gradients(linear, lambda: linear(x), lambda: selective_checkpoint(linear, x), x)
+    assert len(torchs) == 1
+
+
+def test_views_in_the_place_of_parameters(torchs):
+    """As FSDP1 has them inside its hooks: parts of one flat parameter."""
+    linear = nn.Linear(8, 8, bias=False).to(DEVICE)
+    flat = nn.Parameter(torch.randn(64, device=DEVICE))
+    x = make_inputs()[0]
+
+    def gather(module, inputs):
+        module._parameters["weight"] = flat.view(8, 8)
+
+    linear.register_forward_pre_hook(gather)
+    linear.forward = functools.partial(checkpointed_forward, linear)
+    linear(x).square().sum().backward()
+    expected = torch.autograd.grad(torch.nn.functional.linear(x, flat.view(8, 8)).square().sum(), flat)[0]
+    assert torch.equal(flat.grad, expected) and len(torchs) == 1
+
+
+def checkpointed_forward(linear, x):
+    return selective_checkpoint(functools.partial(nn.Linear.forward, linear), x, parameters=linear.parameters())
+
+
+@pytest.mark.parametrize("attribute", [False, True])
+def test_weights_that_hooks_compute(attribute):
+    """Inside the call and outside of it."""
+    linear = nn.Linear(8, 8).to(DEVICE)
+    if attribute:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            nn.utils.weight_norm(linear)
+    else:
+        nn.utils.parametrizations.weight_norm(linear)
+    x = make_inputs()[0]
+    assert_same_gradients(linear, lambda: linear(x), lambda: selective_checkpoint(linear, x), x)
+
+    inner = linear.forward
+    parameters = list(linear.parameters())
+
+    def outside():
+        linear.forward = lambda x: selective_checkpoint(inner, x, parameters=parameters)
+        try:
+            return linear(x)
+        finally:
+            linear.forward = inner
+
+    assert_same_gradients(linear, lambda: linear(x), outside, x)
+
+
+def test_cached_parametrizations():
+    linear = nn.utils.parametrizations.weight_norm(nn.Linear(8, 8).to(DEVICE))
+    x = make_inputs()[0]
+
+    def cached(function):
+        with nn.utils.parametrize.cached():
+            return gradients_of(linear, function, x)
+
+    expected = cached(lambda: linear(x))
+    assert all(map(torch.equal, cached(lambda: selective_checkpoint(linear, x)), expected))
+
+
 def test_compiled():
     block = make_block()
     x = make_inputs()[0]
@@ -360,6 +448,131 @@ def test_compiled():
     expected, x.grad = x.grad, None
     torch.compile(run, backend="aot_eager", fullgraph=True)(x).backward()
     torch.testing.assert_close(x.grad, expected)
+
+
+# Tensors that a function reads by itself
+
+OTHERS = r"depends on a tensor \(8,\) of torch.float32 that requires a gradient and is neither among its arguments"
+
+
+def test_a_tensor_that_is_no_parameter():
+    block, scale = make_block(), torch.ones(8, device=DEVICE)
+    x = make_inputs()[0]
+
+    def run(x):
+        return block.first(x) * scale
+
+    def loss():
+        return selective_checkpoint(run, x, parameters=block.parameters()).sum()
+
+    loss().backward()  # it has no gradient
+    scale.requires_grad_()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=OTHERS):
+            loss().backward()
+    assert scale.grad is None
+    x.grad = None
+    selective_checkpoint(run, x, parameters=[*block.parameters(), scale]).sum().backward()
+    assert scale.grad is not None
+    gradients = x.grad, scale.grad
+    x.grad = scale.grad = None
+    run(x).sum().backward()
+    assert all(map(torch.equal, gradients, (x.grad, scale.grad)))
+
+
+@pytest.mark.parametrize("of", ["a leaf", "a result", "an output", "an argument"])
+def test_how_a_tensor_is_read(of):
+    first, x = make_block().first, make_inputs()[0]
+    scale = torch.ones(8, device=DEVICE, requires_grad=True)
+    functions = {
+        "a leaf": lambda x: first(x) * scale,
+        "a result": lambda x, made=scale * 2: first(x) * made,
+        "an output": lambda x: (first(x), scale),
+        "an argument": lambda x, made={"within": [scale]}: first(x) * made["within"][0],
+    }
+    outputs = selective_checkpoint(functions[of], x, parameters=first.parameters())
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    with pytest.raises(RuntimeError, match=OTHERS):
+        sum(output.sum() for output in outputs).backward()
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale, kind):
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        if kind == "buffer":
+            self.register_buffer("scale", scale)
+        elif kind == "parameter":
+            self.scale = nn.Parameter(scale)
+        elif kind == "attribute":
+            self.scale = scale
+        else:
+            self.held = [scale]
+
+    def forward(self, x):
+        return self.linear(x) * (self.scale if hasattr(self, "scale") else self.held[0])
+
+
+@pytest.mark.parametrize("kind", ["parameter", "buffer", "attribute", "list"])
+def test_what_a_module_holds(kind):
+    scale = torch.ones(8, device=DEVICE)
+    module, x = Scaled(scale, kind).to(DEVICE), make_inputs()[0]
+    selective_checkpoint(module, x).sum().backward()
+    if kind == "parameter":
+        assert module.scale.grad is not None
+        return
+    scale.requires_grad_()
+    if kind == "buffer":
+        assert_same_gradients(module, lambda: module(x), lambda: selective_checkpoint(module, x), x, scale)
+        return
+    # A module is looked at again before long; one that has not been called yet, at once.
+    with pytest.raises(RuntimeError, match=OTHERS):
+        for _ in range(32):
+            selective_checkpoint(module, x).sum().backward()
+    with pytest.raises(RuntimeError, match=OTHERS):
+        selective_checkpoint(Scaled(scale, kind).to(DEVICE), x).sum().backward()
+
+
+def test_parameters_that_leave_some_out():
+    block, x = make_block(), make_inputs()[0]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=OTHERS):
+            selective_checkpoint(block.first, x, parameters=[block.first.weight]).sum().backward()
+    block.first.bias.requires_grad_(False)
+    selective_checkpoint(block.first, x, parameters=[block.first.weight]).sum().backward()
+
+
+def test_modules_are_looked_at_now_and_then(monkeypatch):
+    """0.1 ms for a block, where the host counts."""
+    module = sys.modules["dpdmd.kernels.selective_checkpoint"]
+    looks, look = [], module._look_through
+    monkeypatch.setattr(module, "_look_through", lambda *args: looks.append(1) or look(*args))
+    block, x = make_block(), make_inputs()[0]
+    forward, parameters = block.first.forward, list(block.first.parameters())
+
+    def wrapped(x):  # as dpdmd.lora.remember_role makes them, a new one each time
+        return forward(x)
+
+    wrapped.__wrapped__ = forward
+    for function in (block.first, forward, wrapped):
+        for _ in range(40):
+            selective_checkpoint(function, x, parameters=parameters).sum().backward()
+    assert len(looks) == 4
+    looks.clear()
+    block.second.requires_grad_(False)
+    block.first.weight.requires_grad_(False)
+    selective_checkpoint(block.first, x).sum().backward()
+    assert len(looks) == 1, "other parameters"
+    looks.clear()
+    for _ in range(3):
+        selective_checkpoint(lambda x: forward(x), x, parameters=parameters).sum().backward()
+    assert len(looks) == 3, "it may be of other tensors each time"
+
+
+def test_arguments_that_are_written_to():
+    linear, x = make_block().first, make_inputs()[0].detach()
+    with pytest.raises(ValueError, match="function writes to a tensor among its arguments"):
+        selective_checkpoint(lambda x: linear(x.mul_(2)), x, parameters=linear.parameters())
 
 
 # Errors
