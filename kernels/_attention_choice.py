@@ -3,6 +3,9 @@
 Times for the H100 and the H200 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such
 a machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
 cache. A time is of one forward pass ("forward"), or of a forward and a backward pass ("training").
+
+Two measurements of near equals may choose differently, and kernels do not give the same bits. So the processes of a run
+`agree_on` one table of `known_times`, and no time is taken from anywhere else from then on.
 """
 
 import contextlib
@@ -11,10 +14,12 @@ import itertools
 import json
 import math
 import os
+import re
 import statistics
-import tempfile
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +49,7 @@ def overridden(allowed: tuple[str, ...]) -> str:
 
 
 _chosen: dict[tuple, str] = {}
+_agreed: dict[str, Times] | None = None
 
 
 def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, num_keys: int, training: bool) -> str:
@@ -75,15 +81,63 @@ def pick(times: dict[str, float], deterministic: bool) -> str:
     return best if deterministic or repeatable[best] <= min(limits) else winner
 
 
+def known_times(attention: Callable, index: int, shapes: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """What a process may choose by, for `agree_on`, as JSON takes it: {"gpu": the name of CUDA device `index`, "times":
+    {"head dimension,length": Times}}. The shipped table of this GPU, or the entries that the shapes need, from the
+    user's cache or measured now.
+
+    shapes: (head dimension, length) of each attention, the length sqrt(queries * keys).
+    """
+    times = dict(_shipped(gpu_name(index)))
+    if not times:
+        for head_dim, length in shapes:
+            head_dim, length = _head_dim(head_dim), _length(length)
+            times[f"{head_dim},{length}"] = _measured(attention, index, head_dim, length)
+    return {"gpu": gpu_name(index), "times": times}
+
+
+def agree_on(table: dict[str, Any] | None) -> None:
+    """Every choice on every CUDA device of this process follows this table of `known_times` from now on: its nearest
+    entry, torch's usual order for a head dimension of which it has none. None: this process's own times again.
+
+    Raises ValueError for a table that `known_times` does not give.
+    """
+    global _agreed
+    if table is not None and not is_table(table):
+        raise ValueError('table is none that known_times gives; it needs to be {"gpu": name, "times": {"D,S": times}}')
+    _agreed = None if table is None else table["times"]
+    _chosen.clear()
+
+
+def is_table(table: object) -> bool:
+    """Whether it is one of `known_times`, by its types."""
+    if not isinstance(table, dict) or table.keys() != {"gpu", "times"} or not isinstance(table["gpu"], str):
+        return False
+    return isinstance(table["times"], dict) and all(_is_entry(*entry) for entry in table["times"].items())
+
+
+def _is_entry(key: object, times: object) -> bool:
+    if not isinstance(key, str) or not re.fullmatch(r"[1-9]\d{0,8},[1-9]\d{0,8}", key, re.ASCII):
+        return False
+    if not isinstance(times, dict) or times.keys() != NOTHING_KNOWN.keys():
+        return False
+    return all(isinstance(each, dict) and all(_is_time(*one) for one in each.items()) for each in times.values())
+
+
+def _is_time(backend: str, us: object) -> bool:
+    return backend in CANDIDATES and type(us) in (int, float) and 0 < us < math.inf
+
+
 def times_for(attention: Callable, index: int, head_dim: int, length: float) -> Times:
     """The times known for this head dimension, rounded up, and the nearest length, after measuring where that is due."""
-    shipped = _shipped(_gpu(index))
+    if _agreed is not None:
+        return nearest(_agreed, head_dim, length)
+    shipped = _shipped(gpu_name(index))
     if shipped:
         return nearest(shipped, head_dim, length)
     if torch.cuda.is_current_stream_capturing():
         return NOTHING_KNOWN
-    length = min(LENGTHS, key=lambda known: abs(math.log(known / length)))
-    return _measured(attention, index, _head_dim(head_dim), length)
+    return _measured(attention, index, _head_dim(head_dim), _length(length))
 
 
 def nearest(table: dict[str, Times], head_dim: int, length: float) -> Times:
@@ -91,16 +145,19 @@ def nearest(table: dict[str, Times], head_dim: int, length: float) -> Times:
     lengths = [int(key.split(",")[1]) for key in table if key.startswith(f"{_head_dim(head_dim)},")]
     if not lengths:
         return NOTHING_KNOWN
-    length = min(lengths, key=lambda known: abs(math.log(known / length)))
-    return table[f"{_head_dim(head_dim)},{length}"]
+    return table[f"{_head_dim(head_dim)},{_length(length, lengths)}"]
 
 
 def _head_dim(head_dim: int) -> int:
     return next((known for known in HEAD_DIMS if known >= head_dim), HEAD_DIMS[-1])
 
 
+def _length(length: float, lengths: Iterable[int] = LENGTHS) -> int:
+    return min(lengths, key=lambda known: abs(math.log(known / length)))
+
+
 @functools.cache
-def _gpu(index: int) -> str:
+def gpu_name(index: int) -> str:
     """As the table has it ("H100"), or the device's full name."""
     name = torch.cuda.get_device_name(index)
     return next((known for known in json.loads(SHIPPED.read_text()) if known in name), name)
@@ -114,21 +171,35 @@ def _shipped(gpu: str) -> dict[str, Times]:
 @functools.cache
 def _measured(attention: Callable, index: int, head_dim: int, length: int) -> Times:
     """From the user's cache, or measured now and kept there."""
-    file = cache_folder() / "attention" / f"{_gpu(index).replace(' ', '_')}-torch{torch.__version__}.json"
-    table = json.loads(file.read_text()) if file.exists() else {}
+    name = re.sub(r"[^\w.+-]", "_", f"{gpu_name(index)}-torch{torch.__version__}")
+    file = cache_folder() / "attention" / f"{name}.json"
     key = f"{head_dim},{length}"
-    if key not in table:
-        table[key] = measure(attention, index, head_dim, length)
+    times = _read(file).get(key)
+    if times is None:
+        times = measure(attention, index, head_dim, length)
         with contextlib.suppress(OSError):  # a home that cannot be written to: the next process measures again
-            _write(file, table)
-    return table[key]
+            _write(file, _read(file) | {key: times})  # another process may have written since
+    return times
 
 
-def _write(file: Path, table: dict) -> None:
+def _read(file: Path) -> dict[str, Times]:
+    """What can be used of it; what cannot, since a write broke off or something else wrote it, is measured anew."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: times for key, times in table.items() if _is_entry(key, times)} if isinstance(table, dict) else {}
+
+
+def _write(file: Path, table: dict[str, Times]) -> None:
+    """Under another name first: another process must never read half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, suffix=".tmp", delete=False) as whole:
-        json.dump(table, whole, indent=1)
-    os.replace(whole.name, file)
+    whole = file.with_name(f"{uuid.uuid4().hex}.tmp")
+    try:
+        whole.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        os.replace(whole, file)
+    finally:
+        whole.unlink(missing_ok=True)
 
 
 def measure(attention: Callable, index: int, head_dim: int, length: int) -> Times:

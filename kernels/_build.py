@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import uuid
 from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parents[1] / "csrc"
@@ -52,10 +53,12 @@ def build(folder: Path) -> Path:
             last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
             raise RuntimeError(f"the CUDA kernels do not compile with {_nvcc()}:\n{last}")
         # Under another name first: another process must never see half a file.
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as half:
-            half.write(Path(work, "ops.so").read_bytes())
-        os.chmod(half.name, 0o755)
-        os.replace(half.name, target)
+        half = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            shutil.copy(Path(work, "ops.so"), half)
+            os.replace(half, target)
+        finally:
+            half.unlink(missing_ok=True)
     return target
 
 

@@ -38,7 +38,12 @@ def load() -> str:
         except (OSError, RuntimeError) as error:
             warnings.warn(f"dpdmd runs without its CUDA kernels: {error}", RuntimeWarning, stacklevel=2)
             return str(error)
-    torch.ops.load_library(path)
+    try:
+        torch.ops.load_library(path)
+    except OSError as error:
+        reason = f"{path} does not load ({error}); once it is deleted, it is compiled anew"
+        warnings.warn(f"dpdmd runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
     for name, fake in FAKES.items():
         _LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"dpdmd::{name}", fake, lib=_LIBRARY)
@@ -49,7 +54,7 @@ def find() -> Path | None:
     """The library compiled from the sources at hand: beside this file (setup.py) or in the user's cache."""
     for folder in (Path(__file__).resolve().parent, cache_folder()):
         path = folder / _build.file_name()
-        if path.exists():
+        if os.path.exists(path):  # no error in a folder that cannot be read
             return path
     return None
 

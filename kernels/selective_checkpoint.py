@@ -62,7 +62,10 @@ def selective_checkpoint(
         return function(*args, **kwargs)
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-    parameters, swapped = _parameters_of(function) if parameters is None else (list(parameters), False)
+    swapped = False
+    if isinstance(function, nn.Module):
+        own, swapped = _parameters_of(function)
+    parameters = own if parameters is None else list(parameters)
     if swapped or _replaced(parameters):
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
     parameters = [parameter for parameter in parameters if parameter.requires_grad]

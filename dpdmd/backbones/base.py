@@ -134,6 +134,10 @@ class Backbone(ABC):
         t (B,) float32 in [0, 1]. dtype: the transformer's, for one without parameters to ask.
         """
 
+    @abstractmethod
+    def attention_shapes(self) -> list[tuple[int, int]]:
+        """(head dimension, tokens) of every attention in the roles' networks at config.resolution, each once, sorted."""
+
     @property
     def pipeline_guidance_scale(self) -> float:
         """The `guidance_scale` to call a stock pipeline with that samples the student."""

@@ -98,6 +98,13 @@ class Flux(Backbone):
         )[0]
         return unpack(velocity, height, width)
 
+    def attention_shapes(self) -> list[tuple[int, int]]:
+        """Of image and text together, in every block."""
+        _, height, width = self.latent_shape
+        text, _ = self.text_shapes["prompt_embeds"]
+        tokens = (height // 2) * (width // 2) + text
+        return sorted({(architecture["attention_head_dim"], tokens) for architecture in self._architectures.values()})
+
     def _ids(self, rows: int, columns: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Places of the tokens, float32: (0, row, column) of the image's, (rows columns, 3), and the text's,
         (length, 3), which are all 0. Made once, as every forward pass needs them."""

@@ -90,6 +90,19 @@ class SD3(Backbone):
             return_dict=False,
         )[0]
 
+    def attention_shapes(self) -> list[tuple[int, int]]:
+        """Of image and text together; of the image alone in the blocks of dual_attention_layers."""
+        _, height, width = self.latent_shape
+        text, _ = self.text_shapes["prompt_embeds"]
+        shapes = set()
+        for architecture in self._architectures.values():
+            patch, head_dim = architecture["patch_size"], architecture["attention_head_dim"]
+            image = (height // patch) * (width // patch)
+            shapes.add((head_dim, image + text))
+            if architecture["dual_attention_layers"]:
+                shapes.add((head_dim, image))
+        return sorted(shapes)
+
     @property
     def _text_encoders(self) -> dict[str, str]:
         encoders = dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection")

@@ -1,6 +1,11 @@
 """Which kernel `attention` takes on a GPU; the measuring itself is for a GPU, the choosing is not."""
 
 import json
+import math
+import multiprocessing
+import os
+import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -49,30 +54,197 @@ def test_shipped_table():
                 assert all(0 < times["forward"][name] < times["training"][name] for name in times["forward"])
 
 
-def test_unknown_gpu_is_measured_once(monkeypatch, tmp_path):
-    measured = []
+@pytest.fixture
+def measured(monkeypatch, tmp_path):
+    """Another GPU, with nothing in the user's cache: what is measured on it, in order."""
+    calls = []
 
     def measure(attention, index, head_dim, length):
-        measured.append((head_dim, length))
+        calls.append((head_dim, length))
         cudnn = 1.0 if head_dim == 64 else 3.0
         return {"forward": {"cudnn": cudnn, "triton": 2.0}, "training": {"cudnn": 2.0, "triton": 1.0}}
 
     monkeypatch.setattr(choice, "measure", measure)
-    monkeypatch.setattr(choice, "_gpu", lambda index: "NVIDIA B200")
+    monkeypatch.setattr(choice, "gpu_name", lambda index: "NVIDIA B200 / 180 GB")
+    monkeypatch.setattr(choice, "_chosen", {})
+    monkeypatch.setattr(choice, "_agreed", None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    torch.use_deterministic_algorithms(False)  # which the tests' poisoned memory needs, and which has a say
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    for _ in range(2):  # the second time as another process: from the file
+    torch.use_deterministic_algorithms(False)  # which the tests' poisoned memory needs, and which has a say
+    choice._measured.cache_clear()
+    yield calls
+    choice._measured.cache_clear()
+
+
+@pytest.fixture
+def another_process():
+    def forget():
         choice._measured.cache_clear()
-        monkeypatch.setattr(choice, "_chosen", {})
+        choice._chosen.clear()
+
+    return forget
+
+
+def cache_file(tmp_path):
+    (file,) = (tmp_path / "dpdmd" / "attention").iterdir()
+    return file
+
+
+def test_unknown_gpu_is_measured_once(measured, another_process, monkeypatch):
+    for _ in range(2):  # the second time from the file
+        another_process()
         assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
         assert choice.fastest(attention, 0, 64, 4429, 4500, True) == "triton"
         assert choice.fastest(attention, 0, 72, 4429, 4429, False) == "triton"
-    choice._measured.cache_clear()
     assert measured == [(64, 4429), (96, 4429)]
-    monkeypatch.setattr(choice, "_chosen", {})
+    another_process()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "auto"
+
+
+TIMES = {"forward": {"flash": 1.0}, "training": {"flash": 2}}
+DAMAGED = {
+    "empty": b"",
+    "half": b'{"64,4429": {"forward": {"cudnn": 1.0',
+    "bytes": bytes(range(128, 256)),
+    "nested": b"[" * 100_000,
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "no times": b'{"64,4429": null}',
+    "a pass missing": b'{"64,4429": {"forward": {"flash": 1.0}}}',
+    "another backend": b'{"64,4429": {"forward": {"fa9": 1.0}, "training": {"fa9": 1.0}}}',
+    "text": b'{"64,4429": {"forward": {"flash": "1.0"}, "training": {"flash": 1.0}}}',
+    "true": b'{"64,4429": {"forward": {"flash": true}, "training": {"flash": 1.0}}}',
+    "not a number": b'{"64,4429": {"forward": {"flash": NaN}, "training": {"flash": 1.0}}}',
+    "nothing": b'{"64,4429": {"forward": {"flash": 0}, "training": {"flash": -1.0}}}',
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_cache_is_measured_anew(measured, another_process, tmp_path, content):
+    choice.fastest(attention, 0, 64, 4429, 4429, False)
+    file = cache_file(tmp_path)
+    file.write_bytes(content)
+    for _ in range(2):
+        another_process()
+        assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
+    assert len(measured) == 2 and choice._read(file).keys() == {"64,4429"}
+
+
+def test_what_else_a_cache_holds_stays(measured, another_process, tmp_path):
+    choice.fastest(attention, 0, 64, 4429, 4429, False)
+    kept = {"128,64": TIMES}
+    cache_file(tmp_path).write_text(json.dumps({"64,4429": 3, "x,y": TIMES, "64": TIMES, "0,64": TIMES, **kept}))
+    another_process()
+    choice.fastest(attention, 0, 64, 4429, 4429, False)
+    table = json.loads(cache_file(tmp_path).read_text())
+    assert table.keys() == {"128,64", "64,4429"} and table["128,64"] == TIMES
+
+
+@pytest.mark.parametrize("obstacle", ["a folder", "a file", "no rights"])
+def test_a_cache_that_cannot_be_used(measured, another_process, tmp_path, monkeypatch, obstacle):
+    choice.fastest(attention, 0, 64, 4429, 4429, False)
+    file = cache_file(tmp_path)
+    file.unlink()
+    if obstacle == "a folder":
+        file.mkdir()
+    elif obstacle == "a file":
+        file.parent.rmdir()
+        file.parent.touch()
+    else:
+
+        def refused(*_, **__):
+            raise PermissionError(13, "Permission denied")
+
+        for name in ("read_text", "write_text", "exists"):
+            monkeypatch.setattr(Path, name, refused)
+    another_process()
+    assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
+    assert len(measured) == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_cache_follows_the_umask(measured, tmp_path):
+    before = os.umask(0o027)
+    try:
+        choice.fastest(attention, 0, 64, 4429, 4429, False)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(cache_file(tmp_path).stat().st_mode) == 0o640
+
+
+def _write_often(file, first):
+    for length in range(first, first + 200):
+        choice._write(file, choice._read(file) | {f"64,{length}": TIMES})
+        assert choice._read(file), "never half a file"
+
+
+def test_two_processes_write_the_cache(tmp_path):
+    file, context = tmp_path / "attention" / "gpu.json", multiprocessing.get_context("fork")
+    processes = [context.Process(target=_write_often, args=(file, first)) for first in (1, 1001)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert list(file.parent.iterdir()) == [file]
+    assert all(times == TIMES for times in json.loads(file.read_text()).values())
+
+
+# One table for several processes
+
+
+def test_known_times_of_an_unknown_gpu(measured, another_process):
+    shapes = [(64, 4429), (64, 4600), (72, 1024)]
+    table = choice.known_times(attention, 0, shapes)
+    assert table["gpu"] == "NVIDIA B200 / 180 GB" and table["times"].keys() == {"64,4429", "64,4608", "96,1024"}
+    assert measured == [(64, 4429), (64, 4608), (96, 1024)]
+    assert json.loads(json.dumps(table)) == table and choice.is_table(table)
+    another_process()
+    assert choice.known_times(attention, 0, shapes) == table and len(measured) == 3
+
+
+def test_known_times_of_a_shipped_gpu(measured, monkeypatch):
+    monkeypatch.setattr(choice, "gpu_name", lambda index: "H100")
+    table = choice.known_times(attention, 0, [(64, 4429)])
+    assert table == {"gpu": "H100", "times": json.loads(choice.SHIPPED.read_text())["H100"]}
+    assert choice.is_table(table) and not measured
+
+
+def test_every_choice_is_the_tables(measured):
+    """On every device, whatever was chosen before, and nothing is measured any more."""
+    assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
+    choice.agree_on({"gpu": "another", "times": {"64,4429": TIMES, "64,1024": {"forward": {}, "training": {}}}})
+    measured.clear()
+    for device in (0, 1):
+        assert choice.fastest(attention, device, 64, 4429, 4429, False) == "flash"
+        assert choice.fastest(attention, device, 64, 9000, 9000, True) == "flash"
+        assert choice.fastest(attention, device, 64, 1000, 1000, True) == "auto"
+        assert choice.fastest(attention, device, 128, 4429, 4429, False) == "auto"
+    assert not measured
+    choice.agree_on(None)
+    assert choice.fastest(attention, 0, 64, 4429, 4429, False) == "cudnn"
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {},
+        [],
+        {"gpu": "a"},
+        {"gpu": 3, "times": {}},
+        {"gpu": "a", "times": []},
+        {"gpu": "a", "times": {}, "more": 1},
+        {"gpu": "a", "times": {"64,0": TIMES}},
+        {"gpu": "a", "times": {64: TIMES}},
+        {"gpu": "a", "times": {"64,64": {**TIMES, "more": {}}}},
+        {"gpu": "a", "times": {"64,64": {"forward": {"flash": math.inf}, "training": {}}}},
+    ],
+)
+def test_other_tables_are_refused(measured, table):
+    with pytest.raises(ValueError, match="table is none that known_times gives"):
+        choice.agree_on(table)
+    assert choice._agreed is None
 
 
 def test_environment_overrides_auto(monkeypatch):

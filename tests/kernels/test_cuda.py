@@ -118,6 +118,39 @@ def test_library_is_sought_beside_the_package_and_in_the_cache(tmp_path, monkeyp
     assert _cuda.find() == path
 
 
+def test_a_damaged_library_is_named(tmp_path, monkeypatch):
+    """One in a cache that something else wrote to."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(_build, "file_name", lambda: "_ops_of_no_such_sources.so")
+    path = tmp_path / "dpdmd" / "_ops_of_no_such_sources.so"
+    path.parent.mkdir()
+    path.write_bytes(b"half a library")
+    with pytest.warns(
+        RuntimeWarning, match=r"runs without its CUDA kernels: .*_ops_of_no_such_sources\.so does not load"
+    ):
+        reason = _cuda.load.__wrapped__()
+    assert "once it is deleted, it is compiled anew" in reason
+
+
+def test_a_library_follows_the_umask(tmp_path, monkeypatch):
+    """And nothing else is left beside it."""
+
+    def compile_nothing(command, **_):
+        (Path(command[2]) / "ops.so").write_bytes(b"library")
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(_build, "unable", lambda: "")
+    monkeypatch.setattr(_build, "_ninja", lambda: "ninja")
+    monkeypatch.setattr(_build.subprocess, "run", compile_nothing)
+    before = os.umask(0o027)
+    try:
+        path = _build.build(tmp_path / "built")
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"library" and list(path.parent.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
 def test_cpu_tensors_get_a_reason():
     assert _cuda.missing("cpu", None) == "the CUDA kernels need tensors on an NVIDIA GPU, and these are on cpu"
 

@@ -1,0 +1,48 @@
+"""Which attention kernels all processes of a run take, and a run that goes on takes again: those of one table of times.
+
+Each process would choose by what it measures on a GPU that the package ships no times for, and two measurements may
+choose differently.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dpdmd.backbones.base import Backbone
+from dpdmd.kernels import _attention_choice, attention
+
+if TYPE_CHECKING:
+    from dpdmd.engine import World
+
+
+def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:
+    """Has every process choose by the main process's times, and returns them for a checkpoint to store; all processes
+    call. None, and nothing is done, on devices other than CUDA's.
+
+    stored: what this returned when the checkpoint was made, None without one; of the main process alone it counts. It
+    is taken where it is of a GPU of the same name as the main process's. Else times are measured anew, and a line says
+    so.
+    """
+    if world.device.type != "cuda":
+        return None
+    table = _main_table(world.device, backbone, stored) if world.main else None
+    table = world.gather(table)[0]
+    _attention_choice.agree_on(table)
+    return table
+
+
+def _main_table(device: torch.device, backbone: Backbone, stored: Any) -> dict[str, Any]:
+    index = torch.cuda.current_device() if device.index is None else device.index
+    gpu = _attention_choice.gpu_name(index)
+    if stored is not None:
+        sound = _attention_choice.is_table(stored)
+        if sound and stored["gpu"] == gpu:
+            return stored
+        whose = f"those of the checkpoint are of {stored['gpu']}" if sound else "the checkpoint's are damaged"
+        print(
+            f"attention: kernels are chosen by times of {gpu}; {whose}: results may differ in their last bits",
+            flush=True,
+        )
+    return _attention_choice.known_times(attention, index, backbone.attention_shapes())

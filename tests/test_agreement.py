@@ -1,0 +1,64 @@
+"""Processes that would choose different attention kernels take the same ones, and those again when a run goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from processes import run_script
+
+DRIVER = Path(__file__).parent / "drivers" / "attention_agreement.py"
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    """The driver's results in each of two processes."""
+    done = run_script(2, DRIVER, tmp_path_factory.mktemp("caches"))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("RESULT "))
+
+
+@pytest.mark.distributed
+def test_processes_choose_alike(ranks):
+    """By the main process's times, which the other does not measure; torch's order for a shape that is not the run's."""
+    first, second = (results["by itself"]["chosen"] for results in ranks)
+    assert first == ["cudnn"] * 3 and second == ["triton"] * 3
+    main, other = (results["together"] for results in ranks)
+    assert main["chosen"] == other["chosen"] == ["cudnn", "cudnn", "auto"]
+    assert main["table"] == other["table"] and main["table"]["gpu"] == "NVIDIA B200"
+    assert main["table"]["times"].keys() == {"64,1024", "64,4429"}
+    assert other["measured"] == [] and main["said"] == other["said"] == ""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("case", ["resumed", "resumed beside another gpu"])
+def test_a_checkpoints_choice_is_taken_again(ranks, case):
+    for results in ranks:
+        assert results[case] == {**results["together"], "measured": []}
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("case", "gpu", "words"),
+    [
+        (
+            "resumed on another gpu",
+            "NVIDIA B300",
+            "by times of NVIDIA B300; those of the checkpoint are of NVIDIA B200",
+        ),
+        ("resumed from a damaged one", "NVIDIA B200", "by times of NVIDIA B200; the checkpoint's are damaged"),
+    ],
+)
+def test_another_gpu_is_measured_and_said(ranks, case, gpu, words):
+    main, other = (results[case] for results in ranks)
+    assert main["chosen"] == other["chosen"] == ["triton", "triton", "auto"]
+    assert main["table"] == other["table"] and main["table"]["gpu"] == gpu
+    assert main["said"].count("\n") == 1 and words in main["said"]
+    assert main["measured"] == [1024, 4429] and other["measured"] == [] and other["said"] == ""
+
+
+@pytest.mark.distributed
+def test_on_the_cpu_there_is_nothing_to_agree_on(ranks):
+    assert [results["on the cpu"] for results in ranks] == [{"table": None, "agreed": None}] * 2
