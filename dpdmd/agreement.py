@@ -6,15 +6,13 @@ choose differently.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from dpdmd.backbones.base import Backbone
 from dpdmd.kernels import _attention_choice, attention
-
-if TYPE_CHECKING:
-    from dpdmd.engine import World
+from dpdmd.world import World
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 from dpdmd import command, engine
+from dpdmd.agreement import agree_on_attention
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes, export_student, with_global_batch
 from dpdmd.command import RunEnded, RunStopped
@@ -86,6 +87,7 @@ class Trainer:
     skipped: dict[str, list[int]] = field(default_factory=lambda: {role: [] for role in TRAINED})  # their iterations
     skipped_in_a_row: dict[str, int] = field(default_factory=none_each)
     outcomes: list[tuple[str, int, bool]] = field(default_factory=list)  # role, iteration, applied: not yet looked at
+    attention_times: dict | None = None  # by which all processes choose attention's kernels
     stop_requested: bool = False
     writing_failed: bool = False
     order: PromptOrder = field(init=False)
@@ -177,6 +179,7 @@ class Trainer:
             "updates": {role: self.networks[role].updates for role in TRAINED},
             "skipped": {role: list(iterations) for role, iterations in self.skipped.items()},
             "skipped_in_a_row": dict(self.skipped_in_a_row),
+            "attention_times": self.attention_times,
         }
 
     def restore(self, state: dict) -> None:
@@ -219,8 +222,10 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
                 )
         config, plan = plan_run(config, backbone, world)
         checkpoints.use(config)
+        attention_times = agree_on_attention(world, backbone, resumed.state["attention_times"] if resumed else None)
 
         trainer = build(config, world, backbone, prompts)
+        trainer.attention_times = attention_times
         trainer.requested = lambda: (stop.requested, checkpoints.failed)
         world.on_main(check_space, path, *space_needed(trainer))
         if resumed is not None:
@@ -334,7 +339,9 @@ def finish(
             f"the student was never updated, so it is not exported: it is still the teacher. {describe_skipped(trainer)}"
         )
     export_student(folder / "student", trainer.networks, trainer.backbone, trainer.distillation, config, world)
-    summary = {"iterations": config.run.iterations, **trainer.state(), **progress.summary(plan)}
+    state = trainer.state()
+    summary = {"iterations": config.run.iterations, "updates": state["updates"], "skipped": state["skipped"]}
+    summary |= progress.summary(plan)
     if checkpoints.pauses:
         summary["checkpoint_pause_seconds"] = checkpoints.pauses
         summary["checkpoint_write_seconds"] = checkpoints.write_seconds
