@@ -1,0 +1,136 @@
+"""What a checkpoint costs a run: how long the training waits, how long the writing takes, and verifying and loading it.
+
+    deepspeed --num_gpus 1 benchmarks/checkpoint.py --config configs/sd35_medium.yaml model.random_init=true [--json FILE]
+
+Builds the networks, trains a cycle, saves three times, verifies and loads, and trains a cycle while the third is written.
+Beside it, on the same networks and the same disk, DeepSpeed's own save_checkpoint of student and critic, which is how it was done
+before: the training waited for all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from cycle import PROMPTS
+
+from dpdmd import command, train
+from dpdmd.backbones import load_backbone
+from dpdmd.checkpoint import Checkpoints, checkpoint_bytes
+from dpdmd.config import load_config
+from dpdmd.engine import start
+from dpdmd.files import readable_bytes, write_json
+from dpdmd.provenance import provenance
+
+
+class Clock:
+    """Seconds of named parts; the device's work and the other processes' are waited for."""
+
+    def __init__(self, world):
+        self.seconds: dict[str, float] = {}
+        self._world = world
+
+    def __call__(self, name: str, function, *arguments, **options):
+        self._wait()
+        began = time.perf_counter()
+        result = function(*arguments, **options)
+        self._wait()
+        self.seconds[name] = round(time.perf_counter() - began, 3)
+        if self._world.main:
+            print(f"{name:60} {self.seconds[name]:9.3f} s", flush=True)
+        return result
+
+    def _wait(self) -> None:
+        if self._world.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._world.barrier()
+
+
+def cycle(trainer, number: int) -> None:
+    critic_updates = trainer.config.distill.critic_updates
+    for iteration in range(number * (critic_updates + 1), (number + 1) * (critic_updates + 1)):
+        trainer.update(train.role_of(iteration, critic_updates), iteration)
+    trainer.settle()
+
+
+def deepspeeds(trainer, folder: Path) -> None:
+    """As it was until there were checkpoints of our own: pickled, by each engine."""
+    for role in train.TRAINED:
+        network = trainer.networks[role]
+        network.release()
+        network.engine.save_checkpoint(str(folder), tag=role, save_latest=False)
+
+
+def measure(trainer, folder: Path, peer: bool) -> dict[str, float]:
+    world, networks = trainer.world, trainer.networks
+    clock = Clock(world)
+    for number in range(3):  # the second records graphs
+        clock(f"a cycle, number {number + 1}", cycle, trainer, number)
+    identity = train.identity(trainer.config, trainer.backbone, world)
+    if peer:
+        clock("DeepSpeed's save_checkpoint: the training waits", deepspeeds, trainer, folder / "deepspeed")
+        if world.main:
+            shutil.rmtree(folder / "deepspeed")
+        world.barrier()
+    checkpoints = Checkpoints(folder / "checkpoints", 1, world, identity, trainer.config)
+    for number, which in enumerate(("first", "second", "third")):
+        if number and world.main:  # room for the next
+            shutil.rmtree(folder / "checkpoints")
+        clock(f"{which} save: the training waits", checkpoints.save, number + 1, networks, trainer.state())
+        if which == "third":
+            clock("a cycle while it is written", cycle, trainer, 3)
+        clock(f"{which} save: waiting for the writing", checkpoints.wait)
+        clock.seconds[f"{which} save: writing, in the background"] = round(checkpoints.write_seconds[-1], 3)
+    found = clock("find: every file read and compared", checkpoints.find)
+    clock("load", checkpoints.load, found, networks)
+    clock("last save: the training waits for all of it", checkpoints.save, 3, networks, trainer.state(), last=True)
+    return clock.seconds
+
+
+def main(argv: list[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: list[str] | None) -> int:
+    parser = command.Parser(prog="benchmarks/checkpoint.py", description=__doc__.split("\n")[0])
+    parser.add_argument("settings", nargs="*", metavar="section.key=value")
+    parser.add_argument("--config", default=None)
+    parser.add_argument(
+        "--folder", type=command.path, default=Path(tempfile.gettempdir()), help="on the disk to write to"
+    )
+    parser.add_argument("--no-peer", action="store_true", help="leave DeepSpeed's out")
+    parser.add_argument("--json", type=command.path)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_intermixed_args(argv)
+    train.quieten()
+    fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
+    config = load_config(args.config, [*fixed, *args.settings])
+    backbone = load_backbone(config.model)
+    train.check(config, backbone)
+    world = start(config.engine)
+    config, _ = train.plan_run(config, backbone, world)
+    trainer = train.build(config, world, backbone, train.load_prompts(config))
+    size = checkpoint_bytes(config, trainer.networks["student"].num_parameters)
+    folder = Path(world.gather(tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=args.folder))[0])
+    try:
+        seconds = measure(trainer, folder, not args.no_peer)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    if world.main:
+        rate = size / seconds["first save: writing, in the background"]
+        print(f"a checkpoint: {readable_bytes(size)}, written at {readable_bytes(rate)} a second")
+        if args.json:
+            typed = " ".join(["deepspeed", *(each for each in sys.argv if not each.startswith("--local_rank"))])
+            settings = config.model_dump(mode="json")
+            found = {"processes": world.size, "bytes": size, "seconds": seconds, "config": settings}
+            write_json(args.json, {**provenance(typed), **found})
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
