@@ -339,8 +339,9 @@ def dmd_loss(
     Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
     are float32, or float64 where any tensor is. The gradient has x's dtype. An empty batch's mean is 0.
 
-    Entries of g that are not finite become 0 in gradient and loss, as in the paper's code: a NaN in the critic's
-    output loses that entry, a NaN in the teacher's its sample, and so does a w of 0.
+    Entries of g that are not finite become 0 in gradient and loss: a NaN in the critic's output loses that entry, a NaN
+    in the teacher's its sample, and so does a w of 0. The paper's code differs: NaN alone becomes 0 there, +inf and
+    -inf do not.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown word, guidance without
     teacher_uncond, to_x0 without x_t, and a normalizer that needs to_x0.

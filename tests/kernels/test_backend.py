@@ -1,5 +1,7 @@
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -33,6 +35,14 @@ print(sorted(new - {"dpdmd", "torch", "triton"}), "torch._dynamo" in sys.modules
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[] False"
+
+
+def test_the_documentation_says_what_an_import_brings():
+    root = Path(__file__).parents[2]
+    for file in ("README.md", "docs/kernels.md", "kernels/__init__.py"):
+        sentences = re.split(r"(?<=[.:])\s", (root / file).read_text(encoding="utf-8"))
+        said = [each for each in sentences if "nothing else" in each and "torch" in each]
+        assert said and all("Triton" in each for each in said), file
 
 
 def test_without_triton_the_reference_runs():

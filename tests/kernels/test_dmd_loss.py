@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -192,6 +194,22 @@ def test_entry_of_the_critic_that_is_not_finite_becomes_zero(inputs, form, bad):
     assert (whole.grad[1, 7] != 0).all()
     torch.testing.assert_close(damaged.grad * x[0].numel(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(loss, 0.5 * (expected**2).mean(1), rtol=1e-5, atol=0)
+
+
+def test_an_infinite_entry_is_zero_here_and_not_in_the_papers_code(randn):
+    """Which the docstring and docs/kernels.md say: there NaN alone becomes 0."""
+    x, teacher, critic, x_t = (randn(2, 5, seed=seed) for seed in range(4))
+    critic[0, 1], critic[1, 2] = float("inf"), float("nan")
+    one = torch.ones(2)
+    for loss, zeros in (
+        (dmd_loss(x.requires_grad_(), teacher, critic, x_t=x_t, to_x0=(one, -one), reduction="sum"), (True, True)),
+        (truth(x, teacher, critic, teacher, x_t, one, -one).sum(), (False, True)),
+    ):
+        (gradient,) = torch.autograd.grad(loss, x)
+        assert (bool(gradient[0, 1] == 0), bool(gradient[1, 2] == 0)) == zeros
+    assert "NaN alone becomes 0 there" in dmd_loss.__doc__
+    text = (Path(__file__).parents[2] / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert "The authors' code does so with NaN alone" in text
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
