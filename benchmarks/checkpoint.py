@@ -2,7 +2,7 @@
 
     deepspeed --num_gpus 1 benchmarks/checkpoint.py --config configs/sd35_medium.yaml model.random_init=true [--json FILE]
 
-Builds the networks, trains three cycles, saves twice, and a cycle is trained while the second is written; then verifies and loads.
+Builds the networks, trains three cycles and saves twice, with a cycle while the second is written; then verifies and loads.
 Beside it, on the same networks and the same disk, DeepSpeed's own save_checkpoint of student and critic, which is how it was done
 before: the training waited for all of it.
 """
