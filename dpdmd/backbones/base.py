@@ -262,8 +262,7 @@ class Backbone(ABC):
         state_dict: the whole transformer's, on the CPU; every tensor keeps its dtype. Raises ValueError when its names
         or shapes are not the role's, OSError where the folder cannot be written.
         """
-        with torch.device("meta"):
-            transformer = self._class.from_config(self._architectures[role])
+        transformer = self._build(self._architectures[role])
         try:
             transformer.load_state_dict(state_dict, assign=True)
         except RuntimeError as error:
@@ -300,11 +299,17 @@ class Backbone(ABC):
             check_setting(name, value, kinds.get(name, Any), what)
             if isinstance(value, list):
                 architecture[name] = tuple(value)
+        with reading(what):  # Whoever builds it later has no need to ask whether it can be built.
+            self._build(architecture)
         return architecture
 
+    def _build(self, architecture: dict[str, Any]) -> nn.Module:
+        """The transformer without memory: on the meta device."""
+        with torch.device("meta"):
+            return self._class.from_config(architecture)
+
     def _check_transformer(self, shapes: dict[str, tuple[int, ...]], architecture: dict[str, Any], what: str) -> None:
-        with reading(f"{what}'s config.json"), torch.device("meta"):
-            transformer = self._class.from_config(architecture)
+        transformer = self._build(architecture)
         check_fit(shapes, {name: tensor.shape for name, tensor in transformer.state_dict().items()}, what)
 
     def _check_roles(self, vae_channels: int) -> None:
@@ -421,8 +426,7 @@ class Backbone(ABC):
 
     def _random_transformer(self, architecture: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
         """Weights as torch draws them by default, but one at a time: a float32 copy of the whole never exists."""
-        with torch.device("meta"):
-            transformer = self._class.from_config(architecture)
+        transformer = self._build(architecture)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             for name, table in self._tables(architecture).items():
                 setattr(transformer, name, table)

@@ -128,6 +128,11 @@ class Flux(Backbone):
                 f"{what} has patch_size = {architecture['patch_size']}; 1 is needed, as "
                 "FluxPipeline makes the patches itself"
             )
+        axes, width = architecture["axes_dims_rope"], architecture["attention_head_dim"]
+        if "axes_dims_rope" in settings and (sum(axes) != width or any(axis < 1 or axis % 2 for axis in axes)):
+            raise ConfigError(
+                f"{what} has axes_dims_rope = {axes}; even numbers are needed whose sum is attention_head_dim = {width}"
+            )
         return architecture
 
     def _check_widths(self, pipeline: PipelineFolder, clips: list, t5) -> None:

@@ -69,7 +69,7 @@ class SD3(Backbone):
     transformer_class = "SD3Transformer2DModel"
     known = KNOWN
     common = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    optional = ("dual_attention_layers", "pos_embed_max_size")
+    optional = ("pos_embed_max_size",)
 
     @property
     def block_classes(self) -> tuple[type[nn.Module], ...]:
@@ -110,9 +110,9 @@ class SD3(Backbone):
         return {**encoders, "text_encoder_3": "T5EncoderModel"} if third else encoders
 
     def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
-        architecture = super()._read_architecture(settings, what)
-        architecture["dual_attention_layers"] = architecture["dual_attention_layers"] or ()
-        return architecture
+        return super()._read_architecture(
+            settings | {"dual_attention_layers": settings.get("dual_attention_layers") or ()}, what
+        )
 
     def _check_resolution(self) -> None:
         super()._check_resolution()

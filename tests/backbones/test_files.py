@@ -305,6 +305,21 @@ def test_settings_of_a_wrong_kind(folder, family, file):
     path.write_text(kept)
 
 
+@pytest.mark.parametrize("random_init", [False, True])
+def test_a_transformer_that_cannot_be_built(folder, family, random_init):
+    """Numbers that are right each by itself are refused before anything is loaded, by a plan and a benchmark too."""
+    path = folder / "transformer/config.json"
+    content = json.loads(path.read_text())
+    cases = {
+        "sd3": [("qk_norm", "group_norm", "config.json cannot be read")],
+        "flux": [("axes_dims_rope", axes, "even numbers are needed") for axes in ([4, 6, 8], [3, 5, 8], [-4, 10, 10])],
+    }
+    for name, value, words in cases[family]:
+        path.write_text(json.dumps(content | {name: value}))
+        with pytest.raises(ConfigError, match=f"transformer/.*{words}"):
+            load_backbone(config(folder, family, random_init=random_init))
+
+
 def test_settings_that_show_when_a_prompt_is_encoded(folder, family):
     for file, name, value in (
         ("text_encoder/config.json", "eos_token_id", [2]),
