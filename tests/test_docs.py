@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import run_script
+from students import exported
 
 from dpdmd.config import known_keys, load_config
 
@@ -62,22 +62,15 @@ LENGTH, SIDE = 12, 64  # not what a pipeline takes by itself: 256 tokens, and 32
 
 @pytest.fixture(scope="module")
 def runs(tiny_pipeline, tiny_flux, tmp_path_factory):
-    """A folder with the runs that the documents speak of, each by its own configuration, cut short."""
+    """A folder with students of the runs that the documents speak of, each by its own configuration."""
     folder = tmp_path_factory.mktemp("documents")
-    (folder / "my_prompts.txt").write_text("a lighthouse at dusk\na red ring\n")
-    short = ["prompts.file=my_prompts.txt", "run.iterations=2", "run.sample_every=0", "run.checkpoint_every=0"]
-    short += ["distill.critic_updates=1", "distill.teacher_steps=4", "distill.anchor=2", "engine.batch_size=1"]
-    short += ["student_optimizer.lr=0.05", "critic_optimizer.lr=0.05", "engine.device=cpu", "model.dtype=float32"]
-    short += [f"model.max_sequence_length={LENGTH}", f"model.resolution={SIDE}"]
-    overrides = {
-        "sd35_medium": [f"model.pipeline={tiny_pipeline}"],
-        "flux_lora": [f"model.pipeline={tiny_flux}", "lora.rank=4", "lora.alpha=6"],
-    }
-    for name, own in overrides.items():
-        arguments = ["--config", ROOT / "configs" / f"{name}.yaml", *short, *own]
-        where = f"prompts.file={folder / 'my_prompts.txt'}", f"run.output_dir={folder / 'runs' / name}"
-        done = run_script(0, ROOT / "dpdmd" / "train.py", *arguments, *where)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    small = [f"model.max_sequence_length={LENGTH}", f"model.resolution={SIDE}", "engine.device=cpu"]
+    for name, own in (
+        ("sd35_medium", [f"model.pipeline={tiny_pipeline}"]),
+        ("flux_lora", [f"model.pipeline={tiny_flux}", "lora.rank=4", "lora.alpha=6"]),
+    ):
+        config = load_config(ROOT / "configs" / f"{name}.yaml", [*small, *own])
+        exported(folder / config.run.output_dir / "student", config)
     return folder
 
 
@@ -98,14 +91,12 @@ def as_a_user(runs, request, monkeypatch, tmp_path):
     shutil.copytree(runs / "runs", tmp_path / "runs")
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("document", "number"), SNIPPETS, ids=lambda value: getattr(value, "name", str(value)))
 def test_every_snippet_runs_by_itself(document, number, as_a_user):
     """Imports included; what a snippet only defines is called by the tests below."""
     execute(document, number)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(
     ("name", "containing", "run", "pipeline_class"),
     [

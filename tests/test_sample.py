@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from students import exported
 
 from dpdmd import sample
-from dpdmd.backbones import load_backbone
-from dpdmd.checkpoint import STUDENT_FILE, export_student
-from dpdmd.config import ConfigError, parse_config
-from dpdmd.distill import Distillation
-from dpdmd.lora import WEIGHTS_FILE, adapter_parameters, add_adapters, use
+from dpdmd.checkpoint import STUDENT_FILE
+from dpdmd.config import Config, ConfigError, parse_config
+from dpdmd.lora import WEIGHTS_FILE
 
 FAMILIES = {"sd3": "tiny_pipeline", "flux": "tiny_flux"}
 RANK, ALPHA = 3, 5.0
-WORLD = SimpleNamespace(main=True, barrier=lambda: None)
 
 
-class Student:
-    """What `export_student` asks of a trained network."""
-
-    def __init__(self, transformer, state):
-        self.base = SimpleNamespace(transformer=transformer)
-        self._state = state
-
-    def averaged(self):
-        return contextlib.nullcontext()
-
-    def full_state_dict(self):
-        return self._state
-
-
-def exported(folder, pipeline, family, adapter):
-    """A student that differs from its teacher, exported as a run does it. Returns its backbone and transformer."""
+def config(pipeline, family, adapter) -> Config:
     values = {
         "model": {"pipeline": str(pipeline), "family": family, "resolution": 32, "max_sequence_length": 8},
         "prompts": {"file": "prompts.txt"},
         "lora": {"rank": RANK, "alpha": ALPHA} if adapter else None,
     }
-    config = parse_config(values)
-    backbone = load_backbone(config.model)
-    transformer = backbone.load_transformer("student", torch.float32)
-    generator = torch.Generator().manual_seed(0)
-    if adapter:
-        add_adapters(transformer, rank=RANK, alpha=ALPHA, seed=0)
-        parameters = adapter_parameters(transformer, "student")
-        use(transformer, "student")
-    else:
-        parameters = dict(transformer.named_parameters())
-    with torch.no_grad():
-        for parameter in parameters.values():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    state = parameters if adapter else transformer.state_dict()
-    networks = {"student": Student(transformer, {name: tensor.detach().clone() for name, tensor in state.items()})}
-    distillation = Distillation(backbone.diffusion, config.distill)
-    export_student(folder, networks, backbone, distillation, config, WORLD)
-    return backbone, transformer
+    return parse_config(values)
 
 
 @pytest.fixture(params=FAMILIES)
@@ -78,7 +42,7 @@ def adapter(request):
 def made(request, family, adapter, tmp_path):
     """(folder of a student, backbone, transformer as it was trained)"""
     folder = tmp_path / "student"
-    return folder, *exported(folder, request.getfixturevalue(FAMILIES[family]), family, adapter)
+    return folder, *exported(folder, config(request.getfixturevalue(FAMILIES[family]), family, adapter))
 
 
 def test_the_student_computes_what_was_trained(made):
@@ -116,7 +80,7 @@ def intact(tiny_pipeline, tmp_path_factory):
     """{adapter: folder of a student}. Not to be written to."""
     folder = tmp_path_factory.mktemp("students")
     for adapter in (False, True):
-        exported(folder / str(adapter), tiny_pipeline, "sd3", adapter)
+        exported(folder / str(adapter), config(tiny_pipeline, "sd3", adapter))
     return {adapter: folder / str(adapter) for adapter in (False, True)}
 
 
