@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_command
 
 # Without a GPU the Triton kernels are made for Triton's interpreter, which it wants to know when it is imported: so here,
 # before any test module imports dpdmd. Processes that tests start should not inherit it.
@@ -16,12 +16,32 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")
     import dpdmd.kernels  # noqa: F401
 
+pytest_plugins = ["machine", "record"]
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Files with tests that start processes come first: they take longest, and a worker takes a file at a time."""
     slow = {item.path for item in items if item.get_closest_marker("distributed")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+class Clock:
+    """In place of the module `time`: no time passes but what a test lets pass."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
 
 
 WORDS = "a an the red green blue yellow ring circle square cross on at left right black white big small"
@@ -193,9 +213,9 @@ def small_disk(tmp_path):
     """A file system of 1 MB."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    made = run_command(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder])
     if made.returncode:
         pytest.skip(f"a small file system cannot be made here ({made.stderr.strip()})")
     yield folder
     # Lazily: torch's writer may hold on to its file as long as its error is known.
-    subprocess.run(["umount", "-l", folder], check=True)
+    assert run_command(["umount", "-l", folder]).returncode == 0

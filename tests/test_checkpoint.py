@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import running
 
 from dpdmd import checkpoint
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, global_batch, with_global_batch
@@ -558,7 +558,7 @@ def test_a_kill_at_any_moment_of_saving_leaves_one_that_is_whole(tmp_path):
     script.write_text(KILLED.format(tests=str(Path(__file__).parent)))
     folder = tmp_path / "checkpoints"
     for attempt in range(3):
-        with subprocess.Popen([sys.executable, str(script), str(folder)], stdout=subprocess.PIPE, text=True) as process:
+        with running(sys.executable, script, folder) as process:
             for _ in range(attempt + 1):
                 assert process.stdout.readline() == "saved\n"
             process.kill()

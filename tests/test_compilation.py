@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import threading
 import time
 
 import pytest
+from processes import running
 from torch.utils.file_baton import FileBaton
 
 from dpdmd import compilation
@@ -51,9 +51,7 @@ sys.stdin.readline()
 
 
 def test_a_lock_that_is_held_is_waited_for_until_its_holder_dies(lock, capfd):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as other:
+    with running(sys.executable, "-c", HOLD, lock) as other:
         assert other.stdout.readline() == "held\n"
         assert holder(lock) == other.pid
         said = f"waiting for process {other.pid}, which is compiling the library into {lock.parent}"

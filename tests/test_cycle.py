@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -19,8 +19,7 @@ def measured(script, options, pipeline, folder, *settings):
     options += ["--json", folder / "cycle.json"]
     settings = [f"model.pipeline={pipeline}", "model.random_init=true", "model.resolution=32", *settings]
     settings += ["model.max_sequence_length=8", "engine.device=cpu", "engine.batch_size=1"]
-    command = [str(each) for each in (sys.executable, script, *options, *settings)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd="/")
+    done = run_command([sys.executable, script, *options, *settings])
     assert (folder / "cycle.json").exists(), done.stdout[-2000:] + done.stderr[-2000:]
     return done, json.loads((folder / "cycle.json").read_text())
 

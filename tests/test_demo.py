@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from processes import free_port
+from processes import reserved_port, run_command
 
 from dpdmd.demo import curves
 
@@ -21,11 +20,10 @@ TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
 def test_demo_gains_accuracy(tmp_path):
     """20 student updates; the whole demo's 50 gain some 30 points."""
     runner = [sys.executable, "-m", "deepspeed.launcher.runner"]
-    command = [*runner, "--num_accelerators", "2", "--master_port", str(free_port()), str(TRAIN)]
     options = ["engine.device=cpu", "run.iterations=120", "run.checkpoint_every=0", "evaluation.num_samples=4"]
-    done = subprocess.run(
-        [*command, *options, f"run.output_dir={tmp_path / 'run'}"], capture_output=True, text=True, timeout=600, cwd="/"
-    )
+    with reserved_port() as port:
+        command = [*runner, "--num_accelerators", "2", "--master_port", port, TRAIN]
+        done = run_command([*command, *options, f"run.output_dir={tmp_path / 'run'}"])
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     table = json.loads((tmp_path / "run" / "evaluation" / "table.json").read_text())
     guided, _, unguided, student = table.values()
@@ -72,23 +70,8 @@ def test_curves_command_trains_every_method_and_seed(tmp_path):
     options = ["engine.batch_size=2", "evaluation.num_prompts=2", "evaluation.num_samples=1", "engine.device=cpu"]
     arguments = ["--seeds", "1", "--updates", "1", "--every", "1", "--last", "1", "--runs", str(tmp_path / "runs")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "dpdmd.demo.curves",
-            "train",
-            "--output",
-            str(tmp_path / "out.json"),
-            *arguments,
-            *options,
-        ],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        cwd="/",
-        env=environment,
-    )
+    command = [sys.executable, "-m", "dpdmd.demo.curves", "train", "--output", tmp_path / "out.json"]
+    done = run_command([*command, *arguments, *options], env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     results = json.loads((tmp_path / "out.json").read_text())
     assert [(run["variant"], run["seed"], run["updates"]) for run in results["runs"]] == [

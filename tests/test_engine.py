@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
-from processes import results_of
+from processes import results_of, run_command
 
 from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
@@ -140,7 +139,7 @@ start(EngineConfig())
 kept = [torch.empty(2**20, device="cuda") for _ in range(100)]
 print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}, len(torch.cuda.memory_snapshot()))
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    done = run_command([sys.executable, "-c", script])
     assert done.returncode == 0, done.stderr[-3000:]
     expandable, number = done.stdout.splitlines()[-1].rsplit(" ", 1)
     assert expandable == "{True}" and int(number) < 10, done.stdout
@@ -173,7 +172,7 @@ for dtype in (torch.bfloat16, torch.float32):
     for size in (8, 128):
         print(convolution(torch.randn(2, 16, size, size, device="cuda", dtype=dtype)).sum().item())
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600)
+    done = run_command([sys.executable, "-c", script])
     assert done.returncode == 0 and len(done.stdout.splitlines()) >= 4, done.stderr[-3000:]
 
 

@@ -8,13 +8,13 @@ import itertools
 import json
 import os
 import random
-import subprocess
 import sys
 import textwrap
 
 import pytest
 import torch
 import yaml
+from processes import run_command
 
 from dpdmd import command
 from dpdmd.command import BUG, ConfigError, RunStopped, run
@@ -190,11 +190,8 @@ def test_wrong_options_are_said_once(capsys, monkeypatch):
 def piped(body, tail, **environment):
     """A command that does `body`, its output to a shell's `tail`: the command's status, and what both streams got."""
     code = f"import sys\nfrom dpdmd.command import *\ndef function():\n{textwrap.indent(body, ' ')}\nsys.exit(run(function))"
-    done = subprocess.run(
+    done = run_command(
         ["bash", "-c", f'"$0" -c "$1" {tail}; exit ${{PIPESTATUS[0]}}', sys.executable, code],
-        capture_output=True,
-        text=True,
-        timeout=120,
         env={**os.environ, **environment},
     )
     return done.returncode, done.stdout, done.stderr

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import stat
-import subprocess
 import sys
 from collections import namedtuple
 
@@ -15,6 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
+from processes import run_command
 
 from dpdmd import files
 from dpdmd.backbones.sd3 import SD3
@@ -261,7 +261,7 @@ def test_killed_before_the_rename(tmp_path, monkeypatch):
         "os.replace = lambda *names: os.kill(os.getpid(), signal.SIGKILL)\n"
         "files.write_text(sys.argv[1], 'half')"
     )
-    killed = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True)
+    killed = run_command([sys.executable, "-c", code, path])
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert [each.name for each in tmp_path.iterdir()] == [".unfinished-a"]
     write_text(path, "whole")
@@ -339,7 +339,7 @@ def test_permissions_are_the_umasks(tmp_path, mask):
 def test_sha256(tmp_path):
     path = tmp_path / "a"
     path.write_bytes(b"a" * (2 * files._CHUNK + 1))
-    found = subprocess.run(["sha256sum", path], capture_output=True, text=True, check=True).stdout.split()[0]
+    found = run_command(["sha256sum", path]).stdout.split()[0]
     assert sha256(path) == found
 
 
@@ -405,14 +405,14 @@ def test_a_disk_without_room_for_names(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
     arguments = ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=2", "tmpfs", folder]
-    if subprocess.run(arguments, capture_output=True).returncode:
+    if run_command(arguments).returncode:
         pytest.skip("a small file system cannot be made here")
     try:
         write_text(folder / "a", "text")
         with pytest.raises(OSError, match=r"b could not be written: No space left on device; 1\.04 MB are free"):
             write_text(folder / "b", "text")
     finally:
-        subprocess.run(["umount", folder], check=True)
+        assert run_command(["umount", folder]).returncode == 0
 
 
 def by_path(folder):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import running
 
 from dpdmd.config import ConfigError
 from dpdmd.folder import MARK, RunFolder, check_space
@@ -90,9 +90,7 @@ sys.stdin.read()
 
 @pytest.mark.parametrize("how", [{}, {"resume": True}, {"overwrite": True}])
 def test_two_runs_in_one_folder(tmp_path, how):
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as first:
+    with running(sys.executable, "-c", HOLD, tmp_path) as first:
         assert first.stdout.readline() == "taken\n"
         with pytest.raises(ConfigError, match=rf"another run is at work in it \(process {first.pid} on .*, since"):
             RunFolder(tmp_path, **how)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import ast
 import importlib.metadata
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import ends, run_command
 
 ROOT = Path(__file__).parents[1]
 MODULES = [
@@ -32,8 +32,8 @@ def test_kernels_import_torch_and_nothing_else_of_ours():
         "ours = [name for name in sys.modules if name.startswith('dpdmd') and not name.startswith('dpdmd.kernels')]\n"
         "print(found, ours)\n"
     )
-    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd="/")
-    assert answer.stdout.strip() == "[] ['dpdmd']", answer.stdout
+    answer = run_command([sys.executable, "-c", code])
+    assert answer.stdout.strip() == "[] ['dpdmd']", ends(answer.stdout, answer.stderr)
 
 
 ALLOWED = {

@@ -8,7 +8,6 @@ import os
 import shutil
 import signal
 import stat
-import subprocess
 import sys
 import tempfile
 import weakref
@@ -17,6 +16,7 @@ from collections import namedtuple
 import pytest
 import safetensors.torch
 import torch
+from processes import run_command
 
 from dpdmd import prompts as prompts_module
 from dpdmd.backbones.sd3 import SD3
@@ -296,7 +296,7 @@ def test_a_killed_build(tmp_path, monkeypatch):
         "prompts.EmbeddingCache(sys.argv[1], 'key').build(MANY, Encoder().encode, 4)\n"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path])}
-    killed = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True, env=environment)
+    killed = run_command([sys.executable, "-c", code, tmp_path], env=environment)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     left = [path.name for path in (tmp_path / "key").iterdir() if path.name.startswith(".unfinished-")]
     assert len(left) == 1 and len(os.listdir(tmp_path / "key")) == 3
@@ -1004,4 +1004,4 @@ def test_import_is_light():
     code = (
         "import sys, dpdmd.prompts; print([m for m in ('diffusers', 'transformers', 'deepspeed') if m in sys.modules])"
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+    assert run_command([sys.executable, "-c", code]).stdout.strip() == "[]"

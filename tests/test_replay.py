@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import run_command
 
 from dpdmd import replay
 from dpdmd.replay import GRAPHS, Replay
@@ -80,7 +80,7 @@ class TestOnGpu:
             settings = [f"run.output_dir={tmp_path / graphs}", "run.iterations=18", f"engine.cuda_graphs={graphs}"]
             settings += ["engine.batch_size=16", "evaluation.enabled=false", "run.sample_every=1", *lever]
             command = [sys.executable, "-m", "dpdmd.train", *settings]
-            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            done = run_command(command)
             assert done.returncode == 0, done.stderr[-3000:]
             lines = (tmp_path / graphs / "metrics.jsonl").read_text().splitlines()
             losses.append([json.loads(line)["loss"] for line in lines])

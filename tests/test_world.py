@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
 import pytest
-from processes import free_port
+from processes import LIMIT, reserved_port, run_command
 
 from dpdmd import world
 from dpdmd.config import ConfigError
@@ -100,6 +99,12 @@ def here(rank: int, size: int, port: int) -> Launch:
     return Launch(rank, size, rank, size, "127.0.0.1", port, "RANK and WORLD_SIZE")
 
 
+@pytest.fixture
+def port():
+    with reserved_port() as reserved:
+        yield reserved
+
+
 def listening(port: int) -> list[str]:
     """Addresses, as the kernel writes them, at which something listens."""
     lines = [
@@ -110,12 +115,11 @@ def listening(port: int) -> list[str]:
     ]
 
 
-def test_the_store_listens_on_this_machine_alone():
-    port = free_port()
+def test_the_store_listens_on_this_machine_alone(port):
     stores = {}
-    others = threading.Thread(target=lambda: stores.update({1: meet(here(1, 2, port), "run", 60)}))
+    others = threading.Thread(target=lambda: stores.update({1: meet(here(1, 2, port), "run", LIMIT)}))
     others.start()
-    stores[0] = meet(here(0, 2, port), "run", 60)
+    stores[0] = meet(here(0, 2, port), "run", LIMIT)
     others.join()
     assert listening(port) == ["0100007F"]  # 127.0.0.1
     stores[0].set("key", "value")
@@ -131,27 +135,26 @@ def test_a_port_that_is_taken():
             meet(here(0, 2, port), "run", 5)
 
 
-def test_processes_that_do_not_come(capfd):
+def test_processes_that_do_not_come(port):
     with pytest.raises(ConfigError, match=r"process 0 of 2 .* waited 1 s at 127.0.0.1:\d+ for process 1: all 2 must"):
-        meet(here(0, 2, free_port()), "run", 1)
+        meet(here(0, 2, port), "run", 1)
     with pytest.raises(ConfigError, match=r"process 1 of 2 .* found no process 0 at 127.0.0.1:\d+ within 1 s"):
-        meet(here(1, 2, free_port()), "run", 1)
+        meet(here(1, 2, port), "run", 1)
 
 
-def test_another_run_at_the_same_port():
-    port = free_port()
+def test_another_run_at_the_same_port(port):
     problems = []
 
     def first():
         try:
-            meet(here(0, 2, port), "one run", 8)
+            meet(here(0, 2, port), "one run", 30)  # time enough for the other to find it
         except ConfigError as error:
             problems.append(str(error))
 
     waiting = threading.Thread(target=first)
     waiting.start()
     with pytest.raises(ConfigError, match=f"found another run at 127.0.0.1:{port} .one run.: .* --master_port"):
-        meet(here(1, 2, port), "another run", 60)
+        meet(here(1, 2, port), "another run", LIMIT)
     waiting.join()
     assert "for process 1" in problems[0]
 
@@ -161,11 +164,8 @@ def test_a_task_of_srun_is_one_of_several(tmp_path):
     """Not a run of its own in the same folder."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
     script = "import sys; from dpdmd import train, world; world.MEETING_SECONDS = 2; sys.exit(train.main(sys.argv[1:]))"
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-c", script, "engine.device=cpu", f"run.output_dir={tmp_path / 'run'}"],
-        capture_output=True,
-        text=True,
-        timeout=600,
         env=clean | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
     )
     assert done.returncode == 2 and not (tmp_path / "run").exists()
@@ -199,7 +199,7 @@ def test_nothing_is_compiled_and_nothing_stays_in_shared_memory(tmp_path):
         "world = start(EngineConfig(device='cpu')); print(comm.get_world_size(), flush=True)"
     )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, env=environment)
+    done = run_command([sys.executable, "-c", script], env=environment)
     assert done.stdout.split()[-1:] == ["1"], done.stderr[-3000:]
     assert not list(tmp_path.rglob("*.cpp")) and not list(tmp_path.rglob("lock"))
     left = {path.name for path in Path("/dev/shm").iterdir()} - before

@@ -355,6 +355,9 @@ def test_compiles_quantized(inputs):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_memory(
+    20
+)  # x, its copies of the result, of the gradient and of its upstream: 4 each, and as much to spare
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_more_than_2_to_31_elements(inputs, randn, implementation):
     if implementation == "reference":

@@ -343,6 +343,7 @@ def test_triton_errors(make, shape, dtype, scale, message):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_memory(8)  # logits in float64
 @pytest.mark.skipif(not ON_GPU, reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["triton", "triton+cudnn", "cudnn"])
 @pytest.mark.parametrize("shape", [(2, 4429, 4429, 4, 64), (1, 4608, 4608, 3, 128), (1, 1000, 777, 3, 96)])

@@ -1,10 +1,10 @@
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import run_command
 
 from dpdmd.kernels import _triton, backend, dmd_loss, renoise, use_backend
 
@@ -33,8 +33,8 @@ import dpdmd.kernels
 new = {name.partition(".")[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)
 print(sorted(new - {"dpdmd", "torch", "triton"}), "torch._dynamo" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[] False"
+    done = run_command([sys.executable, "-c", code])
+    assert done.stdout.strip() == "[] False", done.stderr
 
 
 def test_the_documentation_says_what_an_import_brings():
@@ -57,7 +57,7 @@ assert x.grad is not None
 with use_backend("triton"):
     renoise(x, x, 0.5)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_command([sys.executable, "-c", code])
     assert "renoise has no 'triton' implementation here: Triton is not installed (pip install triton" in done.stderr
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import LIMIT, run_command
 
 from dpdmd.kernels import _build, _cuda, backend, dmd_loss, use_backend
 
@@ -37,7 +38,7 @@ try:
 except NotImplementedError as error:
     print("CPU" in str(error))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = run_command([sys.executable, "-c", code])
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
 
@@ -103,7 +104,9 @@ def test_of_several_processes_one_compiles(tmp_path):
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(LIMIT)
+        process.kill()
+        process.join()
     assert [process.exitcode for process in processes] == [0] * 4
     assert (tmp_path / "log").read_text() == "built\n"
 

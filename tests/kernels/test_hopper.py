@@ -2,11 +2,11 @@
 what it refuses, and an access that lost its width shows."""
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import run_command
 
 pytest.importorskip("triton")
 
@@ -45,6 +45,6 @@ EXPECTED = {
 @pytest.mark.parametrize("group", EXPECTED)
 def test_kernels_compile(group, tmp_path):
     environment = {"PATH": "", "PYTHONPATH": os.pathsep.join(sys.path[1:]), "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, DRIVER, group], capture_output=True, text=True, env=environment)
+    done = run_command([sys.executable, DRIVER, group], env=environment)
     assert done.returncode == 0, done.stderr
     assert dict(line.partition(", ")[::2] for line in done.stdout.splitlines()) == EXPECTED[group]

@@ -547,6 +547,7 @@ class TestTriton:
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     @pytest.mark.gpu
+    @pytest.mark.gpu_memory(8)
     @pytest.mark.parametrize(
         ("batch", "lengths", "heads", "dim", "rotation"),
         [(4, (4096, 333), 24, 64, False), (2, (512, 4096), 24, 128, True), (2, (4096, 333), 38, 64, True)],
@@ -566,6 +567,7 @@ class TestTriton:
 
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
     @pytest.mark.gpu
+    @pytest.mark.gpu_memory(24)
     def test_more_than_2_to_31_elements(self, make, randn, relative_error):
         """Projections of 2^31 elements and more: the last tokens of a long sample."""
         heads, dim, length = 24, 128, 2**31 // (3 * 24 * 128) + 100

@@ -184,6 +184,7 @@ class TestLaunch:
                     expected = call()
                 assert relative_error(call(), expected) < 1e-5
 
+    @pytest.mark.gpu_memory(24)
     def test_more_than_2_to_31_elements(self, randn, relative_error):
         size = 2**30 + 4096 + 16
         x = torch.randn(1, 4096, dtype=torch.bfloat16).repeat(2, size // 4096 + 1)[:, :size].contiguous()
