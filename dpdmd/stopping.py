@@ -38,9 +38,12 @@ class Stop:
                     self._before[number] = signal.signal(number, self._take)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if kind is RunEnded and signal.SIGTERM in self._before:
+            # The launcher ends the others as soon as the first process has ended, which would hide their status.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
