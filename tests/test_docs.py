@@ -197,7 +197,7 @@ def test_the_functions_of_the_transformers_snippets(tmp_path, capsys):
 # Commands
 
 
-class Parsed(Exception):
+class Parsed(BaseException):
     """A program has read its arguments."""
 
 
