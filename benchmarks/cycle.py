@@ -119,9 +119,8 @@ def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
         run_cycle(trainer, cycle, clock)
         total = clock.seconds(begin, clock.mark())
         trainer.settle()
-        if trainer.skipped:
-            last = trainer.last_skipped
-            raise RuntimeError(f"update {last.iteration} was not finite: {last.numbers()}; no time is worth reporting")
+        if trainer.num_skipped:
+            raise RuntimeError(f"updates that were not finite, by role: {trainer.skipped}; no time is worth reporting")
         parts = clock.read()
         if trainer.world.main:
             print(f"cycle {cycle}{' (warm-up)' if cycle < warmup else ''}: {total:.3f} s", flush=True)

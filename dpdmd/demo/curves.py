@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -88,11 +89,16 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
         "variant": key[0],
         "seed": key[1],
         "updates": [students[line["iteration"]] for line in measured],
-        **{metric: [round(line[metric], 4) for line in measured] for metric in METRICS},
+        # null: not a number, as an entropy where no prompt leaves the attribute free
+        **{metric: [_rounded(line[metric]) for line in measured] for metric in METRICS},
         "skipped": finished["skipped"],
         "seconds": {name: value for name, value in finished.items() if name.endswith("seconds")},
         "table": finished["evaluation"],
     }
+
+
+def _rounded(number: float | None) -> float:
+    return math.nan if number is None else round(number, 4)
 
 
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
