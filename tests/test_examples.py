@@ -55,7 +55,12 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(tmp_path, port):
         "OMP_NUM_THREADS": "1",
         "REQUEUED": str(tmp_path / "requeued"),
     }
-    clean |= {"SLURM_NTASKS": "2", "SLURM_JOB_ID": "4242", "MASTER_PORT": str(port), "PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+    clean |= {
+        "SLURM_NTASKS": "2",
+        "SLURM_JOB_ID": "4242",
+        "MASTER_PORT": str(port),
+        "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+    }
     script = ["bash", str(ROOT / "examples" / "slurm.sh"), *settings]
 
     with subprocess.Popen(
