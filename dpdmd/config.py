@@ -213,15 +213,14 @@ class OptimizerConfig(_Section):
     name: Literal["auto", "fused", "apex", "deepspeed", "torch"] = Field(
         "auto",
         description="AdamW: fused (dpdmd.optimizer, one pass over a shard), apex, DeepSpeed FusedAdam or torch. auto: "
-        "fused under ZeRO stage 3, else the first of the others that is installed.",
+        "fused, and torch with engine.offload.",
     )
     state: Literal["float32", "bfloat16", "float8"] = Field(
         "float32",
         description="The two moments in 8, 4 or 2 bytes a parameter, of fused alone; fewer than 8 are stochastically "
         "rounded. The float32 masters stay.",
     )
-    # Smaller ones do nothing in float32; AdamW moves every weight by about lr an update, so larger ones are slips.
-    lr: Number = Field(1e-5, ge=1e-12, le=1.0, description="Learning rate.")
+    lr: Number = Field(1e-5, gt=0.0, le=1e30, description="Learning rate.")  # float32 holds it
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="Decay of the two moments.")
     eps: Number = Field(1e-8, ge=1e-30, le=1.0, description="Added to the denominator.")
     weight_decay: Number = Field(0.0, ge=0.0, le=10.0, description="Decoupled weight decay.")

@@ -183,7 +183,7 @@ def test_a_run_whose_student_is_never_updated_does_not_end_well(options, tmp_pat
         folder = tmp_path / limit
         mine = [*options, f"run.max_bad_updates={limit}", f"run.output_dir={folder}"]
         done = checked(run_script(0, DRIVER, "no-uncond", tmp_path, *mine), 1)
-        assert words in done.stderr and "of the student's " in done.stderr and "'a red ring'" in done.stderr
+        assert words in done.stderr and "of the student's " in done.stderr and "prompts in them: 'a " in done.stderr
         assert not (folder / "student").exists() and not (folder / "finished.json").exists()
         lines = (folder / "metrics.jsonl").read_text()
         assert "NaN" not in lines and "Infinity" not in lines
@@ -219,7 +219,7 @@ def test_the_last_good_checkpoint_of_a_student_that_exploded(options, tmp_path):
         "run.max_bad_updates=2",
         f"run.output_dir={folder}",
     ]
-    exploding = [*mine, "student_optimizer.lr=1e30", "student_optimizer.warmup=0"]
+    exploding = [*mine, "student_optimizer.lr=1e6", "student_optimizer.warmup=0"]
     done = checked(run_script(0, TRAIN, *exploding), 1)
     # The student's first update (number 3) is finite and leaves weights that are not of use. The critic's next update after
     # the checkpoint of update 2 is the one that breaks; after that of update 1 it was number 2, which was finite.

@@ -223,9 +223,7 @@ def test_run_that_stays_broken_stops_with_its_last_good_checkpoint(settings, tmp
     # update was finite; after that of update 2 both were.
     assert "3 updates of the critic in a row were not finite (the last was number 8)" in done.stderr
     assert f"the last good checkpoint is {folder / 'checkpoints' / 'step_000002'}" in done.stderr
-    assert "3 of the critic's 6 updates; prompts in them: 'a red ring'" in done.stderr.replace(
-        "1 of the student's 2, ", ""
-    )
+    assert "1 of the student's 2, 3 of the critic's 6 updates; prompts in them: 'a " in done.stderr
     assert [entry["skipped"] for entry in entries(folder)] == [0, 0, 0, 0, 1, 2, 3, 4]
     found = sorted(str(path.relative_to(folder)) for path in (folder / "checkpoints").glob("*/*") if path.is_file())
     assert [each for each in found if "index" not in each] == [
