@@ -1,18 +1,40 @@
-"""Which attention kernels all processes of a run take, and a run that goes on takes again: those of one table of times.
+"""Which kernels all processes of a run take, and a run that goes on takes again.
 
-Each process would choose by what it measures on a GPU that the package ships no times for, and two measurements may
-choose differently.
+Attention's are chosen by one table of times: each process would choose by what it measures on a GPU that the package ships no
+times for, and two measurements may choose differently. Of the others each machine takes what it has: it must be the same.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 
 from dpdmd.backbones.base import Backbone
+from dpdmd.config import ConfigError
 from dpdmd.kernels import _attention_choice, attention
+from dpdmd.kernels.backend import why_not
 from dpdmd.world import World
+
+
+def check_alike(world: World) -> None:
+    """Raises ConfigError where the processes would not run the same kernels: their last bits differ, and so would the weights
+    that each process computes for all. All processes call."""
+    device = world.device
+    mine = {
+        "torch": torch.__version__,
+        "DPDMD_KERNELS": os.environ.get("DPDMD_KERNELS"),
+        "DPDMD_ATTENTION": os.environ.get("DPDMD_ATTENTION"),
+        **{f"{name} kernels": not why_not(name, device.type, device.index) for name in ("cuda", "triton")},
+    }
+    for rank, theirs in enumerate(world.gather(mine)):
+        for name, value in theirs.items():
+            if value != mine[name]:
+                raise ConfigError(
+                    f"{name} = {value!r} in process {rank} and {mine[name]!r} in process {world.rank}: all machines of a "
+                    "run need the same environment (where not all have compiled kernels, DPDMD_KERNELS=triton does without)"
+                )
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:

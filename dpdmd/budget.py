@@ -551,6 +551,11 @@ class Memory:
             host["gradients on their way to NVMe"] = 4 * sum(trained.values()) * local
         if config.ema is not None and config.ema.device == "cpu":
             host["average of the student"] = 4 * trained["student"] * local
+        if config.run.checkpoint_every and config.engine.offload != "nvme":
+            states = {role: STATE_BYTES[getattr(config, f"{role}_optimizer").state] for role in trained}
+            copy = sum((4 + states[role]) * size for role, size in trained.items())
+            copy += 4 * trained["student"] * (config.ema is not None)
+            host["checkpoint: a copy of masters and moments"] = copy * local
         width = student.dtype_bytes
         if not config.model.random_init:
             host["start: a network's weights in each process"] = width * student.parameters * local

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dpdmd.averaging import Average
 from dpdmd.compilation import compiling
-from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged
+from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged, read_file
 from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
@@ -745,19 +745,27 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
     return settings
 
 
+_LARGEST_SETTINGS = 1 << 20  # bytes of DeepSpeed's
+
+
 def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
     """The user's own DeepSpeed settings. Raises ConfigError for a file that is not a JSON object."""
     if isinstance(source, dict):
         return source
+    where = f"engine.deepspeed = {source!r}"
     try:
-        settings = json.loads(Path(source).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"engine.deepspeed = {source!r}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise ConfigError(f"engine.deepspeed = {source!r}: not a JSON file ({error})") from error
+        settings = json.loads(read_file(Path(source), where, _LARGEST_SETTINGS), parse_constant=_refuse_constant)
+    except ConfigError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not a JSON file ({error})") from error
     if not isinstance(settings, dict):
-        raise ConfigError(f"engine.deepspeed = {source!r}: holds a {type(settings).__name__}; an object is needed")
+        raise ConfigError(f"{where}: holds a {type(settings).__name__}; an object is needed")
     return settings
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 
 from dpdmd import command, engine
-from dpdmd.agreement import agree_on_attention
+from dpdmd.agreement import agree_on_attention, check_alike
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes, export_student, with_global_batch
 from dpdmd.command import RunEnded, RunStopped
@@ -204,6 +204,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         stop = opened.enter_context(Stop())
         path = Path(config.run.output_dir)
         world = start(config.engine, run=str(path.resolve()))
+        check_alike(world)
         folder = take_folder(path, world, resume=resume, overwrite=overwrite)
         opened.callback(folder.close)
         checkpoints = Checkpoints(
@@ -496,6 +497,8 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         networks[role] = Network(role, module, backbone, config, world, phases)
     if base is not None:
         base.shard(config, world)
+    if world.main and not config.model.random_init and (config.run.sample_every or config.evaluation.enabled):
+        backbone.load_decoder("cpu")  # for what it refuses: pictures are made much later
     distillation = Distillation(backbone.diffusion, config.distill, world.device)
     return Trainer(config, world, backbone, distillation, networks, prompts, conditioner, phases)
 
@@ -504,7 +507,8 @@ def space_needed(trainer: Trainer) -> tuple[int, int, int]:
     """Bytes of a checkpoint, how many there are at once at most, bytes of the exported student."""
     config, run = trainer.config, trainer.config.run
     parameters = trainer.networks["student"].num_parameters
-    weight_bytes = resolve_dtype(config.model.dtype, trainer.world.device.type).itemsize
+    # Adapters are exported as their masters are.
+    weight_bytes = 4 if config.lora else resolve_dtype(config.model.dtype, trainer.world.device.type).itemsize
     made = 1 + (run.iterations // run.checkpoint_every if run.checkpoint_every else 0)
     # Those that are kept, the one that is being written, and the last good one where it is older than those.
     at_once = min(made, run.keep_checkpoints + 2)

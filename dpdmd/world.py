@@ -170,7 +170,7 @@ class World:
 
     def barrier(self) -> None:
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def on_main(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the function on the main process. Its result, or the ConfigError that it raised, is every process's."""

@@ -15,7 +15,7 @@
 set -u
 
 # --resume from the first start on: where there is no checkpoint yet it says so and begins.
-srun --kill-on-bad-exit=0 python dpdmd/train.py --resume "$@"
+srun --kill-on-bad-exit=1 python dpdmd/train.py --resume "$@"
 status=$?
 
 # Pre-empted jobs are put back into the queue by SLURM itself; one whose time is over asks for it.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from processes import run_script
 
 DRIVER = Path(__file__).parent / "drivers" / "attention_agreement.py"
@@ -62,3 +64,24 @@ def test_another_gpu_is_measured_and_said(ranks, case, gpu, words):
 @pytest.mark.distributed
 def test_on_the_cpu_there_is_nothing_to_agree_on(ranks):
     assert [results["on the cpu"] for results in ranks] == [{"table": None, "agreed": None}] * 2
+
+
+def test_processes_with_other_kernels_are_refused(monkeypatch):
+    """A machine without nvcc beside one with: the others' last bits would differ."""
+    from dpdmd.agreement import check_alike
+    from dpdmd.config import ConfigError
+
+    found = []
+
+    def gather(mine):
+        found.append(mine)
+        return [mine, {**mine, "cuda kernels": True}]
+
+    world = SimpleNamespace(device=torch.device("cpu"), rank=0, size=2, gather=gather)
+    with pytest.raises(
+        ConfigError, match=r"cuda kernels = True in process 1 and False in process 0: all machines of a run"
+    ):
+        check_alike(world)
+    assert found[0].keys() == {"torch", "DPDMD_KERNELS", "DPDMD_ATTENTION", "cuda kernels", "triton kernels"}
+    world.gather = lambda mine: [mine, mine]
+    check_alike(world)

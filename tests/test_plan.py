@@ -144,6 +144,11 @@ def test_offload_by_hand():
     assert host["masters, moments and gradients"] == 16 * 2 * 210 / 2
     assert host["average of the student"] == 4 * 210 / 2
     assert host["export: the student's weights"] == 2 * 210
+    assert host["checkpoint: a copy of masters and moments"] == (2 * (4 + 8) + 4) * 210 / 2  # the average's too
+    smaller = Memory(by_hand("student_optimizer.state=bfloat16", "ema.device=same"), ByHand(), 16).host()
+    assert smaller["checkpoint: a copy of masters and moments"] == ((4 + 4) + (4 + 8) + 4) * 210 / 2
+    once = Memory(by_hand("run.checkpoint_every=0"), ByHand(), 16).host()  # at the end, when nothing waits for it
+    assert "checkpoint: a copy of masters and moments" not in once
 
 
 @pytest.mark.parametrize(
