@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -32,7 +33,6 @@ from dpdmd import command
 from dpdmd.files import load_tensors, sha256, write_json
 from dpdmd.provenance import provenance
 
-TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
 ITERATIONS = 18
 SETTINGS = (
     *("engine.device=cpu", "engine.batch_size=2", "evaluation.enabled=false", "distill.critic_updates=2"),
@@ -52,56 +52,73 @@ class Case:
     said: list[str] = field(default_factory=list)  # what the user was told
 
 
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["deepspeed", "dpdmd.backbones.sd3", "dpdmd.train"])  # a run need not wait for imports
+
+
+def _train(arguments: list[str], world: dict[str, str], log: Path) -> None:
+    """A process of a run, as a launcher starts it."""
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
+    os.environ.update(world)
+    os.chdir("/")
+    from dpdmd import train
+
+    sys.exit(train.main(arguments))
+
+
 @dataclass
 class Run:
-    """One run: its processes, started as a launcher does, and what they print."""
+    """One run: its processes and what they print."""
 
     folder: Path
-    processes: list[subprocess.Popen]
-    log: Path
+    processes: list[multiprocessing.Process]
 
     @classmethod
     def start(cls, shared: Path, folder: Path, number: int, *more: str) -> Run:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        log = folder.with_name(f"{folder.name}.log")
         settings = (*SETTINGS, f"prompts.file={shared / 'prompts.txt'}", f"prompts.cache_dir={shared / 'embeddings'}")
+        arguments = [*settings, f"run.output_dir={folder}", *more]
         processes = []
         for rank in range(number):
             world = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
             if number > 1:
                 world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
                 world |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            with log.open("ab") as output:
-                arguments = [sys.executable, str(TRAIN), *settings, f"run.output_dir={folder}", *more]
-                processes.append(
-                    subprocess.Popen(arguments, stdout=output, stderr=output, env={**os.environ, **world}, cwd="/")
-                )
-        return cls(folder, processes, log)
+            processes.append(_context.Process(target=_train, args=(arguments, world, log_of(folder))))
+            processes[-1].start()
+        return cls(folder, processes)
+
+    @property
+    def at_work(self) -> list[multiprocessing.Process]:
+        return [each for each in self.processes if each.exitcode is None]
 
     def wait(self) -> int:
         """The status of the first that failed, the others being ended then as a launcher does; 0 where none did."""
         deadline = time.monotonic() + PATIENCE
-        while any(each.poll() is None for each in self.processes):
-            failed = [each.returncode for each in self.processes if each.returncode]
+        while self.at_work:
+            failed = [each.exitcode for each in self.processes if each.exitcode]
             if failed or time.monotonic() > deadline:
                 return self.end(failed[0] if failed else None)
-            time.sleep(0.1)
-        return next((each.returncode for each in self.processes if each.returncode), 0)
+            time.sleep(0.05)
+        return next((each.exitcode for each in self.processes if each.exitcode), 0)
 
     def end(self, status: int | None) -> int:
         for each in self.processes:
             each.terminate()
         for each in self.processes:
-            try:
-                each.wait(30)
-            except subprocess.TimeoutExpired:
-                each.kill()
-                each.wait()
+            each.join(30)
+            each.kill()
+            each.join()
         if status is None:
             raise TimeoutError(f"a run did not end within {PATIENCE:.0f} s")
         return status
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
 
 
 def finish(shared: Path, folder: Path, number: int, case: Case) -> None:
@@ -112,7 +129,7 @@ def finish(shared: Path, folder: Path, number: int, case: Case) -> None:
     else:
         case.problem = "did not end well when it was resumed"
     case.said = said(folder)
-    text = folder.with_name(f"{folder.name}.log").read_text(errors="replace")
+    text = log_of(folder).read_text(errors="replace")
     if "Traceback" in text:
         case.problem = case.problem or "a traceback"
     if not case.problem and weights_of(folder) != json.loads((shared / f"weights-{number}.json").read_text()):
@@ -122,7 +139,7 @@ def finish(shared: Path, folder: Path, number: int, case: Case) -> None:
 
 def said(folder: Path) -> list[str]:
     words = ("error", "ended after", "left out", "going on", "starting at", "finished:")
-    lines = folder.with_name(f"{folder.name}.log").read_text(errors="replace").splitlines()
+    lines = log_of(folder).read_text(errors="replace").splitlines()
     return [line.replace(str(folder), "RUN")[:300] for line in lines if line.startswith(words) or "left out" in line]
 
 
@@ -142,18 +159,18 @@ def by_signal(shared: Path, folder: Path, number: int, rng: random.Random, whole
     run = Run.start(shared, folder, number)
     time.sleep(delay)
     chosen = run.processes if victims == "all" else [rng.choice(run.processes)]
+    chosen = [process for process in chosen if process.exitcode is None]
     for process in chosen:
-        if process.poll() is None:
-            process.send_signal(getattr(signal, name))
+        os.kill(process.pid, getattr(signal, name))
     if name == "SIGSTOP":
         time.sleep(3)
         for process in chosen:
-            process.send_signal(signal.SIGCONT)
+            os.kill(process.pid, signal.SIGCONT)
     status = run.wait()
     allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, command.ENDED, -15), "SIGSTOP": (0,)}[name]
     if status not in (*allowed, *((1, 70) if victims == "one" and number > 1 and name == "SIGKILL" else ())):
         case.problem = f"ended with status {status}"
-    folder.with_name(f"{folder.name}.log").rename(folder.with_name(f"{folder.name}.first.log"))
+    log_of(folder).rename(folder.with_name(f"{folder.name}.first.log"))
     finish(shared, folder, number, case)
     return case
 
@@ -235,7 +252,7 @@ def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, ne
             "full disk", f"room for {share:.0%} of what a run writes, from its first line of metrics on", number
         )
         run = Run.start(shared, run_folder, number)
-        while not (run_folder / "metrics.jsonl").exists() and any(each.poll() is None for each in run.processes):
+        while not (run_folder / "metrics.jsonl").exists() and run.at_work:
             time.sleep(0.02)
         filler, free = folder / "filler", shutil.disk_usage(folder).free
         with filler.open("wb") as file:
@@ -264,7 +281,7 @@ def prepare(shared: Path) -> tuple[float, int]:
         began = time.monotonic()
         folder = shared / f"straight-{number}"
         if status := Run.start(shared, folder, number).wait():
-            log = folder.with_name(f"{folder.name}.log").read_text()[-2000:]
+            log = log_of(folder).read_text()[-2000:]
             raise RuntimeError(f"a run that nothing was done to ended with status {status}: {log}")
         seconds = max(seconds, time.monotonic() - began)
         written = max(written, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))

@@ -170,7 +170,9 @@ def _say(message: str, details: str = "") -> None:
             time.sleep(_PATIENCE)
     number = os.environ.get("RANK", "0")
     start = "error: " if number == "0" else f"error (process {number}): "
-    _write(details + "".join(f"{start}{line}\n" for line in message.splitlines() or [""]))
+    # The main process may have left a bar without its end of line.
+    begin = "" if number == "0" else "\n"
+    _write(begin + details + "".join(f"{start}{line}\n" for line in message.splitlines() or [""]))
 
 
 def _leads() -> bool:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import LIMIT, reserved_port
+from processes import reserved_port, run_command, running
 
 from dpdmd import command
 
@@ -18,12 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 # Starts the tasks as srun does, passes SIGTERM on to them, and ends with the highest of their statuses.
 SRUN = """#!{python}
-import os, signal, subprocess, sys
+import os, signal, sys
+from subprocess import Popen
 arguments = [each for each in sys.argv[1:] if not each.startswith("--kill")]
 arguments[0] = sys.executable
 number = int(os.environ["SLURM_NTASKS"])
 tasks = [
-    subprocess.Popen(arguments, env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
+    Popen(arguments, env={{**os.environ, "SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}})
     for rank in range(number)
 ]
 signal.signal(signal.SIGTERM, lambda *_: [task.send_signal(signal.SIGTERM) for task in tasks])
@@ -61,11 +61,11 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(tmp_path, port):
         "MASTER_PORT": str(port),
         "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
     }
-    script = ["bash", str(ROOT / "examples" / "slurm.sh"), *settings]
 
-    with subprocess.Popen(
-        script, cwd=ROOT, env=clean, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as job:
+    def script(*more):
+        return ["bash", "-c", 'cd "$0" && exec bash examples/slurm.sh "$@" 2>&1', str(ROOT), *settings, *more]
+
+    with running(*script(), env=clean) as job:
         lines = []
         for line in job.stdout:
             lines.append(line)
@@ -79,16 +79,16 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(tmp_path, port):
             time.sleep(0.05)
         os.kill(srun, signal.SIGTERM)
         lines += list(job.stdout)
+        status = job.wait()
     printed = "".join(lines)
-    assert job.returncode == command.ENDED, printed
+    assert status == command.ENDED, printed
     assert "starting at iteration 0: --resume found no checkpoint" in printed and "Traceback" not in printed
     assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
     (saved,) = (folder / "checkpoints").iterdir()
     iteration = int(saved.name.removeprefix("step_"))
     assert 3 <= iteration < 600
 
-    script[-2] = f"run.iterations={iteration + 3}"
-    done = subprocess.run(script, cwd=ROOT, env=clean, capture_output=True, text=True, timeout=LIMIT)
+    done = run_command(script(f"run.iterations={iteration + 3}"), env=clean)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on from iteration {iteration} " in done.stdout and (folder / "student" / "dpdmd.json").exists()
     assert (tmp_path / "requeued").read_text() == "requeue 4242\n"

@@ -188,8 +188,6 @@ def _no_pipeline(name: str, pipeline_class: str) -> str:
     hint = ""
     if "://" in name:
         hint = "; of an address on the hub the last two parts, owner/name, are needed"
-    elif name.startswith("~"):
-        hint = "; ~ is not expanded here: write the path out"
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*/+", name):
         hint = "; a hub id has no slash at its end"
     return f"neither a folder nor the id of a repository on the hub (owner/name){hint}"

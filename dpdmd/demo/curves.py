@@ -18,10 +18,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from dpdmd import command
+from dpdmd.files import write_json
 
 # What --compare takes: the settings of each variant.
 VARIANTS = {
@@ -51,7 +53,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         while waiting and len(running) < args.parallel:
             key = waiting.pop(0)
             log = (args.runs / f"{folders[key].name}.log").open("w")
-            command = [
+            started = [
                 sys.executable,
                 "-m",
                 "dpdmd.train",
@@ -59,23 +61,23 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
                 *variants[key[0]],
                 f"run.seed={key[1]}",
             ]
-            command += [
+            started += [
                 f"run.output_dir={folders[key]}",
                 f"run.iterations={iterations}",
                 f"evaluation.every={args.every}",
             ]
-            command += ["run.sample_every=0", "run.checkpoint_every=0", *args.settings]
+            started += ["run.sample_every=0", "run.checkpoint_every=0", *args.settings]
             # Each stands alone, whatever launched this.
             environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
-            running.append((key, subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
+            running.append((key, subprocess.Popen(started, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
         key, process, log = running.pop(0)
         if process.wait() != 0:
             raise command.RunStopped(f"{key[0]}, seed {key[1]} failed; see {log.name}")
         log.close()
         print(f"{key[0]}, seed {key[1]}: done", flush=True)
     arguments = f"--compare {args.compare} --seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
-    command = " ".join(["python -m dpdmd.demo.curves train", arguments, *args.settings])
-    return {**provenance(command), "last": args.last, "runs": [_read(folder, key) for key, folder in folders.items()]}
+    typed = " ".join(["python -m dpdmd.demo.curves train", arguments, *args.settings])
+    return {**provenance(typed), "last": args.last, "runs": [_read(folder, key) for key, folder in folders.items()]}
 
 
 def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
@@ -89,7 +91,6 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
         "variant": key[0],
         "seed": key[1],
         "updates": [students[line["iteration"]] for line in measured],
-        # null: not a number, as an entropy where no prompt leaves the attribute free
         **{metric: [_rounded(line[metric]) for line in measured] for metric in METRICS},
         "skipped": finished["skipped"],
         "seconds": {name: value for name, value in finished.items() if name.endswith("seconds")},
@@ -97,8 +98,13 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
     }
 
 
-def _rounded(number: float | None) -> float:
-    return math.nan if number is None else round(number, 4)
+def _rounded(number: float | None) -> float | None:
+    return None if number is None else round(number, 4)
+
+
+def _numbers(values: Iterable[float | None]) -> list[float]:
+    """JSON's null is no number, as an entropy where no prompt leaves the attribute free."""
+    return [math.nan if value is None else value for value in values]
 
 
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
@@ -108,7 +114,7 @@ def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float
         runs = [run for run in results["runs"] if run["variant"] == variant]
         summary[variant] = {}
         for metric in METRICS:
-            means = [statistics.fmean(run[metric][-results["last"] :]) for run in runs]
+            means = [statistics.fmean(_numbers(run[metric][-results["last"] :])) for run in runs]
             summary[variant][metric] = (statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0)
     return summary
 
@@ -116,7 +122,7 @@ def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float
 def teacher(results: dict[str, Any]) -> dict[str, float]:
     """The guided teacher with all its steps: the first row of each run's table, mean over the runs."""
     rows = [next(iter(run["table"].values())) for run in results["runs"]]
-    return {metric: statistics.fmean(row[metric] for row in rows) for metric in METRICS}
+    return {metric: statistics.fmean(_numbers(row[metric] for row in rows)) for metric in METRICS}
 
 
 def draw(results: dict[str, Any], output: Path) -> None:
@@ -133,8 +139,8 @@ def draw(results: dict[str, Any], output: Path) -> None:
         for variant, color in zip(summarise(results), ("tab:blue", "tab:orange", "tab:green"), strict=False):
             runs = [run for run in results["runs"] if run["variant"] == variant]
             for run in runs:
-                axis.plot(run["updates"], run[metric], color=color, alpha=0.25, linewidth=1)
-            means = [statistics.fmean(values) for values in zip(*(run[metric] for run in runs), strict=True)]
+                axis.plot(run["updates"], _numbers(run[metric]), color=color, alpha=0.25, linewidth=1)
+            means = [statistics.fmean(_numbers(values)) for values in zip(*(run[metric] for run in runs), strict=True)]
             axis.plot(runs[0]["updates"], means, color=color, linewidth=2, label=f"{variant}, {len(runs)} seeds")
         axis.set(xlabel="student updates", title=title)
         axis.grid(alpha=0.3)
@@ -186,8 +192,7 @@ def _main(argv: list[str] | None) -> None:
     if args.what == "train":
         load_config(None, args.settings)  # what is wrong with them is better known now
         results = train(args)
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_json(args.output, results)
         print(args.output)
     else:
         results = command.read_json(args.results)
