@@ -5,7 +5,7 @@
 
 Runs pytest of this interpreter, with the options of `make test`; needs nothing installed beyond what the tests need. The
 file holds the commit, the machine and the versions, how many tests passed, failed and were skipped (of those marked gpu
-apart, and by file), and the names of failures. It is written whatever came of the tests. The exit status is 0 where all
+apart, and by file), and the names of failures with their reasons. It is written whatever came of the tests. The exit status is 0 where all
 passed and some of those marked gpu ran, 1 where not, 2 where there is no GPU or pytest runs no test.
 """
 
@@ -17,7 +17,6 @@ import os
 import shlex
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,12 +47,18 @@ def _main(arguments: list[str]) -> int:
     output = _checked(options.tests, options.output)
     made_by = provenance(shlex.join(["python", "benchmarks/gpu_tests.py", *arguments]))
     begin = time.monotonic()
-    status, record = _run([each if Path(each).is_absolute() else str(Path.cwd() / each) for each in options.tests])
+    # Of a run that is cut off this is what stays.
+    unfinished = output.with_name(f"unfinished-{output.name}")
+    unfinished.unlink(missing_ok=True)
+    status = _run([each if Path(each).is_absolute() else str(Path.cwd() / each) for each in options.tests], unfinished)
+    record = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.exists() else {}
     if status > 0 and not record.get("files"):
         raise ConfigError(f"pytest ended with status {status} and ran no test; what it said stands above")
-    if not record:  # pytest was killed, and what it had found went with it
-        record = {"status": status, "failures": [f"pytest itself, which ended with status {status}"]}
+    if record.get("status") is None:  # pytest was killed
+        reason = f"ended with status {status} before it was through"
+        record = {**record, "status": status, "failures": {**record.get("failures", {}), "pytest itself": reason}}
     write_json(output, {**made_by, "seconds": round(time.monotonic() - begin, 1), **record})
+    unfinished.unlink(missing_ok=True)
     gpu = record.get("gpu", {})
     ran = gpu.get("passed", 0) + gpu.get("failed", 0)
     print(f"{output}: {ran} of {sum(gpu.values())} tests marked gpu ran")
@@ -72,13 +77,12 @@ def _checked(tests: Sequence[str], output: Path | None) -> Path:
     return output
 
 
-def _run(tests: Sequence[str]) -> tuple[int, dict]:
-    """pytest's status, and what tests/record.py wrote."""
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "record.json"
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *PYTEST, "--record", str(file), *tests], cwd=ROOT, env=environment)
-        return done.returncode, json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+def _run(tests: Sequence[str], file: Path) -> int:
+    """pytest's status; tests/record.py writes to `file`, while they run too."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *PYTEST, "--record", str(file), *tests], cwd=ROOT, env=environment
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from processes import run_command
 
 ROOT = Path(__file__).parents[1]
 
@@ -79,8 +80,13 @@ def test_failures_are_written_as_they_are(gpu_tests, gpu, tmp_path, capfd):
     assert result["command"] == f"python benchmarks/gpu_tests.py {tmp_path} --output {output}"
     assert (result["status"], result["passed"], result["failed"], result["skipped"]) == (1, 2, 1, 1)
     assert result["gpu"] == {"passed": 1, "failed": 1, "skipped": 1} and result["seconds"] > 0
-    (failure,) = result["failures"]
-    assert failure.endswith("test_one.py::test_fails") and result["skipped_for"] == {"needs nvcc": 1}
+    ((failure, why),) = result["failures"].items()
+    assert not list(tmp_path.glob("unfinished-*"))
+    assert (
+        failure.endswith("test_one.py::test_fails")
+        and why == "assert False"
+        and result["skipped_for"] == {"needs nvcc": 1}
+    )
     (counts,) = result["files"].values()
     assert counts["passed"] == 2
 
@@ -105,7 +111,20 @@ GREEN = {"status": 0, "passed": 9, "failed": 0, "skipped": 1, "files": {"tests/t
     [
         (0, {**GREEN, "gpu": {"passed": 5, "failed": 0, "skipped": 0}}, 0, {"passed": 9}),
         (0, {**GREEN, "gpu": {"passed": 0, "failed": 0, "skipped": 5}}, 1, {"passed": 9}),  # nothing ran on the GPU
-        (-9, None, 1, {"status": -9, "failures": ["pytest itself, which ended with status -9"]}),
+        (-9, None, 1, {"status": -9, "failures": {"pytest itself": "ended with status -9 before it was through"}}),
+        # Cut off, it has told what it knew.
+        (
+            -9,
+            {**GREEN, "status": None, "failures": {"tests/test_x.py::test_y": "assert 1 == 2"}},
+            1,
+            {
+                **{"passed": 9, "status": -9},
+                "failures": {
+                    "tests/test_x.py::test_y": "assert 1 == 2",
+                    "pytest itself": "ended with status -9 before it was through",
+                },
+            },
+        ),
         (4, None, 2, None),  # pytest did not start
         (5, {"status": 5, "files": {}}, 2, None),
     ],
@@ -126,3 +145,24 @@ def test_what_becomes_of_it(gpu_tests, gpu, monkeypatch, tmp_path, capsys, statu
 def test_it_runs_what_make_test_runs(gpu_tests):
     assert f"python {' '.join(gpu_tests.PYTEST)}\n" in (ROOT / "Makefile").read_text()
     assert gpu_tests.STORED == ROOT / "benchmarks" / "results" / "gpu_tests.json"
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_knew(gpu_tests, gpu, tmp_path):
+    (tmp_path / "test_one.py").write_text(
+        "import os, signal\ndef test_fails():\n    assert 1 == 2\n"
+        "def test_kills():\n    os.kill(os.getppid(), signal.SIGKILL)\n    signal.pause()\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n",
+        "1",
+        "--record",
+        str(tmp_path / "record.json"),
+        str(tmp_path),
+    ]
+    run_command(command, cwd=ROOT)
+    record = json.loads((tmp_path / "record.json").read_text())
+    assert record["status"] is None and list(record["failures"].values()) == ["assert 1 == 2"]
