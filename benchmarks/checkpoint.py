@@ -106,7 +106,7 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--json", type=command.path)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    train.quieten()
+    command.quieten()
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
     config = load_config(args.config, [*fixed, *args.settings])
     backbone = load_backbone(config.model)

@@ -197,7 +197,7 @@ def build(name: str, config, world, backbone) -> train.Trainer:
 def run_one(args) -> int:
     """One contender, in the processes that the launcher started."""
     fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
-    train.quieten()
+    command.quieten()
     config = load_config(args.config, [*fixed, *args.settings, *CONTENDERS[args.contender].settings])
     backbone = load_backbone(config.model)
     train.check(config, backbone)

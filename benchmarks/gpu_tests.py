@@ -5,8 +5,9 @@
 
 Runs pytest of this interpreter, with the options of `make test`; needs nothing installed beyond what the tests need. The
 file holds the commit, the machine and the versions, how many tests passed, failed and were skipped (of those marked gpu
-apart, and by file), and the names of failures with their reasons. It is written whatever came of the tests. The exit status is 0 where all
-passed and some of those marked gpu ran, 1 where not, 2 where there is no GPU or pytest runs no test.
+apart, and by file), and why each that failed did. It is written whatever came of the tests; of a run that is cut off the
+file unfinished-... beside it stays. The exit status is 0 where all passed and some of those marked gpu ran, 1 where not, 2
+where there is no GPU or pytest runs no test.
 """
 
 from __future__ import annotations

@@ -253,7 +253,7 @@ class Checkpoints:
             x.nbytes for role in _ROLES for _, tensors in networks[role].state_groups() for x in tensors.values()
         )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        room = min(self._world.gather(_HOST_SHARE * psutil.virtual_memory().available - needed)) > 0
+        room = min(self._world.gather(_HOST_SHARE * available_memory() - needed)) > 0
         if not room:
             self._background = False
             if self._world.main:
@@ -485,6 +485,21 @@ def _named(final: Path):
         yield
     except OSError as error:
         raise OSError(f"checkpoint {final} could not be written: {error}") from error
+
+
+def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
+    """Bytes of host memory that are free for this process: the machine's, or what its job's limit leaves."""
+    free = float(psutil.virtual_memory().available)
+    with contextlib.suppress(OSError, ValueError):
+        place = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2].lstrip("/")
+        for folder in (cgroup / place, *(cgroup / place).parents):
+            if folder == cgroup or cgroup not in folder.parents:
+                break
+            with contextlib.suppress(OSError, ValueError):  # "max": no limit here
+                free = min(
+                    free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
+                )
+    return free
 
 
 def _host_memory(tensor: Tensor) -> Tensor:

@@ -19,11 +19,13 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import select
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -139,6 +141,24 @@ def _not_installed(error: ModuleNotFoundError) -> bool:
 def _of_a_peer(error: Exception) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
     return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
+
+
+def quieten() -> None:
+    """Keeps what is nobody's concern here out of the output: other libraries' progress bars and deprecations."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
+    deepspeeds = logging.getLogger("DeepSpeed")
+    deepspeeds.setLevel(logging.WARNING)
+    deepspeeds.addFilter(_concerns_us)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_engine.py).
+    warnings.filterwarnings("ignore", message="Full backward hook is firing")
+
+
+def _concerns_us(record: logging.LogRecord) -> bool:
+    return "untested optimizer" not in record.getMessage()  # ours, whose update DeepSpeed has no part in
 
 
 # Which of several processes speaks

@@ -275,6 +275,9 @@ def _without_hooks(engine, zero) -> None:
         each._parameters = each._original_parameters  # DeepSpeed's own ones look into its hooks' state at each access
 
 
+_WHOLE = {"whole": "kept whole", "phase": "gathered for each phase", "block": "gathered block by block"}
+
+
 class Network:
     """One role. Call it as (x, t, cond) -> prediction, as distill.py expects.
 
@@ -412,7 +415,7 @@ class Network:
         size = f"{adapter}{self.num_parameters / 1e6:.1f} M parameters"
         line = f"{self.role}: {size}, {dtype}, {optimizer}"
         if self._weights is not None:
-            line += f", sharded (ZeRO stage 3), gathered by {self._weights.policy}"
+            line += f", sharded (ZeRO stage 3), {_WHOLE[self._weights.policy]}"
         return line if self.fusion is None else f"{line}; {self.fusion}"
 
     @property

@@ -128,7 +128,7 @@ def resolve(config: Config, backbone, num_gpus: int, gpu_memory: float | None) -
         engine = config.engine
         settled = _with(
             config,
-            residency="phase" if engine.residency == "auto" else engine.residency,
+            residency=("phase" if num_gpus > 1 else "whole") if engine.residency == "auto" else engine.residency,
             checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
             kept_passes=KeptPassesConfig(
                 student=engine.kept_passes.student or 0, critic=engine.kept_passes.critic or 0

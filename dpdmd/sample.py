@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import math
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +186,12 @@ def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> N
     canvas.save(path)
 
 
+def next_number(folder: Path) -> int:
+    """Of the next prompt's pictures: beyond those that are there, so that none is written over."""
+    numbers = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"(\d+)-\d+-\d+\.png", path.name))]
+    return max(numbers, default=-1) + 1
+
+
 def main(argv: list[str] | None = None) -> int:
     return command.run(_main, argv)
 
@@ -200,6 +207,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     args = parser.parse_args(argv)
+    command.quieten()
     for prompt in args.prompt:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt {prompt!r}: is not UTF-8")
@@ -209,12 +217,13 @@ def _main(argv: list[str] | None) -> None:
     decoder = student.backbone.load_decoder(student.device)
     shape = student.backbone.latent_shape
     noise = torch.cat([sampling_noise(args.seed, index, shape) for index in range(args.num_images)])
+    first = next_number(args.output)
     for number in range(len(args.prompt)):
         cond = {
             name: value[number : number + 1].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()
         }
         for index, image in enumerate(decode(decoder, student.latents(cond, noise))):
-            path = args.output / f"{number:03d}-{args.seed}-{index:03d}.png"
+            path = args.output / f"{first + number:03d}-{args.seed}-{index:03d}.png"
             save_png(image, path)
             print(path)
 

@@ -74,9 +74,10 @@ class Stop:
             os._exit(128 + number)  # threads that write, and GPUs that compute, are not waited for
         if not self._deferring:
             raise RunEnded(f"{name}: ended; --resume goes on from the newest checkpoint, if there is one")
-        if self._received is None and os.environ.get("RANK", "0") == "0":
+        first = self._received is None
+        self._received = self._received or number  # before anything else: the next signal may interrupt this
+        if first and os.environ.get("RANK", "0") == "0":
             _say(f"{name}: finishing the update, then saving a checkpoint (a second Ctrl-C ends at once)")
-        self._received = self._received or number
 
 
 def _say(text: str) -> None:

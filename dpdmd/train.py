@@ -10,10 +10,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import difflib
-import logging
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -196,7 +194,7 @@ def role_of(iteration: int, critic_updates: int) -> str:
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
     """A whole run. Raises ConfigError for what cannot be run, before it starts, RunStopped for a broken run, RunEnded for one
     that was asked to end, and OSError where something could not be written."""
-    quieten()
+    command.quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
     check(config, backbone)
@@ -355,7 +353,7 @@ def finish(
         cycles = (config.run.iterations - first) / (config.distill.critic_updates + 1)
         summary["received_bytes_a_cycle"] = received / max(cycles, 1)
         if world.main:
-            print(f"communication: {summary['received_bytes_a_cycle'] / 1e9:.3g} GB received a cycle and process")
+            print(f"communication: each process received {summary['received_bytes_a_cycle'] / 1e9:.3g} GB a cycle")
     if config.evaluation.enabled:
         from dpdmd.demo.report import report
 
@@ -432,18 +430,6 @@ def plan_run(config: Config, backbone, world: World) -> tuple[Config, Plan]:
     nothing does."""
     memory = min(world.gather(gpu_bytes())) if world.device.type == "cuda" else None
     return resolve(config, backbone, world.size, memory)
-
-
-def quieten() -> None:
-    """Keeps what is nobody's concern here out of the output: other libraries' progress bars and deprecations."""
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # it warns of image processors that nobody asked for
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_engine.py).
-    warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 
 def due(count: int, every: int) -> bool:
@@ -641,7 +627,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")
     existing = parser.add_mutually_exclusive_group()
-    existing.add_argument("--resume", action="store_true", help="go on from the newest complete checkpoint")
+    existing.add_argument("--resume", action="store_true", help="go on from the newest checkpoint that is whole")
     existing.add_argument("--overwrite", action="store_true", help="delete what an earlier run left in run.output_dir")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the launcher's; the environment has it too
     args = parser.parse_intermixed_args(argv)  # settings may stand between options

@@ -295,7 +295,11 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
                 f"process {launch.rank} of {launch.size} found another run at {where} ({found or 'without a name'}): give "
                 "this one a port of its own, with deepspeed --master_port or MASTER_PORT"
             )
-    store.set(f"here/{launch.rank}", "")
+    if store.add(f"here/{launch.rank}", 1) > 1:
+        raise ConfigError(
+            f"process {launch.rank} of {launch.size} found an earlier start of this run at {where}, which has not ended: wait "
+            "until it has (a run that was asked to end saves a checkpoint first), or take another run.output_dir and port"
+        )
     _wait_for_all(store, launch, where, seconds)
     store.set_timeout(_COLLECTIVE)
     return dist.PrefixStore("dpdmd", store)

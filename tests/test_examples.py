@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 SRUN = """#!{python}
 import os, signal, sys
 from subprocess import Popen
-arguments = [each for each in sys.argv[1:] if not each.startswith("--kill")]
+arguments = [each for each in sys.argv[1:] if not each.startswith(("--kill", "--cpus", "--wait"))]
 arguments[0] = sys.executable
 number = int(os.environ["SLURM_NTASKS"])
 tasks = [

@@ -382,6 +382,12 @@ def test_sampling_from_the_command_line(straight, tmp_path, capsys):
     arguments = ["--student", str(straight / "run" / "student"), "--prompt", "a red ring", "--device", "cpu"]
     assert sample.main([*arguments, "--num-images", "2", "--output", str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").glob("*.png"))) == 2
+    assert sample.main([*arguments, "--num-images", "1", "--output", str(tmp_path / "out")]) == 0  # writes over nothing
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.png")) == [
+        "000-0-000.png",
+        "000-0-001.png",
+        "001-0-000.png",
+    ]
     assert sample.main(["--student", str(tmp_path), "--prompt", "x", "--output", str(tmp_path / "out")]) == 2
     assert "has no dpdmd.json" in capsys.readouterr().err
 

@@ -142,6 +142,20 @@ def test_processes_that_do_not_come(port):
         meet(here(1, 2, port), "run", 1)
 
 
+def test_a_process_does_not_join_an_earlier_start_of_its_run():
+    """Whose process 0 holds the port still, as it saves a checkpoint."""
+    with reserved_port() as port:
+        others = threading.Thread(target=lambda: meet(here(1, 2, port), "run", 60))
+        others.start()
+        earlier = meet(here(0, 2, port), "run", 60)
+        others.join()
+        with pytest.raises(
+            ConfigError, match=r"process 1 of 2 found an earlier start of this run at .* which has not ended"
+        ):
+            meet(here(1, 2, port), "run", 60)
+        assert earlier.num_keys() > 0
+
+
 def test_another_run_at_the_same_port(port):
     problems = []
 
