@@ -53,6 +53,14 @@ def straight(options, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="module")
+def straight_in_two(options, tmp_path_factory):
+    """The same run in two processes."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    checked(run_script(2, TRAIN, *options, "engine.accumulation=1", f"run.output_dir={folder}"))
+    return folder
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     (file,) = (folder / "student").glob("*.safetensors")
     return load_file(file)
@@ -70,7 +78,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 @pytest.mark.parametrize(
     "name, processes, rank", [("SIGTERM", 0, 0), ("SIGINT", 2, 1), ("SIGHUP", 2, 0), ("SIGTERM", 2, 1)]
 )
-def test_a_signal_saves_a_checkpoint(options, straight, tmp_path, name, processes, rank):
+def test_a_signal_saves_a_checkpoint(options, straight, request, tmp_path, name, processes, rank):
     """Of one process or of both, which agree on the iteration; going on gives the bits of the run that was not stopped."""
     folder = tmp_path / "run"
     mine = [*options, f"run.output_dir={folder}", *(["engine.accumulation=1"] if processes == 2 else [])]
@@ -85,12 +93,8 @@ def test_a_signal_saves_a_checkpoint(options, straight, tmp_path, name, processe
 
     done = checked(run_script(processes, TRAIN, *mine, "--resume"))
     assert f"going on from iteration 5 ({folder / 'checkpoints' / 'step_000005'})" in done.stdout
-    if processes == 0:
-        assert same_bits(weights(folder), weights(straight))
-    else:
-        expected = tmp_path / "straight"
-        checked(run_script(processes, TRAIN, *mine[:-2], "engine.accumulation=1", f"run.output_dir={expected}"))
-        assert same_bits(weights(folder), weights(expected))
+    expected = straight if processes == 0 else request.getfixturevalue("straight_in_two")
+    assert same_bits(weights(folder), weights(expected))
 
 
 @pytest.mark.distributed
