@@ -487,18 +487,20 @@ def _named(final: Path):
         raise OSError(f"checkpoint {final} could not be written: {error}") from error
 
 
-def available_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes of host memory that are free for this process: the machine's, or what its job's limit leaves."""
+def available_memory(groups: Path = Path("/sys/fs/cgroup"), place: str | None = None) -> float:
+    """Bytes of host memory that are free for this process: the machine's, or what the limit of its job leaves.
+
+    place: of the process's control group below `groups`; None: as the kernel says.
+    """
     free = float(psutil.virtual_memory().available)
-    with contextlib.suppress(OSError, ValueError):
-        place = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2].lstrip("/")
-        for folder in (cgroup / place, *(cgroup / place).parents):
-            if folder == cgroup or cgroup not in folder.parents:
-                break
+    with contextlib.suppress(OSError):
+        if place is None:
+            place = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2]
+        group = groups / place.strip("/")
+        while group != groups and groups in group.parents:
             with contextlib.suppress(OSError, ValueError):  # "max": no limit here
-                free = min(
-                    free, int((folder / "memory.max").read_text()) - int((folder / "memory.current").read_text())
-                )
+                free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+            group = group.parent
     return free
 
 

@@ -458,6 +458,22 @@ def test_no_room_for_a_copy(tmp_path, monkeypatch, capfd):
     assert capfd.readouterr().out.count("the training waits while they are written, as host memory has no room") == 1
 
 
+def test_memory_that_a_job_may_use(tmp_path, monkeypatch):
+    """Not the machine's, where the job has a limit: beyond it the kernel ends the run."""
+    monkeypatch.setattr(checkpoint.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000))
+    step = tmp_path / "job_1" / "step_0"
+    step.mkdir(parents=True)
+    assert checkpoint.available_memory(tmp_path, "/job_1/step_0") == 1000
+    (step / "memory.max").write_text("max\n")
+    (step / "memory.current").write_text("70\n")
+    assert checkpoint.available_memory(tmp_path, "/job_1/step_0") == 1000
+    (step.parent / "memory.max").write_text("300\n")
+    (step.parent / "memory.current").write_text("90\n")
+    assert checkpoint.available_memory(tmp_path, "/job_1/step_0") == 210
+    assert checkpoint.available_memory(tmp_path, "/") == 1000
+    assert checkpoint.available_memory() <= 1000
+
+
 def test_good_ones(tmp_path):
     """Good: the next update of each role was finite. The newest good one outlives `keep`."""
 
