@@ -6,13 +6,15 @@ times for, and two measurements may choose differently. Of the others each machi
 
 from __future__ import annotations
 
+import hashlib
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dpdmd.backbones.base import Backbone
-from dpdmd.config import ConfigError
+from dpdmd.config import Config, ConfigError
 from dpdmd.kernels import _attention_choice, attention
 from dpdmd.kernels.backend import why_not
 from dpdmd.world import World
@@ -35,6 +37,31 @@ def check_alike(world: World) -> None:
                     f"{name} = {value!r} in process {rank} and {mine[name]!r} in process {world.rank}: all machines of a "
                     "run need the same environment (where not all have compiled kernels, DPDMD_KERNELS=triton does without)"
                 )
+
+
+def check_settings(world: World, config: Config, prompts: list[str], **options: Any) -> None:
+    """Raises ConfigError where the processes were started with other settings, prompts or options: they would train a student
+    together that none of them describes, or wait for one another for ever. All processes call."""
+    mine = {name: str(value) for name, value in flattened(config.model_dump(mode="json"))}
+    mine |= {f"--{name}": str(value) for name, value in options.items()}
+    mine["the content of prompts.file"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    first, *others = world.gather(mine)
+    for rank, theirs in enumerate(others, start=1):
+        for name in {**first, **theirs}:
+            if first.get(name) != theirs.get(name):
+                raise ConfigError(
+                    f"{name} = {theirs.get(name)} in process {rank} and {first.get(name)} in process 0: all processes of a run "
+                    "are started with the same settings"
+                )
+
+
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every setting by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:

@@ -29,7 +29,6 @@ OWN = (
     "evaluation/table.json",
     "evaluation/grid.png",
     "tensorboard/events.out.tfevents.*",
-    "wandb/**/*",
     *(
         f"{folder}/{name}"
         for folder in ("student", "student_step_*", ".unfinished-student", ".replaced-student")

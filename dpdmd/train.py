@@ -21,9 +21,16 @@ from pathlib import Path
 import torch
 
 from dpdmd import command, engine
-from dpdmd.agreement import agree_on_attention, check_alike
+from dpdmd.agreement import agree_on_attention, check_alike, check_settings
 from dpdmd.backbones import load_backbone
-from dpdmd.checkpoint import Checkpoint, Checkpoints, checkpoint_bytes, export_student, with_global_batch
+from dpdmd.checkpoint import (
+    STUDENT_FILE,
+    Checkpoint,
+    Checkpoints,
+    checkpoint_bytes,
+    export_student,
+    with_global_batch,
+)
 from dpdmd.command import RunEnded, RunStopped
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
@@ -203,6 +210,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         path = Path(config.run.output_dir)
         world = start(config.engine, run=str(path.resolve()))
         check_alike(world)
+        check_settings(world, config, prompts, resume=resume, overwrite=overwrite)
         folder = take_folder(path, world, resume=resume, overwrite=overwrite)
         opened.callback(folder.close)
         checkpoints = Checkpoints(
@@ -383,7 +391,7 @@ def starts(folder: RunFolder, config: Config, resumed: Checkpoint | None, *, res
     path, iterations = folder.path, config.run.iterations
     finished = (path / "finished.json").exists()
     if resumed is None:
-        left = [name for name in ("finished.json", "student") if (path / name).exists()]
+        left = [name for name in ("finished.json", f"student/{STUDENT_FILE}") if (path / name).exists()]
         if left:
             raise ConfigError(
                 f"--resume: {path} holds {' and '.join(left)} of a run and no checkpoint to go on from. To train anew is to "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -85,3 +86,23 @@ def test_processes_with_other_kernels_are_refused(monkeypatch):
     assert found[0].keys() == {"torch", "DPDMD_KERNELS", "DPDMD_ATTENTION", "cuda kernels", "triton kernels"}
     world.gather = lambda mine: [mine, mine]
     check_alike(world)
+
+
+def test_processes_with_other_settings_are_refused():
+    """One with --resume waited for the other for ever; one with another rate trained along without a word."""
+    from dpdmd.agreement import check_settings
+    from dpdmd.config import ConfigError, parse_config
+
+    def world(**differences):
+        return SimpleNamespace(rank=0, size=2, gather=lambda mine: [mine, {**mine, **differences}])
+
+    config = parse_config({"prompts": {"file": "p"}})
+    check_settings(world(), config, ["a"], resume=True)
+    for differences, message in (
+        ({"student_optimizer.lr": "0.001"}, "student_optimizer.lr = 0.001 in process 1 and 1e-05 in process 0"),
+        ({"--resume": "False"}, "--resume = False in process 1 and True in process 0"),
+        ({"the content of prompts.file": "x"}, "the content of prompts.file = x in process 1"),
+        ({"lora.rank": "4"}, "lora.rank = 4 in process 1 and None in process 0"),
+    ):
+        with pytest.raises(ConfigError, match=re.escape(message)):
+            check_settings(world(**differences), config, ["a"], resume=True)

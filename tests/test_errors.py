@@ -113,7 +113,7 @@ def test_before_processes_meet_the_first_of_a_machine_speaks_at_once(capsys, mon
     monkeypatch.setenv("LOCAL_RANK", "0")
     assert ended(capsys, raising(ConfigError("x"))) == (2, "error: x\n") and alone == []
     monkeypatch.setenv("RANK", "8")  # of a second machine
-    assert ended(capsys, raising(ConfigError("x"))) == (2, "error (process 8): x\n") and alone == []
+    assert ended(capsys, raising(ConfigError("x"))) == (2, "\nerror (process 8): x\n") and alone == []
 
 
 def test_before_processes_meet_the_others_wait_to_be_ended_and_are_never_silent(capsys, monkeypatch, alone):
@@ -121,7 +121,7 @@ def test_before_processes_meet_the_others_wait_to_be_ended_and_are_never_silent(
     with an error of its own outlives it."""
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert ended(capsys, raising(ConfigError("x\ny")))[1] == "error (process 1): x\nerror (process 1): y\n"
+    assert ended(capsys, raising(ConfigError("x\ny")))[1] == "\nerror (process 1): x\nerror (process 1): y\n"
     assert alone == [command._PATIENCE]
     assert "error (process 1): /a: gone" in ended(capsys, raising(OSError(errno.EIO, "gone", "/a")))[1]
     assert "Traceback" in ended(capsys, raising(KeyError("x")))[1]
@@ -143,7 +143,7 @@ def test_once_processes_have_met_they_decide_who_speaks(capsys, monkeypatch, alo
         command.met(publish)
         raise error
 
-    start = "error: " if rank == "0" else "error (process 1): "
+    start = "error: " if rank == "0" else "\nerror (process 1): "
     assert ended(capsys, fail, ConfigError("x"), True) == (2, f"{start}x\n") and said == ["x"]
     assert ended(capsys, fail, ConfigError("x"), False) == (2, "")
     assert ended(capsys, fail, RunStopped("x"), RuntimeError("nobody answers")) == (1, f"{start}x\n")

@@ -175,7 +175,7 @@ def test_a_worker_that_is_killed_is_seen(tmp_path):
     assert re.search(r"\d+ processes of this machine were killed for want of memory since the tests began", done.stdout)
     assert "1 failed, 1 passed, 1 skipped in " in done.stdout and "the worker that ran it has died" in done.stdout
     record = json.loads((tmp_path / "record.json").read_text())
-    assert record["failures"] == ["test_killed.py::test_dies"] and (record["passed"], record["failed"]) == (1, 1)
+    assert list(record["failures"]) == ["test_killed.py::test_dies"] and (record["passed"], record["failed"]) == (1, 1)
 
 
 def test_processes_killed_for_memory_are_counted(monkeypatch):
@@ -234,7 +234,7 @@ def test_a_records_outcomes(tmp_path):
             "status": 1, "passed": 2, "failed": 3, "skipped": 2,
         }  # fmt: skip
         assert record["gpu"] == {"passed": 1, "failed": 0, "skipped": 2}
-        assert record["failures"] == ["test_one.py::test_breaks", "test_one.py::test_fails", "test_two.py"]
+        assert list(record["failures"]) == ["test_one.py::test_breaks", "test_one.py::test_fails", "test_two.py"]
         assert record["skipped_for"] == {"needs another GPU": 1, "needs nvcc": 1}
         one = record["files"]["test_one.py"]
         assert one.pop("seconds") >= 0 and one == {"passed": 2, "failed": 2, "skipped": 2}

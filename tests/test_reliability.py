@@ -255,7 +255,7 @@ def test_resume_says_from_where(options, straight, tmp_path):
 
     shutil.rmtree(folder / "checkpoints")
     done = checked(run_script(0, TRAIN, *mine, "run.iterations=12"), 2)
-    assert "holds finished.json and student of a run and no checkpoint to go on from" in done.stderr
+    assert "holds finished.json and student/dpdmd.json of a run and no checkpoint to go on from" in done.stderr
     assert (folder / "student" / "dpdmd.json").exists()
 
 
