@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -232,8 +233,9 @@ class Checkpoints:
 
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
-        if final.exists() and not (final / _INDEX).is_file():
-            raise OSError(f"checkpoint {final} cannot be written: a folder of that name is there, and no checkpoint")
+        if final.exists() and not (final / _INDEX).is_file():  # no checkpoint, whatever it is
+            with disk_errors(final):
+                os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
         unfinished = self._unfinished(final)
         with disk_errors(final):
             for role in _ROLES:
@@ -599,22 +601,29 @@ def export_student(
         }
         write_json(unfinished / STUDENT_FILE, description)
         write_text(unfinished / "config.yaml", to_yaml(config))
-        _set_aside(folder, config.run.iterations)
+        _set_aside(folder, unfinished)
         publish(unfinished, folder)
     world.barrier()
 
 
-def _set_aside(folder: Path, iterations: int) -> None:
-    """Gives a student of another number of iterations a name of its own."""
-    if not folder.exists():
+def _set_aside(folder: Path, new: Path) -> None:
+    """Gives a student that is not the same as the new one a name of its own."""
+    if not folder.exists() or _weights(folder) == _weights(new):
         return
     try:
         earlier = read_json(folder / STUDENT_FILE).get("iterations")
     except (OSError, AttributeError):
-        earlier = "unknown"
-    if earlier != iterations:
-        aside = folder.with_name(
-            f"{folder.name}_step_{earlier:06d}" if isinstance(earlier, int) else f"{folder.name}_{earlier}"
-        )
-        with contextlib.suppress(OSError):
-            os.rename(folder, aside)
+        earlier = None
+    name = f"{folder.name}_step_{earlier:06d}" if isinstance(earlier, int) else f"{folder.name}_earlier"
+    with disk_errors(folder):
+        os.rename(folder, _free_name(folder.with_name(name)))
+
+
+def _weights(folder: Path) -> dict[str, str]:
+    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+
+
+def _free_name(path: Path) -> Path:
+    """The path, or the first of path_2, path_3, ... that nobody has."""
+    names = (path if number == 1 else path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
+    return next(each for each in names if not each.exists())

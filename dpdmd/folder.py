@@ -75,15 +75,19 @@ class RunFolder:
             self._take(name)
         except OSError as error:
             raise ConfigError(f"{name}: cannot be written to ({error.strerror or error})") from error
-        if overwrite and marked:
-            delete_own(folder)
-            self.fresh = True
+        self._overwrite = overwrite and marked
+
+    def clear(self) -> None:
+        """Deletes the run that is to be overwritten. To be called when nothing that can be known beforehand keeps the new one
+        from running."""
+        if self._overwrite:
+            delete_own(self.path)
 
     @classmethod
     def held_elsewhere(cls, folder: Path) -> RunFolder:
         """For the processes beside the main one, which holds it for all."""
         taken = cls.__new__(cls)
-        taken.path, taken.fresh, taken._lock = folder, False, None
+        taken.path, taken.fresh, taken._lock, taken._overwrite = folder, False, None, False
         return taken
 
     def _take(self, name: str) -> None:

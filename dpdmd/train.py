@@ -217,7 +217,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             path / "checkpoints", config.run.keep_checkpoints, world, identity(config, backbone, world), config
         )
         resumed = checkpoints.find() if resume else None
-        if not world.on_main(starts, folder, config, resumed, resume=resume):
+        if not world.on_main(starts, folder, config, resumed, resume=resume, overwrite=overwrite):
             return
         if resumed is not None:
             config = with_global_batch(config, resumed.index["global_batch"], world.size)
@@ -239,6 +239,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             checkpoints.load(resumed, trainer.networks)
             trainer.restore(resumed.state)
         first = resumed.iteration if resumed is not None else 0
+        folder.clear()
         journal = opened.enter_context(Journal(path, config, first)) if world.main else None
         if world.main:
             networks = trainer.networks.values()
@@ -382,7 +383,9 @@ def take_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> R
     return taken[0] if taken else RunFolder.held_elsewhere(path)
 
 
-def starts(folder: RunFolder, config: Config, resumed: Checkpoint | None, *, resume: bool) -> bool:
+def starts(
+    folder: RunFolder, config: Config, resumed: Checkpoint | None, *, resume: bool, overwrite: bool = False
+) -> bool:
     """Says from where the run goes on, or that it begins. False: it is finished already, and there is nothing to do.
 
     Raises ConfigError where a finished student would have to be trained anew, and where the run is to end before the
@@ -392,7 +395,7 @@ def starts(folder: RunFolder, config: Config, resumed: Checkpoint | None, *, res
     finished = (path / "finished.json").exists()
     if resumed is None:
         left = [name for name in ("finished.json", f"student/{STUDENT_FILE}") if (path / name).exists()]
-        if left:
+        if left and not overwrite:
             raise ConfigError(
                 f"--resume: {path} holds {' and '.join(left)} of a run and no checkpoint to go on from. To train anew is to "
                 "replace that student: give --overwrite for it, or take another run.output_dir"

@@ -348,6 +348,15 @@ def test_a_damaged_one_is_written_anew_and_does_not_count(tmp_path, capfd):
     assert resume(tmp_path)[0][0].iteration == 6
 
 
+def test_a_folder_that_is_no_checkpoint_is_not_in_the_way(tmp_path):
+    save(tmp_path, iterations=(3,))
+    (tmp_path / "step_000006").mkdir()
+    (tmp_path / "step_000006" / "mine.txt").write_text("x")
+    save(tmp_path, iterations=(6,))
+    assert resume(tmp_path)[0][0].iteration == 6
+    assert (tmp_path / "step_000006.damaged" / "mine.txt").exists()
+
+
 def test_what_cannot_be_resumed_is_refused(tmp_path):
     save(tmp_path)
     with pytest.raises(

@@ -253,6 +253,19 @@ def test_resume_says_from_where(options, straight, tmp_path):
     assert same_bits(load_file(next((folder / "student_step_000009").glob("*.safetensors"))), weights(straight))
     assert json.loads((folder / "student" / "dpdmd.json").read_text())["iterations"] == 12
 
+    # Another student of as many iterations is another student.
+    for step in (folder / "checkpoints").glob("step_000012"):
+        (step / "index.json").write_text("{}")
+    first = weights(folder)
+    checked(run_script(0, TRAIN, *mine, "run.iterations=12", "student_optimizer.lr=1e-2"))
+    assert same_bits(load_file(next((folder / "student_step_000012").glob("*.safetensors"))), first)
+    assert not same_bits(weights(folder), first)
+
+    # Nothing is deleted for a run that turns out to be impossible.
+    impossible = [each for each in mine if each != "--resume"] + ["--overwrite", "lora.targets=['(']"]
+    checked(run_script(0, TRAIN, *impossible), 2)
+    assert (folder / "student" / "dpdmd.json").exists() and (folder / "finished.json").exists()
+
     shutil.rmtree(folder / "checkpoints")
     done = checked(run_script(0, TRAIN, *mine, "run.iterations=12"), 2)
     assert "holds finished.json and student/dpdmd.json of a run and no checkpoint to go on from" in done.stderr
