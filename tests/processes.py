@@ -2,9 +2,10 @@
 
 `run_command` runs a command as a user would; `running` is for one that is talked with. `run_script` runs a script in several
 processes that find each other, as the deepspeed launcher does, without waiting each time for imports: they are forks of a
-process that has imported what they need. All of them end every process that they started, and those that these started,
-whatever happens; and they say what they waited for where it takes too long. The limit is there for what hangs, not for
-what is slow.
+process that has imported what they need. That process sees no GPU, since DeepSpeed decides while it is imported on which
+kind of device it works; scripts for GPUs are started anew. All of these functions end every process that they started, and
+those that these started, whatever happens; and they say what they waited for where it takes too long. The limit is there
+for what hangs, not for what is slow.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ IMPORTED = [
     "transformers.models.t5.modeling_t5",
     "dpdmd.train",
 ]
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(IMPORTED)
+_forked = multiprocessing.get_context("forkserver")
+_forked.set_forkserver_preload(IMPORTED)
+_anew = multiprocessing.get_context("spawn")
 # Ends the process with its parent, then becomes the command. A worker that is killed takes what it started with it.
 _WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execvpe(sys.argv[1], sys.argv[1:], os.environ)"
@@ -125,10 +127,12 @@ def running(*command: object, env: dict[str, str] | None = None) -> Iterator[sub
         process.communicate()
 
 
-def run_script(number: int, script: Path, *arguments: object, limit: float = LIMIT) -> subprocess.CompletedProcess:
-    """The script with its arguments in `number` processes (0: in one, without a launcher's variables); when one fails,
-    the others are ended. returncode is the first failure's, stdout and stderr are those of all of them. TimeoutError where
-    they do not end within `limit` seconds."""
+def run_script(
+    number: int, script: Path, *arguments: object, limit: float = LIMIT, gpu: bool = False
+) -> subprocess.CompletedProcess:
+    """The script with its arguments in `number` processes (0: in one, without a launcher's variables), which see GPUs
+    where `gpu` says so; when one fails, the others are ended. returncode is the first failure's, stdout and stderr are
+    those of all of them. TimeoutError where they do not end within `limit` seconds."""
     command = [str(each) for each in (script, *arguments)]
     with _outputs() as files, reserved_port() as port:
         running = []
@@ -138,8 +142,11 @@ def run_script(number: int, script: Path, *arguments: object, limit: float = LIM
                 if number:
                     world |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
                     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-                process = _context.Process(target=_run, args=(command, world, files))
-                process.start()
+                process = (_anew if gpu else _forked).Process(target=_run, args=(command, world, files))
+                with (
+                    contextlib.nullcontext() if gpu else _no_gpus()
+                ):  # the first one starts the process it is a fork of
+                    process.start()
                 running.append(process)
             failed = _first_failure(running, limit)
             if failed is None and any(each.exitcode is None for each in running):
@@ -149,6 +156,21 @@ def run_script(number: int, script: Path, *arguments: object, limit: float = LIM
             for each in running:
                 each.join()
         return subprocess.CompletedProcess(command, failed or 0, *map(_read, files))
+
+
+@contextlib.contextmanager
+def _no_gpus() -> Iterator[None]:
+    """For processes that are started inside the block."""
+    name = "CUDA_VISIBLE_DEVICES"
+    before = os.environ.get(name)
+    os.environ[name] = ""
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def _first_failure(running: list, limit: float) -> int | None:

@@ -50,7 +50,7 @@ class Record:
         if report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             message = crash.message if crash is not None else str(report.longrepr)
-            self._failures.setdefault(report.nodeid, " ".join(message.split())[:300])
+            self._failures.setdefault(report.nodeid, _shortened(" ".join(message.split())))
         if report.skipped:
             said = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
             self._reasons[said.removeprefix("Skipped: ")] += 1
@@ -85,6 +85,11 @@ EVERY = 300  # reports, three of each test
 
 def _file_of(test: str) -> str:
     return test.partition("::")[0]
+
+
+def _shortened(message: str) -> str:
+    """The beginning, and more of the end: of a program that failed, that is where it says why."""
+    return message if len(message) <= 1000 else f"{message[:250]} ... {message[-750:]}"
 
 
 def _counts(outcomes: Counter[str]) -> dict[str, int]:

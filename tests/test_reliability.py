@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import shutil
@@ -128,17 +129,18 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def through_other_numbers(options, folder: Path, expected: Path, numbers: tuple[int, ...]) -> None:
+def through_other_numbers(options, folder: Path, expected: Path, numbers: tuple[int, ...], gpu: bool = False) -> None:
     """A run that is ended and resumed on one number of processes after the other, against one that is not."""
+    run = functools.partial(run_script, gpu=gpu)
     mine = [option for option in options if not option.startswith("engine.accumulation")]
     mine += ["engine.accumulation=4", f"run.output_dir={folder}", "ema={decay: 0.5}", "critic_optimizer.state=bfloat16"]
-    checked(run_script(numbers[0], TRAIN, *mine, f"run.output_dir={expected}"))
-    checked(run_script(numbers[0], DRIVER, "SIGTERM-0-1", folder.parent, *mine), command.ENDED)
+    checked(run(numbers[0], TRAIN, *mine, f"run.output_dir={expected}"))
+    checked(run(numbers[0], DRIVER, "SIGTERM-0-1", folder.parent, *mine), command.ENDED)
     for index, processes in enumerate(numbers[1:-1]):
         signalled = f"SIGTERM-1-{3 + 2 * index}"
-        done = checked(run_script(processes, DRIVER, signalled, folder.parent, *mine, "--resume"), command.ENDED)
+        done = checked(run(processes, DRIVER, signalled, folder.parent, *mine, "--resume"), command.ENDED)
         assert f"engine.accumulation = {4 // processes}, so that an update stays one of 4 samples" in done.stdout
-    checked(run_script(numbers[-1], TRAIN, *mine, "--resume"))
+    checked(run(numbers[-1], TRAIN, *mine, "--resume"))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     others = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
     assert [line["iteration"] for line in lines] == list(range(9))
@@ -168,7 +170,7 @@ def test_other_numbers_of_processes(options, tmp_path):
 def test_other_numbers_of_gpus(options, tmp_path):
     numbers = (1, 2, 4, 1) if torch.cuda.device_count() >= 4 else (1, 2, 1)
     options = [*options, "engine.device=cuda", "model.dtype=float32"]
-    through_other_numbers(options, tmp_path / "run", tmp_path / "straight", numbers)
+    through_other_numbers(options, tmp_path / "run", tmp_path / "straight", numbers, gpu=True)
 
 
 def train_teacher() -> str:
