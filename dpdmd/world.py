@@ -34,11 +34,17 @@ from dpdmd.config import ConfigError, EngineConfig
 MEETING_SECONDS = 300.0  # that a process waits for the others at the start
 _COLLECTIVE = timedelta(minutes=30)  # that a process waits for the others later on
 _DEFAULT_PORT = 29500
+_SILENT_SECONDS = 10.0  # that a process waits before it says so
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says of this process. by: the launcher's variables, for messages."""
+    """What the launcher says of this process.
+
+    address: where process 0 is met; on one machine LOOPBACK, whatever MASTER_ADDR says. by: the launcher's variables, for
+    messages.
+    """
 
     rank: int
     size: int
@@ -85,12 +91,13 @@ def launched(environment: Mapping[str, str]) -> Launch:
             break
         by = f"{rank_name} and {size_name}"
         _check_rank(rank, size, by)
-        local_size = _number(environment, local_size_name, default=0)
+        local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
         machines = _machines(environment)
         if not local_size:
             local_size = size if machines == 1 else max(1, size // machines)
         local_rank = _number(environment, local_rank_name, default=rank % local_size)
-        address = environment.get("MASTER_ADDR") or ("127.0.0.1" if local_size == size else _first_host(environment))
+        _check_local(local_rank, local_size, size, f"{local_rank_name} and {local_size_name}")
+        address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or _first_host(environment)
         if address is None:
             raise ConfigError(
                 f"{by} say that this is process {rank} of {size} on several machines: set MASTER_ADDR, for all of them, to "
@@ -101,7 +108,7 @@ def launched(environment: Mapping[str, str]) -> Launch:
             default = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
         port = _port(environment, default)
         return Launch(rank, size, local_rank, local_size, address, port, by)
-    return Launch(0, 1, 0, 1, "127.0.0.1", 0, "no launcher")
+    return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
 
 
 def _by_rank(environment: Mapping[str, str]) -> Launch:
@@ -111,10 +118,12 @@ def _by_rank(environment: Mapping[str, str]) -> Launch:
         raise ConfigError(f"{absent[0]} is not set, and the other of {by} is: a launcher sets both, or unset both")
     rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
     _check_rank(rank, size, by)
-    local_names = [name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)]
-    local_size = _number(environment, local_names[0]) if local_names else size
+    # deepspeed's, torchrun's; where neither is set, all are on this machine.
+    size_name = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), "LOCAL_WORLD_SIZE")
+    local_size = _number(environment, size_name, default=size)
     local_rank = _number(environment, "LOCAL_RANK", default=rank % max(1, local_size))
-    address = environment.get("MASTER_ADDR") or "127.0.0.1"
+    _check_local(local_rank, local_size, size, f"LOCAL_RANK and {size_name}")
+    address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or LOOPBACK
     return Launch(rank, size, local_rank, local_size, address, _port(environment, _DEFAULT_PORT), by)
 
 
@@ -122,22 +131,42 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     text = environment.get(name, "")
     if not text and default is not None:
         return default
-    match = re.match(r"\d+", text)  # SLURM writes tasks a machine as 4(x2)
-    if match is None:
+    if not text.isdecimal():
         raise ConfigError(f"{name} = {text!r} in the environment: a whole number is needed")
-    return int(match[0])
+    return int(text)
+
+
+def _of_this_machine(environment: Mapping[str, str], name: str) -> dict[str, str]:
+    """The variable alone. SLURM's has the numbers of all machines in it: 2(x3),1 for 2, 2, 2, 1."""
+    text = environment.get(name, "")
+    numbers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if match is None:
+            return {name: text}
+        numbers += [match[1]] * int(match[2] or 1)
+    machine = _number(environment, "SLURM_NODEID", default=0)
+    return {name: numbers[machine if machine < len(numbers) else 0]}
 
 
 def _port(environment: Mapping[str, str], default: int) -> int:
     port = _number(environment, "MASTER_PORT", default)
-    if port > 65535:
-        raise ConfigError(f"MASTER_PORT = {port} in the environment: ports go up to 65535")
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"MASTER_PORT = {port} in the environment: ports go from 1 to 65535")
     return port
 
 
 def _check_rank(rank: int, size: int, by: str) -> None:
     if not 0 <= rank < size:
         raise ConfigError(f"{by} say that this is process {rank} of {size}: ranks go from 0 to {size - 1}")
+
+
+def _check_local(rank: int, size: int, of_all: int, by: str) -> None:
+    if not (1 <= size <= of_all and 0 <= rank < size):
+        raise ConfigError(
+            f"{by} say that this is process {rank} of {size} on this machine, counted from 0, and there are {of_all} in "
+            f"all: ranks go from 0 to the number on the machine less one, and that is 1 to {of_all}"
+        )
 
 
 def _machines(environment: Mapping[str, str]) -> int:
@@ -243,15 +272,21 @@ def join(config: EngineConfig, run: str = "") -> World:
     end_with_launcher()
     if device == "cuda":
         torch.cuda.set_device(launch.local_rank)
-    if device == "cpu" or config.offload != "none":
+    if (device == "cpu" or config.offload != "none") and not _threads_given(os.environ):
         # Processes that share cores stall one another when each starts a thread for every core.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // launch.local_size))
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     backend = "nccl" if device == "cuda" else "gloo"
     _join(launch, backend, run)
     _join_deepspeed(backend)
     background = dist.new_group(backend="gloo", timeout=_COLLECTIVE) if launch.size > 1 else None
     place = torch.device(device, launch.local_rank if device == "cuda" else None)
     return World(launch.rank, launch.size, place, background)
+
+
+def _threads_given(environment: Mapping[str, str]) -> bool:
+    """Whether the user has said how many threads a process is to have. torchrun says 1 where the user says nothing."""
+    threads = environment.get("OMP_NUM_THREADS")
+    return bool(threads) and not (threads == "1" and "TORCHELASTIC_RUN_ID" in environment)
 
 
 def _join(launch: Launch, backend: str, run: str) -> None:
@@ -271,7 +306,7 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
     if launch.rank == 0:
         listener = _listen(launch)
         store = dist.TCPStore(
-            launch.address,
+            LOOPBACK,
             listener.getsockname()[1],
             launch.size,
             True,
@@ -307,7 +342,7 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
 
 def _listen(launch: Launch) -> socket.socket:
     """Where the store is to listen: on one machine nowhere but there."""
-    host = "127.0.0.1" if launch.one_machine else ""
+    host = LOOPBACK if launch.one_machine else ""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -328,14 +363,19 @@ def _listen(launch: Launch) -> socket.socket:
 def _wait_for_listener(launch: Launch, seconds: float) -> None:
     """Returns when something listens where process 0 is to be: torch, which would wait as well, fills pages with how its
     attempts failed."""
-    deadline = time.monotonic() + seconds
+    began, told = time.monotonic(), False
     while True:
         try:
             socket.create_connection((launch.address, launch.port), timeout=10).close()
             return
-        except OSError:
-            if time.monotonic() > deadline:
+        except OSError as error:  # also of a name that is not known yet, as where machines start together
+            waited = time.monotonic() - began
+            if waited > seconds:
                 raise
+            if waited > _SILENT_SECONDS and not told:
+                where = f"{launch.address}:{launch.port}"
+                _say_waiting(launch, where, f"process 0 ({_first_line(error)})")
+                told = True
         time.sleep(0.1)
 
 
@@ -349,10 +389,18 @@ def _wait_for_all(store: dist.Store, launch: Launch, where: str, seconds: float)
                 f"process {launch.rank} of {launch.size} ({launch.by}) waited {seconds:.0f} s at {where} for {which}: all "
                 f"{launch.size} must be started, with the same settings"
             )
-        if waited > 10 and launch.rank == min(set(range(launch.size)) - set(absent)) and not told:
-            print(f"waiting at {where} for {which} of {launch.size} ({launch.by})", file=sys.stderr, flush=True)
+        if waited > _SILENT_SECONDS and launch.rank == min(set(range(launch.size)) - set(absent)) and not told:
+            _say_waiting(launch, where, which)
             told = True
         time.sleep(0.05)
+
+
+def _say_waiting(launch: Launch, where: str, which: str) -> None:
+    print(
+        f"process {launch.rank} of {launch.size} ({launch.by}) is waiting at {where} for {which}",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _join_deepspeed(backend: str) -> None:

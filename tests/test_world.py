@@ -49,6 +49,13 @@ TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
             (5, 8, 1, 4, "gpu03", 20000 + 1234567 % 20000),
         ),
         (
+            {"SLURM_PROCID": "6", "SLURM_NTASKS": "7", "SLURM_LOCALID": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x2),3"}
+            | {"SLURM_NODEID": "2", "MASTER_ADDR": "a"},
+            (6, 7, 2, 3, "a", 29500),
+        ),
+        # The machine's name may be that of an address at which a run on it alone does not listen.
+        ({"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "here"}, (1, 2, 1, 2, "127.0.0.1", 29500)),
+        (
             {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_NNODES": "2", "SLURM_JOB_NODELIST": "one,two"},
             (5, 8, 1, 4, "one", 29500),
         ),
@@ -81,7 +88,17 @@ def test_launchers(environment, expected):
         ({"WORLD_SIZE": "2"}, "RANK is not set"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "process 2 of 2: ranks go from 0 to 1"),
         ({"RANK": "first", "WORLD_SIZE": "2"}, "RANK = 'first' in the environment: a whole number is needed"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999 .* up to 65535"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "99999"}, "MASTER_PORT = 99999 .* from 1 to 65535"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "0"}, "MASTER_PORT = 0 .* from 1 to 65535"),
+        (
+            {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "0"},
+            "LOCAL_RANK and LOCAL_WORLD_SIZE say .* process 0 of 0",
+        ),
+        ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "3"}, "process 0 of 3 on this machine, .* there are 2 in all"),
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "process 2 of 2 on this machine"),
+        ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1' in the environment"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "5"}, "SLURM_LOCALID and .* process 5 of 2"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4(x"}, "SLURM_NTASKS = '4.x' in the environment"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK = '1' is set, and none of PMIX_SIZE, PMI_SIZE"),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "2"}, "SLURM_PROCID and SLURM_NTASKS say that this is process 3 of 2"),
         (
@@ -140,6 +157,31 @@ def test_processes_that_do_not_come(port):
         meet(here(0, 2, port), "run", 1)
     with pytest.raises(ConfigError, match=r"process 1 of 2 .* found no process 0 at 127.0.0.1:\d+ within 1 s"):
         meet(here(1, 2, port), "run", 1)
+
+
+def test_what_is_waited_for_is_said(port, monkeypatch, capsys):
+    monkeypatch.setattr(world, "_SILENT_SECONDS", 0.1)
+    for launch, words in (
+        (here(0, 2, port), f"process 0 of 2 (RANK and WORLD_SIZE) is waiting at 127.0.0.1:{port} for process 1\n"),
+        (here(1, 2, port), f"process 1 of 2 (RANK and WORLD_SIZE) is waiting at 127.0.0.1:{port} for process 0 ("),
+        (Launch(1, 2, 0, 1, "unknown.invalid", port, "RANK"), f"is waiting at unknown.invalid:{port} for process 0 ("),
+    ):
+        with pytest.raises(ConfigError):
+            meet(launch, "run", 1)
+        assert capsys.readouterr().err.count(words) == 1
+
+
+@pytest.mark.parametrize(
+    "environment, given",
+    [
+        ({}, False),
+        ({"OMP_NUM_THREADS": "1"}, True),
+        ({"OMP_NUM_THREADS": "1", "TORCHELASTIC_RUN_ID": "none"}, False),
+        ({"OMP_NUM_THREADS": "4", "TORCHELASTIC_RUN_ID": "none"}, True),
+    ],
+)
+def test_threads_that_are_given_stand(environment, given):
+    assert world._threads_given(environment) == given
 
 
 def test_a_process_does_not_join_an_earlier_start_of_its_run():
