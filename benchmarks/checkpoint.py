@@ -9,6 +9,8 @@ before: the training waited for all of it.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import shutil
 import sys
@@ -19,7 +21,7 @@ from pathlib import Path
 import torch
 from cycle import PROMPTS
 
-from dpdmd import command, train
+from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes
 from dpdmd.config import load_config

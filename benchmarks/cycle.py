@@ -11,6 +11,8 @@ row of its own.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import json
 import os
@@ -28,7 +30,7 @@ import gpu_time
 import torch
 from contenders import CONTENDERS, Peer
 
-from dpdmd import command, train
+from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
 from dpdmd.engine import start

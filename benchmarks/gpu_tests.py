@@ -12,6 +12,8 @@ where there is no GPU or pytest runs no test.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import json
 import os
@@ -24,7 +26,6 @@ from pathlib import Path
 
 import torch
 
-from dpdmd import command
 from dpdmd.command import ConfigError
 from dpdmd.files import write_json
 from dpdmd.provenance import provenance

@@ -21,6 +21,8 @@ reference) restricts ours to one implementation. Without a GPU the references ru
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import contextlib
 import functools
@@ -51,7 +53,6 @@ import transformer
 from block_operations import BLOCK_OPERATIONS
 from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
 
-from dpdmd import command
 from dpdmd.kernels import backend, use_backend
 from dpdmd.provenance import provenance
 

@@ -28,6 +28,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 BUG, ENDED = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
@@ -74,7 +75,7 @@ def run(function: Callable[..., int | None], *arguments: object) -> int:
         try:
             _flush()
         except OSError:  # Python would try again at its end, and complain
-            _discard(sys.stdout)
+            discard(sys.stdout)
 
 
 def explain(error: Exception) -> tuple[int, str]:
@@ -226,9 +227,26 @@ def _unread(stream) -> bool:
         return False
 
 
-def _discard(stream) -> None:
+def discard(stream) -> None:
+    """What is written to it from now on, and what waits to be, goes nowhere."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+# Interrupted before `run` runs
+
+
+def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+    elif _leads():
+        _write("error: interrupted\n")
+
+
+if _OURS & {*Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents}:
+    sys.excepthook = (
+        _interrupted  # a command of dpdmd runs, and its other imports follow: Python's own status is 130, too
+    )
 
 
 # What command lines hold

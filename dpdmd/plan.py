@@ -8,6 +8,8 @@ read but configuration files, and no GPU is needed. What a configuration takes i
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import itertools
 import sys
@@ -17,7 +19,6 @@ from typing import Any
 
 import torch
 
-from dpdmd import command
 from dpdmd.backbones import load_backbone
 from dpdmd.budget import (
     ALIKE,

@@ -7,6 +7,8 @@ comes from the run's base pipeline unless --pipeline names another.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import itertools
 import math
@@ -20,7 +22,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from dpdmd import command
+from dpdmd.agreement import check_kernels
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
@@ -125,6 +127,7 @@ def load_student(
     backbone.check_weights()
     resolved = torch.device(resolve_device(device))
     precision = resolve_dtype(dtype, resolved.type)
+    check_kernels(resolved, precision, backbone)
     if description.adapter:
         transformer = backbone.load_transformer("teacher", precision, resolved)
         check_adapter(transformer, folder)

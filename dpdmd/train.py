@@ -7,6 +7,8 @@ Without arguments it runs the demo that ships with the package. `--dry-run` prin
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import contextlib
 import difflib
@@ -20,8 +22,8 @@ from pathlib import Path
 
 import torch
 
-from dpdmd import command, engine
-from dpdmd.agreement import agree_on_attention, check_alike, check_settings
+from dpdmd import engine
+from dpdmd.agreement import agree_on_attention, check_alike, check_kernels, check_settings
 from dpdmd.backbones import load_backbone
 from dpdmd.checkpoint import (
     STUDENT_FILE,
@@ -209,6 +211,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         stop = opened.enter_context(Stop())
         path = Path(config.run.output_dir)
         world = start(config.engine, run=str(path.resolve()))
+        check_kernels(world.device, resolve_dtype(config.model.dtype, world.device.type), backbone)
         check_alike(world)
         check_settings(world, config, prompts, resume=resume, overwrite=overwrite)
         folder = take_folder(path, world, resume=resume, overwrite=overwrite)
@@ -244,9 +247,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         if world.main:
             networks = trainer.networks.values()
             print("\n".join([*(network.describe() for network in networks), plan.summary()]), flush=True)
-        progress = Progress(config, first, world)
-        opened.callback(progress.close)
         with stop.deferred():
+            progress = Progress(config, first, world)
+            opened.callback(progress.close)
             loop(trainer, checkpoints, journal, progress, path, first, stop)
         progress.close()
         finish(trainer, checkpoints, journal, progress, path, first, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from pathlib import Path
@@ -10,6 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from processes import run_script
+
+from dpdmd.agreement import check_kernels
+from dpdmd.config import ConfigError
 
 DRIVER = Path(__file__).parent / "drivers" / "attention_agreement.py"
 
@@ -106,3 +110,22 @@ def test_processes_with_other_settings_are_refused():
     ):
         with pytest.raises(ConfigError, match=re.escape(message)):
             check_settings(world(**differences), config, ["a"], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("DPDMD_KERNELS", "fast", "DPDMD_KERNELS='fast' in the environment; it takes one of auto, reference"),
+        ("DPDMD_KERNELS", "cuda", "DPDMD_KERNELS = cuda in the environment: "),
+        ("DPDMD_ATTENTION", "fast", "DPDMD_ATTENTION='fast' in the environment; it takes one of "),
+        ("DPDMD_ATTENTION", "cudnn", "backend='cudnn' needs CUDA tensors and q is on cpu"),
+        ("DPDMD_ATTENTION", "math", None),
+        ("DPDMD_KERNELS", "reference", None),
+    ],
+)
+def test_kernels_that_are_not_to_be_had(monkeypatch, name, value, words):
+    monkeypatch.setenv(name, value)
+    backbone = SimpleNamespace(attention_shapes=lambda: [(16, 64)])
+    expected = contextlib.nullcontext() if words is None else pytest.raises(ConfigError, match=re.escape(words))
+    with expected:
+        check_kernels(torch.device("cpu"), torch.float32, backbone)

@@ -8,8 +8,10 @@ import itertools
 import json
 import os
 import random
+import signal
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -858,3 +860,16 @@ def test_mutated_prompt_files(tmp_path, suffix):
     ):
         read(text.encode(encoding, "ignore"))
     assert found[True] > 100 and found[False] > 30, found
+
+
+COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/train_teacher.py", "benchmarks/cycle.py",
+            "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py", "benchmarks/run.py")  # fmt: skip
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_an_interrupt_during_imports(tmp_path, file):
+    """Of which torch's is the longest."""
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = run_command([sys.executable, Path(__file__).parents[1] / file], env=environment)
+    assert done.returncode == -signal.SIGINT and done.stderr == "error: interrupted\n", done.stderr

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
+import os
 import re
+import shlex
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from processes import run_script
+from processes import run_command, run_script, running
 from safetensors.torch import load_file
 
 from dpdmd import command, stopping
@@ -103,6 +108,44 @@ def test_a_second_interrupt_ends_at_once(options, tmp_path):
     done = run_script(0, DRIVER, "SIGINT-0-4-2", tmp_path, *options, f"run.output_dir={tmp_path / 'run'}")
     assert done.returncode == 128 + signal.SIGINT and "second SIGINT: ended at once" in done.stderr
     assert "Traceback" not in done.stderr and not any((tmp_path / "run").glob("checkpoints/step_*"))
+
+
+def test_a_second_interrupt_of_a_process_that_waits_in_a_library(tmp_path):
+    """Where Python's own handlers never run, as in a collective whose other processes have gone."""
+    script = tmp_path / "waits.py"
+    script.write_text(
+        "import ctypes\nfrom dpdmd.stopping import Stop\nlibrary, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)\n"
+        "with Stop() as stop, stop.deferred():\n    library.pthread_mutex_lock(lock)\n    print('waits', flush=True)\n"
+        "    library.pthread_mutex_lock(lock)\n"
+    )
+    with running(sys.executable, script) as process:
+        assert process.stdout.readline() == "waits\n"
+        sent = 0
+        while process.poll() is None:  # two that come at one time are one
+            process.send_signal(signal.SIGINT)
+            sent += 1
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(0.1)
+        assert process.returncode == 128 + signal.SIGINT and sent > 1
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("closed", ["", "2>&1"], ids=["stdout", "both"])
+def test_output_that_nobody_reads_any_more(options, straight, tmp_path, closed):
+    """The run ends as by a signal where it has something to say, and else goes on."""
+    folder = tmp_path / "run"
+    mine = [*options, "engine.device=cpu", f"run.output_dir={folder}"]
+    command_line = shlex.join([sys.executable, str(TRAIN), *mine])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = f"{command_line} {closed} | grep -m 1 plan: ; exit ${{PIPESTATUS[0]}}"
+    done = run_command(["bash", "-c", script], env=environment)
+    assert "plan:" in done.stdout and "Traceback" not in done.stderr
+    if closed:
+        assert done.returncode == command.ENDED and list((folder / "checkpoints").glob("step_*"))
+        checked(run_script(0, TRAIN, *mine, "--resume"))
+    else:
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert same_bits(weights(folder), weights(straight))
 
 
 def test_a_signal_before_training_ends_at_once(monkeypatch):

@@ -16,6 +16,8 @@ sample; so the teacher serves every `max_sequence_length` at the cost of 1.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import copy
 import json
@@ -47,7 +49,6 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from dpdmd import command
 from dpdmd.demo import TEACHER, measure, world
 from dpdmd.files import follow_umask
 
