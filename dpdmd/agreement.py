@@ -6,17 +6,16 @@ times for, and two measurements may choose differently. Of the others each machi
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 from dpdmd.backbones.base import Backbone
-from dpdmd.config import Config, ConfigError
+from dpdmd.config import Config, ConfigError, flattened
 from dpdmd.kernels import _attention_choice, attention
 from dpdmd.kernels.backend import FASTEST_FIRST, requested, why_not
+from dpdmd.prompts import digest_of
 from dpdmd.world import World
 
 
@@ -60,7 +59,7 @@ def check_settings(world: World, config: Config, prompts: list[str], **options: 
     together that none of them describes, or wait for one another for ever. All processes call."""
     mine = {name: str(value) for name, value in flattened(config.model_dump(mode="json"))}
     mine |= {f"--{name}": str(value) for name, value in options.items()}
-    mine["the content of prompts.file"] = hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+    mine["the content of prompts.file"] = digest_of(prompts)
     first, *others = world.gather(mine)
     for rank, theirs in enumerate(others, start=1):
         for name in {**first, **theirs}:
@@ -69,15 +68,6 @@ def check_settings(world: World, config: Config, prompts: list[str], **options: 
                     f"{name} = {theirs.get(name)} in process {rank} and {first.get(name)} in process 0: all processes of a run "
                     "are started with the same settings"
                 )
-
-
-def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every setting by its dotted name."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flattened(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:

@@ -34,7 +34,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from dpdmd.config import Config, ConfigError, to_yaml
+from dpdmd.config import Config, ConfigError, flattened, to_yaml
 from dpdmd.distill import Distillation
 from dpdmd.engine import Network
 from dpdmd.files import (
@@ -523,6 +523,21 @@ def _difference(key: str, saved: Any, now: Any) -> str:
             if saved.get(inner) != now.get(inner):
                 return _difference(f"{key}.{inner}", saved.get(inner), now.get(inner))
     return f"{key} = {saved!r}, and this run has {now!r}"
+
+
+def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
+    """A text for each setting that differs from `saved`, an index's config. Not for where the run lies, for what was chosen
+    for the machine then and now, and for settings that the program had not then."""
+    before = dict(flattened(saved))
+    return [
+        f"{name} = {value} (was {before[name]})"
+        for name, value in flattened(config.model_dump(mode="json"))
+        if name in before and value != before[name] and not name.startswith(_FREE) and value != "auto"
+    ]
+
+
+# The planner chooses kept_passes; the accumulation follows the number of processes, which is said.
+_FREE = ("run.output_dir", "engine.accumulation", "engine.kept_passes")
 
 
 def global_batch(config: Config, num_processes: int) -> int:

@@ -770,6 +770,15 @@ def known_keys(section: type[pydantic.BaseModel] = Config, prefix: str = "") -> 
     return keys
 
 
+def flattened(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value of nested sections by its dotted name."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flattened(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
 def _section_of(annotation: Any) -> type[pydantic.BaseModel] | None:
     """The section that a field of this type holds."""
     for each in (annotation, *typing.get_args(annotation)):

@@ -76,6 +76,11 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[str]:
     return prompts
 
 
+def digest_of(prompts: list[str]) -> str:
+    """Tells lists of prompts apart."""
+    return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
+
+
 def _read_text(path: Path, where: str) -> str:
     data = read_file(path, where)
     try:
@@ -94,7 +99,7 @@ def _read_text(path: Path, where: str) -> str:
 
 def _lines(text: str) -> list[str]:
     # str.splitlines would also break a prompt at U+2028, U+0085 and form feeds.
-    return [line.removesuffix("\r") for line in text.split("\n")]
+    return re.split("\r\n|\n|\r", text)
 
 
 _NUMBERED = re.compile(r"\s*\d+\s*---(.*)")

@@ -29,6 +29,7 @@ from dpdmd.checkpoint import (
     STUDENT_FILE,
     Checkpoint,
     Checkpoints,
+    changed_settings,
     checkpoint_bytes,
     export_student,
     with_global_batch,
@@ -40,7 +41,7 @@ from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
 from dpdmd.folder import MARK, RunFolder, check_space
 from dpdmd.journal import Journal, check_writers
 from dpdmd.plan import Plan, gpu_bytes, resolve
-from dpdmd.prompts import Conditioner, PromptOrder, make_conditioner, read_prompts
+from dpdmd.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
 from dpdmd.stopping import Stop
 from dpdmd.world import World
@@ -187,6 +188,7 @@ class Trainer:
             "skipped": {role: list(iterations) for role, iterations in self.skipped.items()},
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "attention_times": self.attention_times,
+            "prompts": digest_of(self.prompts),
         }
 
     def restore(self, state: dict) -> None:
@@ -230,6 +232,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
                     f"{config.engine.accumulation}, so that an update stays one of {resumed.index['global_batch']} samples",
                     flush=True,
                 )
+            if world.main:
+                say_what_changed(resumed, config, prompts)
         config, plan = plan_run(config, backbone, world)
         checkpoints.use(config)
         attention_times = agree_on_attention(world, backbone, resumed.state["attention_times"] if resumed else None)
@@ -422,6 +426,15 @@ def starts(
     return True
 
 
+def say_what_changed(resumed: Checkpoint, config: Config, prompts: list[str]) -> None:
+    """Names settings and prompts that are others than the checkpoint's: the run goes on with those that are given."""
+    changed = changed_settings(resumed.index["config"], config)
+    if resumed.state.get("prompts") not in (None, digest_of(prompts)):
+        changed.append("the content of prompts.file")
+    if changed:
+        print(f"other settings than the checkpoint's: {', '.join(changed)}", flush=True)
+
+
 def similar(path: Path) -> str:
     """Runs beside the folder that may have been meant."""
     runs = [mark.parent.name for mark in path.resolve().parent.glob(f"*/{MARK}") if mark.parent != path.resolve()]
@@ -462,6 +475,7 @@ def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
+        "the teacher's weights": world.on_main(backbone.teacher_fingerprint),
         "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,

@@ -42,7 +42,7 @@ ALLOWED = {
     "world": {"command", "config"},
     "stopping": {"command", "world"},
     "compilation": set(),
-    "agreement": {"backbones", "config", "kernels", "world"},
+    "agreement": {"backbones", "config", "kernels", "prompts", "world"},
     "folder": {"config", "files"},
     "shards": {"files", "kernels"},
     "diffusion": {"kernels"},

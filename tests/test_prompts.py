@@ -43,6 +43,7 @@ def refusal(path, field="prompt") -> str:
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
     [
+        ("a.txt", "a ring\rtwo rings\r", ["a ring", "two rings"]),
         ("a.txt", "a ring\n\n  two rings \r\na ring", ["a ring", "two rings", "a ring"]),
         ("bom.txt", b"\xef\xbb\xbfa ring\n", ["a ring"]),
         ("CASE.TXT", "a ring", ["a ring"]),

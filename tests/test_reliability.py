@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_command, run_script, running
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpdmd import command, stopping
 
@@ -279,6 +279,22 @@ def test_the_last_good_checkpoint_of_a_student_that_exploded(options, tmp_path):
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("lora", [[], ["lora={rank: 2}"]], ids=["whole", "adapters"])
+def test_another_teacher_is_refused(options, tmp_path, lora):
+    """Of the same architecture, so that nothing else would tell."""
+    folder, teacher = tmp_path / "run", tmp_path / "teacher"
+    shutil.copytree(train_teacher(), teacher)
+    mine = [*options, *lora, "run.iterations=3", f"run.output_dir={folder}"]
+    checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}"))
+    (file,) = (teacher / "transformer").glob("*.safetensors")
+    save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
+    done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)
+    assert "was saved with the teacher's weights = '" in done.stderr
+    # Where its folder lies does not matter.
+    checked(run_script(0, TRAIN, *mine, "run.iterations=6", "--resume"))
+
+
+@pytest.mark.distributed
 def test_resume_says_from_where(options, straight, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(straight, folder)
@@ -295,6 +311,7 @@ def test_resume_says_from_where(options, straight, tmp_path):
 
     longer = checked(run_script(0, TRAIN, *mine, "run.iterations=12"))
     assert "going on from iteration 9" in longer.stdout
+    assert "other settings than the checkpoint's: run.iterations = 12 (was 9)\n" in longer.stdout, longer.stdout[:600]
     assert same_bits(load_file(next((folder / "student_step_000009").glob("*.safetensors"))), weights(straight))
     assert json.loads((folder / "student" / "dpdmd.json").read_text())["iterations"] == 12
 
@@ -302,7 +319,12 @@ def test_resume_says_from_where(options, straight, tmp_path):
     for step in (folder / "checkpoints").glob("step_000012"):
         (step / "index.json").write_text("{}")
     first = weights(folder)
-    checked(run_script(0, TRAIN, *mine, "run.iterations=12", "student_optimizer.lr=1e-2"))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red ring\na blue cross\n")
+    others = ["run.iterations=12", "student_optimizer.lr=1e-2", "run.seed=7", f"prompts.file={prompts}"]
+    done = checked(run_script(0, TRAIN, *mine, *others))
+    for words in ("student_optimizer.lr = 0.01 (was 0.001)", "run.seed = 7 (was ", "the content of prompts.file"):
+        assert words in re.search("other settings than the checkpoint's: .*", done.stdout)[0]
     assert same_bits(load_file(next((folder / "student_step_000012").glob("*.safetensors"))), first)
     assert not same_bits(weights(folder), first)
 

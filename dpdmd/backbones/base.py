@@ -195,6 +195,13 @@ class Backbone(ABC):
             for component in ("vae", *self._text_encoders):
                 pipeline.shapes(component)
 
+    def teacher_fingerprint(self) -> str:
+        """Of the teacher's transformer: "random" under random_init, else a hex digest of its weights, as
+        `PipelineFolder.weights_fingerprint` says. Weights on the hub are downloaded for it."""
+        return (
+            "random" if self.config.random_init else self._pipelines["teacher"].weights_fingerprint("transformer")[:24]
+        )
+
     def load_transformer(self, role: Role, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The role's transformer on `device`, in eval mode, its parameters requiring gradients.
 

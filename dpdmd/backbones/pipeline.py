@@ -126,6 +126,13 @@ class PipelineFolder:
                 digest.update(path.name.encode() + _digest_file(path))
         return digest.hexdigest()
 
+    def weights_fingerprint(self, component: str) -> str:
+        """Hex digest of a component's weights alone; see `_digest_file`."""
+        digest = hashlib.sha256()
+        for path in self.weights(component).files:
+            digest.update(path.name.encode() + _digest_file(path))
+        return digest.hexdigest()
+
     def __str__(self) -> str:
         return f"{self.key} = {self.name!r}"
 
