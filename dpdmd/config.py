@@ -753,9 +753,9 @@ def _nearest(parts: list[str]) -> str:
     if elsewhere:
         return f"the nearest known is {' or '.join(elsewhere)}"
     siblings = [key for key in keys if key.rpartition(".")[0] == here]
-    for candidates in (siblings, keys):
+    for candidates, likeness in ((siblings, 0.6), (keys, 0.85)):
         names = [key.rpartition(".")[2] for key in candidates]
-        for close in difflib.get_close_matches(name.lower(), names, n=1):
+        for close in difflib.get_close_matches(name.lower(), names, n=1, cutoff=likeness):
             return f"the nearest known is {candidates[names.index(close)]}"
     return f"known {'in ' + here if here else 'sections'} are {', '.join(key.rpartition('.')[2] for key in siblings)}"
 

@@ -43,6 +43,14 @@ OWN = (
 _TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
 
 
+def check_place(folder: Path) -> None:
+    """Raises ConfigError where a run cannot have its folder, as far as that shows without making it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "is no folder" if not there.is_dir() else "cannot be written to"
+        raise ConfigError(f"run.output_dir = {str(folder)!r}: {there} {problem}")
+
+
 class RunFolder:
     """The folder of one run, taken for this process as long as it lives.
 
@@ -54,6 +62,7 @@ class RunFolder:
         self.path = folder
         self._lock: int | None = None
         name = f"run.output_dir = {str(folder)!r}"
+        check_place(folder)
         marked = (folder / MARK).is_file()
         holds = sorted({path.name for pattern in _TOP for path in folder.glob(pattern)}) if folder.is_dir() else []
         if holds and not marked:

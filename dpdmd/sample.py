@@ -16,7 +16,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pydantic
 import torch
@@ -64,7 +64,7 @@ class Student:
 
 
 class _Description(pydantic.BaseModel):
-    """What sampling needs of dpdmd.json, which holds more."""
+    """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -76,6 +76,12 @@ class _Description(pydantic.BaseModel):
     guidance_scale: float = pydantic.Field(ge=0, allow_inf_nan=False)
     resolution: pydantic.PositiveInt
     max_sequence_length: pydantic.PositiveInt
+    iterations: pydantic.NonNegativeInt | None = None
+    prediction: str | None = None
+    method: str | None = None
+    num_steps: pydantic.PositiveInt | None = None
+    pipeline_sigmas: list[pydantic.FiniteFloat] | None = None
+    pipeline_call: dict[str, Any] | None = None
 
 
 def _read_description(folder: Path) -> _Description:
@@ -102,6 +108,10 @@ def _read_description(folder: Path) -> _Description:
     times = description.times
     if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
+    if description.num_steps not in (None, len(times) - 1):
+        raise ConfigError(
+            f"--student {folder}: {STUDENT_FILE} has num_steps = {description.num_steps} and times for {len(times) - 1}"
+        )
     return description
 
 

@@ -38,7 +38,7 @@ from dpdmd.command import RunEnded, RunStopped
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
-from dpdmd.folder import MARK, RunFolder, check_space
+from dpdmd.folder import MARK, RunFolder, check_place, check_space
 from dpdmd.journal import Journal, check_writers
 from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
@@ -661,6 +661,7 @@ def _main(argv: list[str] | None) -> None:
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
     config = load_config(args.config, args.overrides)
     if args.dry_run:
+        check_place(Path(config.run.output_dir))
         print(to_yaml(config), end="")
     else:
         train(config, resume=args.resume, overwrite=args.overwrite)

@@ -85,6 +85,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("rank=3", "^rank: unknown key; the nearest known is lora.rank$"),
         ("student_optimizer.momentum=3", "unknown key; known in student_optimizer are name, state, lr, betas, eps"),
         ("xyz=3", "^xyz: unknown key; known sections are model, prompts, distill"),
+        ("model.height=33", "^model.height: unknown key; known in model are pipeline, "),
         ("on_cpu.engine.batch_size=3", "^on_cpu: unknown key; it is a section of files; on the command line"),
         (
             "engine={zero.teacher: 0}",

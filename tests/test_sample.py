@@ -137,12 +137,17 @@ POSSIBLE = {  # of its own kind, so taken, or refused later for what it says
     "guidance_scale": [5, 0, 1.5],
     "resolution": [5],
     "max_sequence_length": [5],
+    "iterations": [None, 5, 0],
+    "prediction": [None, "text"],
+    "method": [None, "text"],
+    "num_steps": [None],
+    "pipeline_sigmas": [None, [], [0.5, 1.0], [1.0, 1.0]],
+    "pipeline_call": [None, {}],
 }
+OPTIONAL = {"adapter", "iterations", "prediction", "method", "num_steps", "pipeline_sigmas", "pipeline_call"}
 
 
-@pytest.mark.parametrize(
-    "key", ["family", "adapter", "pipeline", "revision", "times", "guidance_scale", "resolution", "max_sequence_length"]
-)
+@pytest.mark.parametrize("key", ["family", "times", *POSSIBLE])
 def test_a_description_of_wrong_kinds(folder, key):
     path = folder / STUDENT_FILE
     content = json.loads(path.read_text())
@@ -151,7 +156,7 @@ def test_a_description_of_wrong_kinds(folder, key):
             continue
         path.write_text(json.dumps(content | {key: value}))
         assert f"{STUDENT_FILE} has {key}" in refusal(folder), value
-    if key != "adapter":  # older students have none
+    if key not in OPTIONAL:
         path.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
         assert f"{STUDENT_FILE} has no {key}" in refusal(folder)
 

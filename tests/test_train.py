@@ -397,6 +397,8 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
     assert train.main(["--config", str(settings), "--dry-run", "--local_rank=0", f"run.output_dir={folder}"]) == 0
     assert yaml.safe_load(capsys.readouterr().out)["distill"]["anchor"] == 2
     assert not folder.exists()
+    assert train.main(["--config", str(settings), "--dry-run", "run.output_dir=/dev/null"]) == 2
+    assert "run.output_dir = '/dev/null': /dev/null is no folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
