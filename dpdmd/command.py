@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
-import json
 import logging
 import os
 import select
@@ -29,7 +28,6 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 BUG, ENDED = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
 
@@ -97,7 +95,10 @@ def explain(error: Exception) -> tuple[int, str]:
             f"stdout takes {error.encoding} alone, which lacks a character of the output: set PYTHONIOENCODING=utf-8",
         )
     if _publish is not None and _of_a_peer(error):
-        return 1, f"another process of this run has ended; what it said is the reason ({_line(error)[:300]})"
+        return 1, (
+            "another process of this run has ended: what it said is the reason; where it said nothing it was killed, as for "
+            f"want of memory ({_line(error)[:300]})"
+        )
     return BUG, (
         f"{type(error).__name__}: {_line(error)[:300]}: this is a bug of dpdmd; please report it, with the lines above, in "
         "the issue tracker of the repository that dpdmd came from"
@@ -311,17 +312,6 @@ def above_0(text: str) -> float:
 
 count = whole(1)
 seed = whole(0, 2**63)  # as run.seed
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. Raises ConfigError for another content, OSError where it cannot be read."""
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not JSON ({_line(error)})") from error
-    if not isinstance(found, dict):
-        raise ConfigError(f"{file}: holds a {type(found).__name__}, where an object is needed")
-    return found
 
 
 class Parser(argparse.ArgumentParser):

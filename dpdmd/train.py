@@ -225,15 +225,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         if not world.on_main(starts, folder, config, resumed, resume=resume, overwrite=overwrite):
             return
         if resumed is not None:
-            config = with_global_batch(config, resumed.index["global_batch"], world.size)
-            if world.main and resumed.index["processes"] != world.size:
-                print(
-                    f"{world.size} processes for {resumed.index['processes']}: engine.accumulation = "
-                    f"{config.engine.accumulation}, so that an update stays one of {resumed.index['global_batch']} samples",
-                    flush=True,
-                )
-            if world.main:
-                say_what_changed(resumed, config, prompts)
+            config = continued(config, resumed, prompts, world)
         config, plan = plan_run(config, backbone, world)
         checkpoints.use(config)
         attention_times = agree_on_attention(world, backbone, resumed.state["attention_times"] if resumed else None)
@@ -426,13 +418,24 @@ def starts(
     return True
 
 
-def say_what_changed(resumed: Checkpoint, config: Config, prompts: list[str]) -> None:
-    """Names settings and prompts that are others than the checkpoint's: the run goes on with those that are given."""
+def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> Config:
+    """`config` for updates of as many samples as the checkpoint's. Says what is another than there: the run goes on with what
+    is given. Raises ConfigError where the number of samples cannot be had."""
+    config = with_global_batch(config, resumed.index["global_batch"], world.size)
+    if not world.main:
+        return config
+    if resumed.index["processes"] != world.size:
+        print(
+            f"{world.size} processes for {resumed.index['processes']}: engine.accumulation = {config.engine.accumulation}, so "
+            f"that an update stays one of {resumed.index['global_batch']} samples",
+            flush=True,
+        )
     changed = changed_settings(resumed.index["config"], config)
     if resumed.state.get("prompts") not in (None, digest_of(prompts)):
         changed.append("the content of prompts.file")
     if changed:
         print(f"other settings than the checkpoint's: {', '.join(changed)}", flush=True)
+    return config
 
 
 def similar(path: Path) -> str:

@@ -150,7 +150,8 @@ def test_once_processes_have_met_they_decide_who_speaks(capsys, monkeypatch, alo
     assert ended(capsys, fail, ConfigError("x"), False) == (2, "")
     assert ended(capsys, fail, RunStopped("x"), RuntimeError("nobody answers")) == (1, f"{start}x\n")
     gone = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
-    assert ended(capsys, fail, gone, True)[1].startswith(f"{start}another process of this run has ended; what it said")
+    words = "another process of this run has ended: what it said is the reason; where it said nothing it was killed"
+    assert ended(capsys, fail, gone, True)[1].startswith(f"{start}{words}")
     assert alone == []
 
 

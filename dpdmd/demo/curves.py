@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from dpdmd import command
+from dpdmd.backbones.files import read_json
 from dpdmd.files import write_json
 
 # What --compare takes: the settings of each variant.
@@ -195,7 +196,7 @@ def _main(argv: list[str] | None) -> None:
         write_json(args.output, results)
         print(args.output)
     else:
-        results = command.read_json(args.results)
+        results = read_json(args.results, "curves draw")
         if not {"runs", "last"} <= results.keys():
             raise command.ConfigError(f"{args.results}: has no runs; a file that `curves train` wrote is needed")
         draw(results, args.output)

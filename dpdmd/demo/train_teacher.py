@@ -49,6 +49,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from dpdmd.backbones.files import read_json
 from dpdmd.demo import TEACHER, measure, world
 from dpdmd.files import follow_umask
 
@@ -712,7 +713,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if args.evaluate:
         rows = evaluate(args.evaluate, **measuring)
         if args.update_card:
-            card = command.read_json(args.evaluate / "card.json")
+            card = read_json(args.evaluate / "card.json", f"--evaluate {args.evaluate}")
             write_card(args.evaluate, card | {"evaluation": rows, "evaluated_on": _machine(device)})
         return
 
@@ -720,7 +721,7 @@ def _main(argv: Sequence[str] | None) -> None:
     if args.autoencoder:
         vae, report = AutoencoderKL.from_pretrained(args.autoencoder).to(device), {"from": args.autoencoder.name}
         if (args.autoencoder / "report.json").exists():
-            report = command.read_json(args.autoencoder / "report.json")
+            report = read_json(args.autoencoder / "report.json", f"--autoencoder {args.autoencoder}")
     else:
         vae = build_autoencoder().to(device)
         if device.type == "cuda":
