@@ -126,8 +126,10 @@ def _main(argv: list[str] | None) -> int:
         rate = size / seconds["first save: writing, in the background"]
         print(f"a checkpoint: {readable_bytes(size)}, written at {readable_bytes(rate)} a second")
         if args.json:
-            typed = " ".join(["deepspeed", *(each for each in sys.argv if not each.startswith("--local_rank"))])
+            given = (each for each in sys.argv if not each.startswith("--local_rank"))
+            typed = " ".join(["deepspeed", "--num_gpus", str(world.size), *given])
             settings = config.model_dump(mode="json")
+            settings["prompts"]["file"] = f"benchmarks/{PROMPTS.name}"  # wherever the checkout lies
             found = {"processes": world.size, "bytes": size, "seconds": seconds, "config": settings}
             write_json(args.json, {**provenance(typed), **found})
     return 0
