@@ -83,7 +83,7 @@ class Run:
         arguments = [*settings, f"run.output_dir={folder}", *more]
         processes = []
         for rank in range(number):
-            world = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            world = {"OMP_NUM_THREADS": "1"}
             if number > 1:
                 world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
                 world |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -168,9 +168,12 @@ def by_signal(shared: Path, folder: Path, number: int, rng: random.Random, whole
             os.kill(process.pid, signal.SIGCONT)
     status = run.wait()
     allowed = {"SIGKILL": (0, -9), "SIGTERM": (0, command.ENDED, -15), "SIGSTOP": (0,)}[name]
-    if status not in (*allowed, *((1, 70) if victims == "one" and number > 1 and name == "SIGKILL" else ())):
+    if status not in (*allowed, *((1,) if victims == "one" and number > 1 and name == "SIGKILL" else ())):
         case.problem = f"ended with status {status}"
-    log_of(folder).rename(folder.with_name(f"{folder.name}.first.log"))
+    if log_of(folder).exists():
+        if "Traceback" in log_of(folder).read_text(errors="replace"):
+            case.problem = case.problem or "a traceback"
+        log_of(folder).rename(folder.with_name(f"{folder.name}.first.log"))
     finish(shared, folder, number, case)
     return case
 
@@ -310,6 +313,7 @@ def _main(argv: list[str] | None) -> int:
     args = parser.parse_args(argv)
     if args.full and os.geteuid() != 0:
         raise command.ConfigError("--full mounts a tmpfs, for which it needs root: --full 0 leaves it out")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the process is started of which all others are forks
     with tempfile.TemporaryDirectory(prefix="dpdmd-chaos-") as root:
         shared = Path(root)
         seconds, written = prepare(shared)

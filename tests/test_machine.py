@@ -145,8 +145,8 @@ def test_what_a_failed_test_held_is_let_go(monkeypatch):
 def run_pytest(folder, *options, **variables):
     """pytest with this plugin on tests of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), *sys.path]), **variables}
-    for name in ("PYTEST_XDIST_WORKER", "PYTEST_XDIST_WORKER_COUNT", "PYTEST_XDIST_TESTRUNUID", "PYTEST_CURRENT_TEST"):
-        environment.pop(name, None)
+    for name in ("ADDOPTS", "XDIST_WORKER", "XDIST_WORKER_COUNT", "XDIST_TESTRUNUID", "CURRENT_TEST"):
+        environment.pop(f"PYTEST_{name}", None)
     command = [
         sys.executable,
         "-m",
