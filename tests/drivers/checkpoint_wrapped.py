@@ -12,10 +12,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import deepspeed
+import small
 import torch
 import torch.distributed as dist
 import torch.utils.checkpoint
-from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from gradients import full_gradient, report
 from torch import nn
@@ -78,21 +78,7 @@ class Sd3(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.transformer = SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            caption_projection_dim=32,
-            pooled_projection_dim=16,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm",
-            dual_attention_layers=(0,),
-        )
+        self.transformer = small.sd3()
 
     @property
     def blocks(self):

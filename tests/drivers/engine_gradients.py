@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import small
 import torch
-from diffusers import SD3Transformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from gradients import full_gradient
 
@@ -35,23 +35,7 @@ class Backbone:
 
 
 def make(dtype):
-    torch.manual_seed(0)
-    model = SD3Transformer2DModel(
-        sample_size=8,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        caption_projection_dim=32,
-        pooled_projection_dim=16,
-        pos_embed_max_size=8,
-        qk_norm="rms_norm",
-        dual_attention_layers=(0,),
-    )
-    return model.to(dtype)
+    return small.sd3().to(dtype)
 
 
 def chain_losses(network, shard):

@@ -13,8 +13,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import deepspeed
+import small
 import torch
-from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from gradients import full_gradient, report
@@ -53,21 +54,8 @@ class Backbone:
 def make(kind):
     torch.manual_seed(0)
     if kind != "flux":
-        return SD3Transformer2DModel(
-            sample_size=8,
-            patch_size=2,
-            in_channels=4,
-            out_channels=4,
-            num_layers=3,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=16,
-            caption_projection_dim=32,
-            pooled_projection_dim=16,
-            pos_embed_max_size=8,
-            qk_norm="rms_norm" if kind == "sd3.5" else None,
-            dual_attention_layers=(0, 1),
-        )
+        qk_norm = "rms_norm" if kind == "sd3.5" else None
+        return small.sd3(num_layers=3, qk_norm=qk_norm, dual_attention_layers=(0, 1))
     return FluxTransformer2DModel(
         patch_size=1,
         in_channels=8,
