@@ -233,9 +233,12 @@ class Checkpoints:
 
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
-        if final.exists() and not (final / _INDEX).is_file():  # no checkpoint, whatever it is
+        suspect = (final / _SUSPECT).exists()
+        if final.exists() and not suspect and (final in self._left_out or not (final / _INDEX).is_file()):
+            kept = _free_name(final.with_name(f"{final.name}.left_out"))
             with disk_errors(final):
-                os.rename(final, _free_name(final.with_name(f"{final.name}.damaged")))
+                os.rename(final, kept)
+            print(f"{final} was left out, and stays as {kept.name}", file=sys.stderr, flush=True)
         unfinished = self._unfinished(final)
         with disk_errors(final):
             for role in _ROLES:

@@ -21,13 +21,14 @@ import importlib.util
 import logging
 import os
 import select
+import signal
 import sys
 import time
 import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
+from types import FrameType, TracebackType
 
 BUG, ENDED = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
 
@@ -40,8 +41,16 @@ class RunStopped(RuntimeError):
     """A run that cannot go on; the message says why and what is left of it."""
 
 
-class RunEnded(RuntimeError):
-    """A run that was asked to end; the message says how to go on."""
+class RunEnded(BaseException):
+    """A run that was asked to end; the message says how to go on. A signal raises it wherever the program is: like
+    KeyboardInterrupt it passes what others catch.
+
+    agreed: all processes end with it, of which the main one speaks.
+    """
+
+    def __init__(self, message: str, agreed: bool = False):
+        super().__init__(message)
+        self.agreed = agreed
 
 
 def run(function: Callable[..., int | None], *arguments: object) -> int:
@@ -59,7 +68,9 @@ def run(function: Callable[..., int | None], *arguments: object) -> int:
             _write("error: interrupted\n")
         return 130
     except RunEnded as error:
-        if os.environ.get("RANK", "0") == "0":  # all processes have agreed to end, or the launcher ends them
+        if not error.agreed:
+            _say(str(error), start="")
+        elif _number() == "0":
             _write(f"{error}\n")
         return ENDED
     except Exception as error:
@@ -176,8 +187,8 @@ def met(publish: Callable[[str], bool] | None) -> None:
     _publish = publish
 
 
-def _say(message: str, details: str = "") -> None:
-    """Prints an error, unless another process provably prints the same.
+def _say(message: str, details: str = "", start: str = "error") -> None:
+    """Prints an error, or what else begins with `start`, unless another process provably prints the same.
 
     Once the processes have met they ask `publish`. Before, what is wrong is as a rule wrong for all: the first process of
     each machine speaks at once and ends, upon which the launcher ends the others while they wait. One that fails alone
@@ -187,19 +198,25 @@ def _say(message: str, details: str = "") -> None:
         with contextlib.suppress(Exception):  # whoever cannot ask speaks
             if not _publish(details + message):
                 return
-    elif not _leads():
+    elif start and not _leads():
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(_PATIENCE)
-    number = os.environ.get("RANK", "0")
-    start = "error: " if number == "0" else f"error (process {number}): "
+    number = _number()
+    start = " ".join([start] * bool(start) + [f"(process {number})"] * (number != "0"))
+    start = f"{start}: " if start else ""
     # The main process may have left a bar without its end of line.
     begin = "" if number == "0" else "\n"
     _write(begin + details + "".join(f"{start}{line}\n" for line in message.splitlines() or [""]))
 
 
+def _number() -> str:
+    """Of this process among those of the run."""
+    return os.environ.get("RANK") or "0"
+
+
 def _leads() -> bool:
-    """Whether this is the first process of this machine, or the only one."""
-    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+    """Whether this is the first process of this machine, or the only one: without RANK there is no launcher."""
+    return not os.environ.get("RANK") or (os.environ.get("LOCAL_RANK") or os.environ["RANK"]) == "0"
 
 
 # Streams that may be closed at their other end
@@ -234,7 +251,7 @@ def discard(stream) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# Interrupted before `run` runs
+# Interrupted and ended before a command has signals in hand
 
 
 def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -244,10 +261,18 @@ def _interrupted(kind: type[BaseException], error: BaseException, trace: Traceba
         _write("error: interrupted\n")
 
 
+def _end(number: int, frame: FrameType | None) -> None:
+    if _leads():
+        _write(f"{signal.Signals(number).name}: ended\n")
+    os._exit(ENDED)
+
+
 if _OURS & {*Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents}:
-    sys.excepthook = (
-        _interrupted  # a command of dpdmd runs, and its other imports follow: Python's own status is 130, too
-    )
+    # A command of dpdmd runs, and its other imports follow.
+    sys.excepthook = _interrupted  # Python's own status is 130, too
+    for _each in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(_each) == signal.SIG_DFL:
+            signal.signal(_each, _end)
 
 
 # What command lines hold

@@ -523,6 +523,12 @@ def _read_override(override: str) -> dict[str, Any]:
     if text.strip() in ("", "~"):  # both are null in YAML, which is seldom what is meant here
         given = "your home folder is ~/" if text.strip() else "nothing follows the ="
         raise ConfigError(f'override {shown(override)}: {given}; write null for none, or "" for an empty text')
+    quoted = text.lstrip()[:1] in ("'", '"', "[", "{")
+    if "\n" in text or (re.search(r"\s#", text) and not quoted):  # which YAML would fold, and take for a comment
+        raise ConfigError(
+            f"override {shown(override)}: a value with {'line ends' if chr(10) in text else 'a # after a space'} needs quotes "
+            "of its own inside the shell's: 'key=\"value\"'"
+        )
     try:
         value = _read_yaml(text)
     except ValueError as error:
@@ -549,11 +555,19 @@ def read_file(path: Path, where: str, most: int | None = None) -> bytes:
                 raise ConfigError(f"{where}: cannot be read (a {kind}, where a file is needed)")
             if most is not None and found.st_size > most:
                 raise ConfigError(f"{where}: cannot be read ({found.st_size} bytes, where at most {most} make sense)")
-            return file.read()
+            data = file.read()
     except OSError as error:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a NUL in the name, or half of a surrogate pair
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: cannot be read ({error})") from error
+    if data.startswith(LFS_POINTERS):
+        raise ConfigError(
+            f"{where}: is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
+        )
+    return data
+
+
+LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -76,6 +76,12 @@ class RunFolder:
                 f"{name} holds {kind} ({_list(holds)}): give --resume to go on with it, --overwrite to delete it, or another "
                 "run.output_dir"
             )
+        links = [each for each in holds if (folder / each).is_symlink()]
+        if overwrite and links:
+            raise ConfigError(
+                f"{name}: {_list(links)} in it is a link, and --overwrite deletes nothing that lies elsewhere: remove the link, "
+                "or take another folder"
+            )
         self.fresh = not holds  # no run has written anything here yet
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -63,6 +63,9 @@ class Student:
         return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
 
 
+_LATEST = 1.001  # the time of noise alone is 1; rounding may put it a hair off
+
+
 class _Description(pydantic.BaseModel):
     """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
 
@@ -92,7 +95,7 @@ def _read_description(folder: Path) -> _Description:
         )
     values = read_json(path, f"--student {folder}")
     version = values.get("format")
-    if version != _FORMAT:
+    if version != _FORMAT or isinstance(version, bool):
         newer = isinstance(version, int) and version > _FORMAT
         by = "was written by a newer dpdmd" if newer else "is of no kind that is known"
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} {by} (format = {version!r}; {_FORMAT} is needed)")
@@ -108,6 +111,8 @@ def _read_description(folder: Path) -> _Description:
     times = description.times
     if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
+    if not (times[0] <= _LATEST and times[-1] >= 0):
+        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; they fall from 1 to 0 at the most")
     if description.num_steps not in (None, len(times) - 1):
         raise ConfigError(
             f"--student {folder}: {STUDENT_FILE} has num_steps = {description.num_steps} and times for {len(times) - 1}"
@@ -125,15 +130,27 @@ def load_student(
     folder = Path(folder)
     description = _read_description(folder)
     own = pipeline in (None, description.pipeline)
-    model = ModelConfig(
-        pipeline=pipeline or description.pipeline,
-        family=description.family,
-        revision=description.revision if own else None,
-        resolution=description.resolution,
-        max_sequence_length=description.max_sequence_length,
-        embedded_guidance=description.guidance_scale,
-    )
+    try:
+        model = ModelConfig(
+            pipeline=pipeline or description.pipeline,
+            family=description.family,
+            revision=description.revision if own else None,
+            resolution=description.resolution,
+            max_sequence_length=description.max_sequence_length,
+            embedded_guidance=description.guidance_scale,
+        )
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        key = {"embedded_guidance": "guidance_scale"}.get(problem["loc"][0], problem["loc"][0])
+        raise ConfigError(
+            f"--student {folder}: {STUDENT_FILE} has {key} = {str(problem['input'])[:80]!r}; {problem['msg']}"
+        ) from error
     backbone = load_backbone(model)
+    if description.prediction not in (None, backbone.diffusion.prediction):
+        raise ConfigError(
+            f"--student {folder}: {STUDENT_FILE} has prediction = {description.prediction!r}, and the pipeline's is "
+            f"{backbone.diffusion.prediction!r}"
+        )
     backbone.check_weights()
     resolved = torch.device(resolve_device(device))
     precision = resolve_dtype(dtype, resolved.type)

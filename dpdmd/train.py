@@ -286,7 +286,8 @@ def loop(
             saved = checkpoints.save(done, trainer.networks, trainer.state(), last=True)
             raise RunEnded(
                 f"{stop.reason}: ended after {done} of {run.iterations} updates, which {saved} holds; the same command "
-                "with --resume goes on from there"
+                "with --resume goes on from there",
+                agreed=True,
             )
         student_updates = done // (config.distill.critic_updates + 1)
         if role == "student" and due(student_updates, run.sample_every):
@@ -421,13 +422,15 @@ def starts(
 def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> Config:
     """`config` for updates of as many samples as the checkpoint's. Says what is another than there: the run goes on with what
     is given. Raises ConfigError where the number of samples cannot be had."""
+    given = config.engine.accumulation
     config = with_global_batch(config, resumed.index["global_batch"], world.size)
     if not world.main:
         return config
-    if resumed.index["processes"] != world.size:
+    if given != config.engine.accumulation or resumed.index["processes"] != world.size:
         print(
-            f"{world.size} processes for {resumed.index['processes']}: engine.accumulation = {config.engine.accumulation}, so "
-            f"that an update stays one of {resumed.index['global_batch']} samples",
+            f"{world.size} processes for {resumed.index['processes']}, engine.accumulation = {given} given: "
+            f"engine.accumulation = {config.engine.accumulation}, so that an update stays one of "
+            f"{resumed.index['global_batch']} samples",
             flush=True,
         )
     changed = changed_settings(resumed.index["config"], config)
@@ -478,7 +481,7 @@ def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
-        "the teacher's weights": world.on_main(backbone.teacher_fingerprint),
+        "teacher": world.on_main(backbone.teacher_fingerprint),
         "dtype": str(resolve_dtype(config.model.dtype, world.device.type)),
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,

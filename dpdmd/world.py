@@ -131,8 +131,8 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
     text = environment.get(name, "")
     if not text and default is not None:
         return default
-    if not text.isdecimal():
-        raise ConfigError(f"{name} = {text!r} in the environment: a whole number is needed")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise ConfigError(f"{name} = {text[:40]!r} in the environment: a whole number is needed")
     return int(text)
 
 
@@ -144,7 +144,9 @@ def _of_this_machine(environment: Mapping[str, str], name: str) -> dict[str, str
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
         if match is None:
             return {name: text}
-        numbers += [match[1]] * int(match[2] or 1)
+        numbers += [match[1]] * min(int(match[2] or 1), 10**6)
+    if not numbers:
+        return {name: text}
     machine = _number(environment, "SLURM_NODEID", default=0)
     return {name: numbers[machine if machine < len(numbers) else 0]}
 
@@ -171,7 +173,7 @@ def _check_local(rank: int, size: int, of_all: int, by: str) -> None:
 
 def _machines(environment: Mapping[str, str]) -> int:
     names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
-    return next((_number(environment, name) for name in names if environment.get(name)), 1)
+    return max(1, next((_number(environment, name) for name in names if environment.get(name)), 1))
 
 
 def _first_host(environment: Mapping[str, str]) -> str | None:

@@ -346,6 +346,9 @@ def test_a_damaged_one_is_written_anew_and_does_not_count(tmp_path, capfd):
 
     Processes(1).run(run)
     assert resume(tmp_path)[0][0].iteration == 6
+    # Whatever was wrong with it, it may have been a newer program's, or hold what somebody put there.
+    assert (tmp_path / "step_000006.left_out" / "index.json").exists()
+    assert "was left out, and stays as step_000006.left_out" in capfd.readouterr().err
 
 
 def test_a_folder_that_is_no_checkpoint_is_not_in_the_way(tmp_path):
@@ -354,7 +357,7 @@ def test_a_folder_that_is_no_checkpoint_is_not_in_the_way(tmp_path):
     (tmp_path / "step_000006" / "mine.txt").write_text("x")
     save(tmp_path, iterations=(6,))
     assert resume(tmp_path)[0][0].iteration == 6
-    assert (tmp_path / "step_000006.damaged" / "mine.txt").exists()
+    assert (tmp_path / "step_000006.left_out" / "mine.txt").exists()
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):

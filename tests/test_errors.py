@@ -156,11 +156,13 @@ def test_once_processes_have_met_they_decide_who_speaks(capsys, monkeypatch, alo
 
 
 def test_an_interrupt_is_said_once(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert ended(capsys, raising(KeyboardInterrupt())) == (130, "")
 
 
 def test_wrong_options_are_said_once(capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as ending:
         command.Parser(prog="x").parse_args(["--none"])
@@ -868,9 +870,39 @@ COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/tr
 
 
 @pytest.mark.parametrize("file", COMMANDS)
-def test_an_interrupt_during_imports(tmp_path, file):
+@pytest.mark.parametrize(
+    "name, status, said",
+    [
+        ("SIGINT", -signal.SIGINT, "error: interrupted\n"),
+        ("SIGTERM", command.ENDED, "SIGTERM: ended\n"),
+        ("SIGHUP", command.ENDED, "SIGHUP: ended\n"),
+    ],
+)
+def test_a_signal_during_imports(tmp_path, file, name, status, said):
     """Of which torch's is the longest."""
-    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt\n")
+    (tmp_path / "torch.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = run_command([sys.executable, Path(__file__).parents[1] / file], env=environment)
-    assert done.returncode == -signal.SIGINT and done.stderr == "error: interrupted\n", done.stderr
+    assert done.returncode == status and done.stderr == said, done.stderr
+
+
+def test_local_rank_alone_is_no_launchers(monkeypatch, capsys):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert ended(capsys, raising(ConfigError("x"))) == (2, "error: x\n")
+    monkeypatch.setenv("RANK", "")
+    assert ended(capsys, raising(ConfigError("x"))) == (2, "error: x\n")
+
+
+@pytest.mark.parametrize(
+    "override, words",
+    [
+        ("run.output_dir=/tmp/y #2", "a value with a # after a space needs quotes"),
+        ("prompts.negative_prompt=it is\t# bad", "a value with a # after a space needs quotes"),
+        ("run.output_dir=/tmp/a\nb", "a value with line ends needs quotes"),
+    ],
+)
+def test_values_that_yaml_would_cut(override, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(None, [override])
+    assert load_config(None, ["prompts.negative_prompt='it is # bad'"]).prompts.negative_prompt == "it is # bad"
+    assert load_config(None, ["run.output_dir=/tmp/y#2"]).run.output_dir == "/tmp/y#2"

@@ -73,6 +73,20 @@ def test_finished_run_is_overwritten_only_when_told_and_only_what_it_wrote(tmp_p
         RunFolder(tmp_path)
 
 
+def test_what_a_link_leads_to_is_not_deleted(tmp_path):
+    run, elsewhere = written(tmp_path / "run", *RUN), written(tmp_path / "elsewhere", "config.json", "a.safetensors")
+    (run / "finished.json").unlink()
+    RunFolder(tmp_path / "marked").close()
+    (tmp_path / "marked" / MARK).rename(run / MARK)
+    (run / "student_step_000009").symlink_to(elsewhere)
+    with pytest.raises(
+        ConfigError, match="student_step_000009 in it is a link, and --overwrite deletes nothing that lies"
+    ):
+        RunFolder(run, overwrite=True)
+    assert names(elsewhere) == ["a.safetensors", "config.json"]
+    RunFolder(run, resume=True).close()
+
+
 def test_folder_with_other_things_is_taken_and_marked(tmp_path):
     written(tmp_path, "notes.txt", "photos/step_000001.png")
     taken = RunFolder(tmp_path)

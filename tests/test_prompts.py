@@ -108,6 +108,7 @@ def test_wrong_encoding_says_where(tmp_path):
         ("a.jsonl", '{"prompt": NaN}', "line 1: found float where a string is needed"),
         ("a.txt", "a ring\nb".encode("utf-16-le"), "line 1 holds a NUL, as text in UTF-16 does; convert"),
         ("a.txt", "a\nb\0", "line 2 holds a NUL"),
+        ("a.txt", "version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n", "is a git-lfs pointer"),
     ],
 )
 def test_what_cannot_be_read(tmp_path, name, content, words):

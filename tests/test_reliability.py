@@ -20,6 +20,7 @@ from processes import run_command, run_script, running
 from safetensors.torch import load_file, save_file
 
 from dpdmd import command, stopping
+from dpdmd.backbones.files import reading
 
 DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
 TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
@@ -146,6 +147,16 @@ def test_output_that_nobody_reads_any_more(options, straight, tmp_path, closed):
     else:
         assert done.returncode == 0, done.stderr[-3000:]
     assert same_bits(weights(folder), weights(straight))
+
+
+def test_a_signal_passes_what_others_catch():
+    """It may come while a library reads a file, which has its own idea of what went wrong."""
+    with pytest.raises(command.RunEnded), stopping.Stop(), reading("a file"):
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception as error:
+            raise RuntimeError("cannot be read") from error
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def test_a_signal_before_training_ends_at_once(monkeypatch):
@@ -289,7 +300,13 @@ def test_another_teacher_is_refused(options, tmp_path, lora):
     (file,) = (teacher / "transformer").glob("*.safetensors")
     save_file({name: 1.01 * value for name, value in load_file(file).items()}, file)
     done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)
-    assert "was saved with the teacher's weights = '" in done.stderr
+    assert "was saved with teacher.transformer = '" in done.stderr
+    shutil.rmtree(teacher)
+    shutil.copytree(train_teacher(), teacher)
+    scheduler = teacher / "scheduler" / "scheduler_config.json"
+    scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": 7.0}))
+    done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)
+    assert "was saved with teacher.scheduler.shift = " in done.stderr and "and this run has 7.0" in done.stderr
     # Where its folder lies does not matter.
     checked(run_script(0, TRAIN, *mine, "run.iterations=6", "--resume"))
 
@@ -322,7 +339,12 @@ def test_resume_says_from_where(options, straight, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red ring\na blue cross\n")
     others = ["run.iterations=12", "student_optimizer.lr=1e-2", "run.seed=7", f"prompts.file={prompts}"]
+    others.append("engine.accumulation=1")
     done = checked(run_script(0, TRAIN, *mine, *others))
+    assert (
+        "engine.accumulation = 1 given: engine.accumulation = 2, so that an update stays one of 2 samples"
+        in done.stdout
+    )
     for words in ("student_optimizer.lr = 0.01 (was 0.001)", "run.seed = 7 (was ", "the content of prompts.file"):
         assert words in re.search("other settings than the checkpoint's: .*", done.stdout)[0]
     assert same_bits(load_file(next((folder / "student_step_000012").glob("*.safetensors"))), first)

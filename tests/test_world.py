@@ -39,6 +39,7 @@ TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
         # They come before what a job's environment holds besides.
         ({"RANK": "0", "WORLD_SIZE": "1", "SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (0, 1, 0, 1, "127.0.0.1", 29500)),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2"}, (1, 2, 1, 2, "127.0.0.1", 29500)),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_NNODES": "0"}, (1, 2, 1, 2, "127.0.0.1", 29500)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1"}, (0, 1, 0, 1, "127.0.0.1", 0)),
         (
             {
@@ -97,6 +98,11 @@ def test_launchers(environment, expected):
         ({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_SIZE": "3"}, "process 0 of 3 on this machine, .* there are 2 in all"),
         ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "2"}, "process 2 of 2 on this machine"),
         ({"RANK": "-1", "WORLD_SIZE": "2"}, "RANK = '-1' in the environment"),
+        ({"RANK": "1" * 5000, "WORLD_SIZE": "2"}, "RANK = '1{40}' in the environment"),
+        (
+            {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2(x0)"},
+            "SLURM_STEP_TASKS_PER_NODE = '2.x0.' in the environment",
+        ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "5"}, "SLURM_LOCALID and .* process 5 of 2"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4(x"}, "SLURM_NTASKS = '4.x' in the environment"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK = '1' is set, and none of PMIX_SIZE, PMI_SIZE"),

@@ -195,12 +195,18 @@ class Backbone(ABC):
             for component in ("vae", *self._text_encoders):
                 pipeline.shapes(component)
 
-    def teacher_fingerprint(self) -> str:
-        """Of the teacher's transformer: "random" under random_init, else a hex digest of its weights, as
-        `PipelineFolder.weights_fingerprint` says. Weights on the hub are downloaded for it."""
-        return (
-            "random" if self.config.random_init else self._pipelines["teacher"].weights_fingerprint("transformer")[:24]
-        )
+    def teacher_fingerprint(self) -> dict[str, Any]:
+        """What a student learns from: of the teacher's transformer and text encoders hex digests, as
+        `PipelineFolder.weights_fingerprint` says, and the settings of its scheduler. Weights on the hub are downloaded for
+        it. Empty under random_init."""
+        if self.config.random_init:
+            return {}
+        pipeline = self._pipelines["teacher"]
+        scheduler = pipeline.read("scheduler", "scheduler_config.json")
+        return {
+            "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
+            **{name: pipeline.weights_fingerprint(name)[:24] for name in ("transformer", *self._text_encoders)},
+        }
 
     def load_transformer(self, role: Role, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The role's transformer on `device`, in eval mode, its parameters requiring gradients.

@@ -14,13 +14,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpdmd.config import ConfigError
+from dpdmd.config import LFS_POINTERS, ConfigError
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.
 VARIANTS = ("fp32", "bf16", "fp16")
 
-_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -56,10 +55,10 @@ def check_file(path: Path, what: str) -> None:
         raise ConfigError(f"{what}: {path} cannot be read (it is a folder; a file is needed)")
     try:
         with path.open("rb") as file:
-            beginning = file.read(max(map(len, _POINTERS)))
+            beginning = file.read(max(map(len, LFS_POINTERS)))
     except OSError as error:
         raise ConfigError(f"{what}: {path} cannot be read ({error.strerror})") from error
-    if beginning.startswith(_POINTERS):
+    if beginning.startswith(LFS_POINTERS):
         raise ConfigError(
             f"{what}: {path} is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
         )
