@@ -23,16 +23,14 @@ def check_kernels(device: torch.device, dtype: torch.dtype, backbone: Backbone) 
     """Raises ConfigError where DPDMD_KERNELS or DPDMD_ATTENTION ask for what there is not, or not here."""
     try:
         name = requested()
-        if name in FASTEST_FIRST and (reason := why_not(name, device.type, device.index)):
-            raise ConfigError(f"DPDMD_KERNELS = {name} in the environment: {reason}; auto takes what serves")
         if os.environ.get("DPDMD_ATTENTION"):
             for head_dim in sorted({head_dim for head_dim, _ in backbone.attention_shapes()}):
                 tokens = torch.zeros(1, 8, 1, head_dim, device=device, dtype=dtype)
                 attention(tokens, tokens, tokens)
-    except ConfigError:
-        raise
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"DPDMD_KERNELS or DPDMD_ATTENTION in the environment: {error}") from error
+    if name in FASTEST_FIRST and (reason := why_not(name, device.type, device.index)):
+        raise ConfigError(f"DPDMD_KERNELS = {name} in the environment: {reason}; auto takes what serves")
 
 
 def check_alike(world: World) -> None:

@@ -4,7 +4,7 @@
     0        nothing
     1        `error:` a line: the run stopped, or the machine refused something (a file, a full disk, memory)
     2        `error:` a line for each thing that is wrong with a setting, an option or a file; nothing was started
-    75       a line that says how to go on: the run was asked to end (SIGTERM, SIGINT, SIGHUP)
+    75       a line: it was asked to end (SIGTERM, SIGHUP; a run that trains also by SIGINT), and how to go on
     70       a traceback and a line that asks for a report: a bug of dpdmd
     130      `error: interrupted`, from the keyboard
     141      nothing: whoever read the output has gone (`... --dry-run | head -1`)
@@ -202,8 +202,8 @@ def _say(message: str, details: str = "", start: str = "error") -> None:
         with contextlib.suppress(KeyboardInterrupt):
             time.sleep(_PATIENCE)
     number = _number()
-    start = " ".join([start] * bool(start) + [f"(process {number})"] * (number != "0"))
-    start = f"{start}: " if start else ""
+    words = [each for each in (start, f"(process {number})" if number != "0" else "") if each]
+    start = f"{' '.join(words)}: " if words else ""
     # The main process may have left a bar without its end of line.
     begin = "" if number == "0" else "\n"
     _write(begin + details + "".join(f"{start}{line}\n" for line in message.splitlines() or [""]))

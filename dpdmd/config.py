@@ -523,12 +523,8 @@ def _read_override(override: str) -> dict[str, Any]:
     if text.strip() in ("", "~"):  # both are null in YAML, which is seldom what is meant here
         given = "your home folder is ~/" if text.strip() else "nothing follows the ="
         raise ConfigError(f'override {shown(override)}: {given}; write null for none, or "" for an empty text')
-    quoted = text.lstrip()[:1] in ("'", '"', "[", "{")
-    if "\n" in text or (re.search(r"\s#", text) and not quoted):  # which YAML would fold, and take for a comment
-        raise ConfigError(
-            f"override {shown(override)}: a value with {'line ends' if chr(10) in text else 'a # after a space'} needs quotes "
-            "of its own inside the shell's: 'key=\"value\"'"
-        )
+    if problem := _cut_by_yaml(text.lstrip()):
+        raise ConfigError(f"override {shown(override)}: {problem}")
     try:
         value = _read_yaml(text)
     except ValueError as error:
@@ -536,6 +532,17 @@ def _read_override(override: str) -> dict[str, Any]:
     for name in reversed(names):
         value = {name: value}
     return value
+
+
+def _cut_by_yaml(text: str) -> str:
+    """Why YAML would read another value than its writer sees; "" where it would not."""
+    if text[:1] in ("[", "{"):
+        return ""
+    if re.search("[\n\r\x85\u2028\u2029]", text):  # a space, in quotes too
+        return "a value with line ends needs quotes of its own, and \\n for each: 'key=\"one\\ntwo\"'"
+    if re.search(r"\s#", text) and text[:1] not in ("'", '"'):  # a comment
+        return "a value with a # after a space needs quotes of its own inside the shell's: 'key=\"value\"'"
+    return ""
 
 
 # Files
@@ -560,14 +567,20 @@ def read_file(path: Path, where: str, most: int | None = None) -> bytes:
         raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
     except ValueError as error:  # a NUL in the name, or half of a surrogate pair
         raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: cannot be read ({error})") from error
-    if data.startswith(LFS_POINTERS):
-        raise ConfigError(
-            f"{where}: is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
-        )
+    refuse_pointer(data[:POINTER_BYTES], f"{where}:")
     return data
 
 
-LFS_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+_POINTERS = (b"version https://git-lfs.github.com/spec/", b"version https://hawser.github.com/spec/")
+POINTER_BYTES = max(map(len, _POINTERS))  # that tell
+
+
+def refuse_pointer(beginning: bytes, where: str) -> None:
+    """Raises ConfigError, which begins with `where`, for the beginning of a git-lfs pointer."""
+    if beginning.startswith(_POINTERS):
+        raise ConfigError(
+            f"{where} is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
+        )
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -76,8 +76,7 @@ class RunFolder:
                 f"{name} holds {kind} ({_list(holds)}): give --resume to go on with it, --overwrite to delete it, or another "
                 "run.output_dir"
             )
-        links = [each for each in holds if (folder / each).is_symlink()]
-        if overwrite and links:
+        if overwrite and (links := _links(folder)):
             raise ConfigError(
                 f"{name}: {_list(links)} in it is a link, and --overwrite deletes nothing that lies elsewhere: remove the link, "
                 "or take another folder"
@@ -125,6 +124,14 @@ class RunFolder:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def _links(folder: Path) -> list[str]:
+    """Links among the names and folders of a run, by way of which `delete_own` would come to what lies elsewhere."""
+    tops = {path for name in _TOP for path in folder.glob(name)}
+    folders = {parent for pattern in OWN for path in folder.glob(pattern) for parent in path.parents}
+    found = (path for path in tops | folders if path != folder and path.is_relative_to(folder) and path.is_symlink())
+    return sorted(str(path.relative_to(folder)) for path in found)
 
 
 def _describe(holder: bytes) -> str:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.agreement import check_kernels
+from dpdmd.backbones.base import LATEST
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
@@ -63,9 +64,6 @@ class Student:
         return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
 
 
-_LATEST = 1.001  # the time of noise alone is 1; rounding may put it a hair off
-
-
 class _Description(pydantic.BaseModel):
     """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
 
@@ -102,22 +100,26 @@ def _read_description(folder: Path) -> _Description:
     try:
         description = _Description.model_validate(values)
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, problem["loc"]))
-        given = f"no {key}" if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
-        raise ConfigError(
-            f"--student {folder}: {STUDENT_FILE} has {given}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
-        ) from error
+        raise _refusal(folder, error) from error
     times = description.times
     if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
-    if not (times[0] <= _LATEST and times[-1] >= 0):
+    if not (times[0] <= LATEST and times[-1] >= 0):
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; they fall from 1 to 0 at the most")
     if description.num_steps not in (None, len(times) - 1):
         raise ConfigError(
             f"--student {folder}: {STUDENT_FILE} has num_steps = {description.num_steps} and times for {len(times) - 1}"
         )
     return description
+
+
+def _refusal(folder: Path, error: pydantic.ValidationError) -> ConfigError:
+    problem = error.errors()[0]
+    key = ".".join(map(str, problem["loc"])).replace("embedded_guidance", "guidance_scale")  # as dpdmd.json calls it
+    given = f"no {key}" if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
+    return ConfigError(
+        f"--student {folder}: {STUDENT_FILE} has {given}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
+    )
 
 
 def load_student(
@@ -140,11 +142,7 @@ def load_student(
             embedded_guidance=description.guidance_scale,
         )
     except pydantic.ValidationError as error:
-        problem = error.errors()[0]
-        key = {"embedded_guidance": "guidance_scale"}.get(problem["loc"][0], problem["loc"][0])
-        raise ConfigError(
-            f"--student {folder}: {STUDENT_FILE} has {key} = {str(problem['input'])[:80]!r}; {problem['msg']}"
-        ) from error
+        raise _refusal(folder, error) from error
     backbone = load_backbone(model)
     if description.prediction not in (None, backbone.diffusion.prediction):
         raise ConfigError(

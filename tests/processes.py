@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
+from unittest import mock
 
 from slots import slots
 
@@ -143,9 +144,8 @@ def run_script(
                     world |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number}
                     world |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
                 process = (_anew if gpu else _forked).Process(target=_run, args=(command, world, files))
-                with (
-                    contextlib.nullcontext() if gpu else _no_gpus()
-                ):  # the first one starts the process it is a fork of
+                # The first one starts the process of which it and all later ones are forks.
+                with mock.patch.dict(os.environ, {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}):
                     process.start()
                 running.append(process)
             failed = _first_failure(running, limit)
@@ -156,21 +156,6 @@ def run_script(
             for each in running:
                 each.join()
         return subprocess.CompletedProcess(command, failed or 0, *map(_read, files))
-
-
-@contextlib.contextmanager
-def _no_gpus() -> Iterator[None]:
-    """For processes that are started inside the block."""
-    name = "CUDA_VISIBLE_DEVICES"
-    before = os.environ.get(name)
-    os.environ[name] = ""
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def _first_failure(running: list, limit: float) -> int | None:

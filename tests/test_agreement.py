@@ -12,8 +12,8 @@ import pytest
 import torch
 from processes import run_script
 
-from dpdmd.agreement import check_kernels
-from dpdmd.config import ConfigError
+from dpdmd.agreement import check_kernels, check_settings
+from dpdmd.config import ConfigError, parse_config
 
 DRIVER = Path(__file__).parent / "drivers" / "attention_agreement.py"
 
@@ -94,8 +94,6 @@ def test_processes_with_other_kernels_are_refused(monkeypatch):
 
 def test_processes_with_other_settings_are_refused():
     """One with --resume waited for the other for ever; one with another rate trained along without a word."""
-    from dpdmd.agreement import check_settings
-    from dpdmd.config import ConfigError, parse_config
 
     def world(**differences):
         return SimpleNamespace(rank=0, size=2, gather=lambda mine: [mine, {**mine, **differences}])

@@ -155,6 +155,21 @@ def test_once_processes_have_met_they_decide_who_speaks(capsys, monkeypatch, alo
     assert alone == []
 
 
+def test_a_run_that_was_asked_to_end_says_so(capsys, monkeypatch, alone):
+    """The process that was, or the main one of all that agreed."""
+    for rank, agreed, said in (
+        ("0", False, "SIGTERM: ended\n"),
+        ("1", False, "\n(process 1): SIGTERM: ended\n"),
+        ("0", True, "SIGTERM: ended\n"),
+        ("1", True, ""),
+    ):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        error = command.RunEnded("SIGTERM: ended", agreed=agreed)
+        assert ended(capsys, raising(error)) == (command.ENDED, said)
+    assert alone == []
+
+
 def test_an_interrupt_is_said_once(capsys, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("LOCAL_RANK", "1")
@@ -899,6 +914,8 @@ def test_local_rank_alone_is_no_launchers(monkeypatch, capsys):
         ("run.output_dir=/tmp/y #2", "a value with a # after a space needs quotes"),
         ("prompts.negative_prompt=it is\t# bad", "a value with a # after a space needs quotes"),
         ("run.output_dir=/tmp/a\nb", "a value with line ends needs quotes"),
+        ("run.output_dir=/tmp/a\rb", "a value with line ends needs quotes"),
+        ("prompts.negative_prompt='a\u2028b'", "a value with line ends needs quotes"),
     ],
 )
 def test_values_that_yaml_would_cut(override, words):
@@ -906,3 +923,5 @@ def test_values_that_yaml_would_cut(override, words):
         load_config(None, [override])
     assert load_config(None, ["prompts.negative_prompt='it is # bad'"]).prompts.negative_prompt == "it is # bad"
     assert load_config(None, ["run.output_dir=/tmp/y#2"]).run.output_dir == "/tmp/y#2"
+    assert load_config(None, ['prompts.negative_prompt="a\\nb"']).prompts.negative_prompt == "a\nb"
+    assert load_config(None, ["ema={decay:\n  0.5}"]).ema.decay == 0.5

@@ -85,6 +85,12 @@ def test_what_a_link_leads_to_is_not_deleted(tmp_path):
         RunFolder(run, overwrite=True)
     assert names(elsewhere) == ["a.safetensors", "config.json"]
     RunFolder(run, resume=True).close()
+    (run / "student_step_000009").unlink()
+    checkpoint = written(tmp_path / "other", "index.json", "student/rank_00000.safetensors")
+    (run / "checkpoints" / "step_000009").symlink_to(checkpoint)
+    with pytest.raises(ConfigError, match="checkpoints/step_000009 in it is a link"):
+        RunFolder(run, overwrite=True)
+    assert names(checkpoint) == ["index.json", "student/rank_00000.safetensors"]
 
 
 def test_folder_with_other_things_is_taken_and_marked(tmp_path):

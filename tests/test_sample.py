@@ -112,6 +112,7 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
         ("{}", "is of no kind that is known (format = None; 1 is needed)"),
         ('{"format": 2}', "was written by a newer dpdmd (format = 2; 1 is needed)"),
         ('{"format": "1"}', "is of no kind that is known (format = '1'; 1 is needed)"),
+        ('{"format": true}', "is of no kind that is known (format = True; 1 is needed)"),
         ('{"format": 0}', "is of no kind that is known (format = 0; 1 is needed)"),
     ],
 )
@@ -159,6 +160,31 @@ def test_a_description_of_wrong_kinds(folder, key):
     if key not in OPTIONAL:
         path.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
         assert f"{STUDENT_FILE} has no {key}" in refusal(folder)
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ({"max_sequence_length": 10**9}, "has max_sequence_length = 1000000000; "),
+        ({"resolution": 2**40}, "has resolution = 1099511627776; "),
+        ({"guidance_scale": 1e9}, "has guidance_scale = 1000000000.0; "),
+        ({"pipeline": ""}, "has pipeline = ''; "),
+        (
+            {"times": [1.0, 0.5, -3.0], "num_steps": 2},
+            "has times = [1.0, 0.5, -3.0]; they fall from 1 to 0 at the most",
+        ),
+        (
+            {"times": [900.0, 0.5, 0.0], "num_steps": 2},
+            "has times = [900.0, 0.5, 0.0]; they fall from 1 to 0 at the most",
+        ),
+        ({"num_steps": 7}, "has num_steps = 7 and times for 4"),
+        ({"prediction": "noise"}, "has prediction = 'noise', and the pipeline's is 'velocity'"),
+    ],
+)
+def test_a_description_of_what_cannot_be(folder, edits, words):
+    path = folder / STUDENT_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | edits))
+    assert words in refusal(folder)
 
 
 def test_more_in_the_description_than_is_known(folder):

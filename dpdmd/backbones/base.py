@@ -42,6 +42,7 @@ _KNOWN_VAE_SCALE, _KNOWN_VAE_CHANNELS = 8, 16
 _CLIP_LENGTH = 77
 _LONGEST_T5 = 512  # the stock pipelines refuse more
 _INIT_SEED = 0
+LATEST = 1.001  # of times; that of noise alone is 1, which rounding may put a hair off
 
 
 class Backbone(ABC):
@@ -411,8 +412,8 @@ class Backbone(ABC):
         with pipeline.reading("scheduler", "scheduler_config.json"):
             flow = self._flow(pipeline)
         for times in (flow.train_times, flow.renoise_times):
-            # From noise, at 1, towards the data. Rounding may put the first time a hair off 1.
-            if not (times.isfinite().all() and (times.diff() < 0).all() and times[0] <= 1.001 and times[-1] > 0):
+            # From noise, at 1, towards the data.
+            if not (times.isfinite().all() and (times.diff() < 0).all() and times[0] <= LATEST and times[-1] > 0):
                 raise ConfigError(
                     f"{pipeline}: the times of its scheduler/scheduler_config.json run from {times[0]:.4g} to "
                     f"{times[-1]:.4g}; times that fall from 1 towards 0 are needed"

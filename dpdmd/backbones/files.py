@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpdmd.config import LFS_POINTERS, ConfigError
+from dpdmd.config import POINTER_BYTES, ConfigError, refuse_pointer
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.
@@ -55,13 +55,10 @@ def check_file(path: Path, what: str) -> None:
         raise ConfigError(f"{what}: {path} cannot be read (it is a folder; a file is needed)")
     try:
         with path.open("rb") as file:
-            beginning = file.read(max(map(len, LFS_POINTERS)))
+            beginning = file.read(POINTER_BYTES)
     except OSError as error:
         raise ConfigError(f"{what}: {path} cannot be read ({error.strerror})") from error
-    if beginning.startswith(LFS_POINTERS):
-        raise ConfigError(
-            f"{what}: {path} is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
-        )
+    refuse_pointer(beginning, f"{what}: {path}")
 
 
 def read_json(path: Path, what: str) -> dict:

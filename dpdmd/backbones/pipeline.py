@@ -122,16 +122,12 @@ class PipelineFolder:
                 files = [folder / "config.json", *self.weights(component).files]
             else:  # a tokenizer
                 files = self._vocabularies(component)
-            for path in files:
-                digest.update(path.name.encode() + _digest_file(path))
+            digest.update(_digest_files(files))
         return digest.hexdigest()
 
     def weights_fingerprint(self, component: str) -> str:
         """Hex digest of a component's weights alone; see `_digest_file`."""
-        digest = hashlib.sha256()
-        for path in self.weights(component).files:
-            digest.update(path.name.encode() + _digest_file(path))
-        return digest.hexdigest()
+        return hashlib.sha256(_digest_files(self.weights(component).files)).hexdigest()
 
     def __str__(self) -> str:
         return f"{self.key} = {self.name!r}"
@@ -213,6 +209,10 @@ def _describe(folder: Path) -> str:
 
 _WHOLE_BYTES = 64 << 20
 _SAMPLES, _SAMPLE_BYTES = 64, 64 << 10
+
+
+def _digest_files(paths: list[Path]) -> bytes:
+    return b"".join(path.name.encode() + _digest_file(path) for path in paths)
 
 
 def _digest_file(path: Path) -> bytes:

@@ -79,6 +79,18 @@ def test_transformer_config_builds_the_same_architecture(tiny_pipeline):
     assert architecture["dual_attention_layers"] == (0,) and architecture["qk_norm"] == "rms_norm"
 
 
+def test_what_a_student_learns_from_is_told_apart(tiny_pipeline, tmp_path):
+    before = SD3(config(tiny_pipeline)).teacher_fingerprint()
+    folder = shutil.copytree(tiny_pipeline, tmp_path / "copy")
+    assert SD3(config(folder)).teacher_fingerprint() == before  # wherever it lies
+    for part in ("text_encoder", "transformer"):
+        (file,) = (folder / part).glob("*.safetensors")
+        save_file({name: 1.1 * value for name, value in load_file(file).items()}, file, {"format": "pt"})
+        after = SD3(config(folder)).teacher_fingerprint()
+        assert {name for name in before if before[name] != after[name]} == {part}
+        before = after
+
+
 def test_settings_absent_from_an_older_folder_take_their_defaults(skeleton):
     path = skeleton / "transformer/config.json"
     content = json.loads(path.read_text())
