@@ -77,7 +77,10 @@ class Record:
                 name: {**_counts(files[name]), "seconds": round(self._seconds[name], 1)} for name in sorted(files)
             },
         }
-        self._file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        # One that is killed while it writes leaves the file before.
+        new = self._file.with_name(f"{self._file.name}.new")
+        new.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        new.replace(self._file)
 
 
 EVERY = 300  # reports, three of each test

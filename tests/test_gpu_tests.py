@@ -148,21 +148,15 @@ def test_it_runs_what_make_test_runs(gpu_tests):
 
 
 def test_a_run_that_is_cut_off_leaves_what_it_knew(gpu_tests, gpu, tmp_path):
+    file = tmp_path / "record.json"
+    # pytest hears of a failure after the next test has begun; that one ends it once it has written it down.
     (tmp_path / "test_one.py").write_text(
-        "import os, signal\ndef test_fails():\n    assert 1 == 2\n"
-        "def test_kills():\n    os.kill(os.getppid(), signal.SIGKILL)\n    signal.pause()\n"
+        "import os, pathlib, signal, time\n"
+        "def test_fails():\n    assert 1 == 2\n"
+        "def test_kills():\n"
+        f"    while not pathlib.Path({str(file)!r}).exists():\n        time.sleep(0.01)\n"
+        "    os.kill(os.getppid(), signal.SIGKILL)\n    signal.pause()\n"
     )
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-n",
-        "1",
-        "--record",
-        str(tmp_path / "record.json"),
-        str(tmp_path),
-    ]
-    run_command(command, cwd=ROOT)
-    record = json.loads((tmp_path / "record.json").read_text())
+    run_command([sys.executable, "-m", "pytest", "-q", "-n", "1", "--record", str(file), str(tmp_path)], cwd=ROOT)
+    record = json.loads(file.read_text())
     assert record["status"] is None and list(record["failures"].values()) == ["assert 1 == 2"]
