@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -257,9 +258,8 @@ def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, ne
         run = Run.start(shared, run_folder, number)
         while not (run_folder / "metrics.jsonl").exists() and run.at_work:
             time.sleep(0.02)
-        filler, free = folder / "filler", shutil.disk_usage(folder).free
-        with filler.open("wb") as file:
-            file.write(bytes(max(0, free - int(share * needed))))
+        filler = folder / "filler"
+        fill(filler, shutil.disk_usage(folder).free - int(share * needed))
         status = run.wait()
         first = said(run_folder)
         if status == 0 and not (run_folder / "finished.json").exists():
@@ -271,6 +271,15 @@ def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, ne
         return case
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=False)
+
+
+def fill(filler: Path, size: int) -> None:
+    """Writes so many bytes, or as many as there is room for: the run writes too."""
+    try:
+        filler.write_bytes(bytes(max(0, size)))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
 
 
 # The command
@@ -320,19 +329,19 @@ def _main(argv: list[str] | None) -> int:
         print(f"a run takes {seconds:.0f} s and leaves {written / 1e6:.0f} MB; {args.jobs} cases at a time", flush=True)
         names = list(DAMAGES)
         jobs = [
-            *((by_signal, seconds) for _ in range(args.signals)),
-            *((by_damage, names[index % len(names)]) for index in range(args.damages)),
-            *((by_full_disk, written) for _ in range(args.full)),
+            *(("signal", by_signal, seconds) for _ in range(args.signals)),
+            *(("damage", by_damage, names[index % len(names)]) for index in range(args.damages)),
+            *(("full disk", by_full_disk, written) for _ in range(args.full)),
         ]
 
         def attack(index: int) -> Case:
-            attacked, argument = jobs[index]
+            kind, attacked, argument = jobs[index]
             folder = shared / f"case-{index:03d}"
             number = 1 + index % 2
             try:
                 case = attacked(shared, folder, number, random.Random(f"{args.seed}-{index}"), argument)
             except Exception as error:  # a case that could not be carried out counts as lost
-                case = Case(attacked.__name__, "could not be carried out", number, problem=f"{error}")
+                case = Case(kind, "could not be carried out", number, problem=f"{error}")
             print(
                 f"{'survived' if case.survived else 'LOST: ' + case.problem}: {case.what}, {number} processes",
                 flush=True,
