@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,9 @@ pytest_plugins = ["machine", "record"]
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with tests that start processes come first: they take longest, and a worker takes a file at a time."""
-    slow = {item.path for item in items if item.get_closest_marker("distributed")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Files with many tests that start processes come first: they take longest, and a worker takes a file at a time."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("distributed"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 class Clock:

@@ -72,6 +72,7 @@ class TestOnGpu:
         assert len(run) == len(other) == 1
         assert len({result.data_ptr() for result in results}) == 5 and not torch.equal(results[3], results[4])
 
+    @pytest.mark.distributed
     @pytest.mark.parametrize("lever", [[], ["engine.offload=cpu"]], ids=["as configured", "offload"])
     def test_a_run_is_the_same_to_the_bit(self, tmp_path, lever):
         pytest.importorskip("deepspeed")
