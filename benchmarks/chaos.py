@@ -311,14 +311,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/chaos.py", description=__doc__.split("\n")[0])
-    parser.add_argument("--signals", type=int, default=50, metavar="N", help="moments at which a run gets a signal")
-    parser.add_argument("--damages", type=int, default=30, metavar="N", help="damaged checkpoints")
     parser.add_argument(
-        "--full", type=int, default=10, metavar="N", help="moments at which the disk is full (needs root)"
+        "--signals", type=command.whole(0), default=50, metavar="N", help="moments at which a run gets a signal"
     )
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="cases at a time")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", type=command.path, metavar="FILE", help="store what was found")
+    parser.add_argument("--damages", type=command.whole(0), default=30, metavar="N", help="damaged checkpoints")
+    parser.add_argument(
+        "--full",
+        type=command.whole(0),
+        default=10,
+        metavar="N",
+        help="moments at which the disk is full (needs root)",
+    )
+    parser.add_argument("--jobs", type=command.count, default=1, metavar="N", help="cases at a time")
+    parser.add_argument("--seed", type=command.seed, default=0)
+    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="store what was found")
     args = parser.parse_args(argv)
     if args.full and os.geteuid() != 0:
         raise command.ConfigError("--full mounts a tmpfs, for which it needs root: --full 0 leaves it out")

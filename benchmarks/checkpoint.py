@@ -102,10 +102,10 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=None)
     parser.add_argument(
-        "--folder", type=command.path, default=Path(tempfile.gettempdir()), help="on the disk to write to"
+        "--folder", type=command.new_folder, default=tempfile.gettempdir(), help="on the disk to write to"
     )
     parser.add_argument("--no-peer", action="store_true", help="leave DeepSpeed's out")
-    parser.add_argument("--json", type=command.path)
+    parser.add_argument("--json", type=command.new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
     command.quieten()
@@ -117,7 +117,10 @@ def _main(argv: list[str] | None) -> int:
     config, _ = train.plan_run(config, backbone, world)
     trainer = train.build(config, world, backbone, train.load_prompts(config))
     size = checkpoint_bytes(config, trainer.networks["student"].num_parameters)
-    folder = Path(world.gather(tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=args.folder))[0])
+    if world.main:
+        args.folder.mkdir(parents=True, exist_ok=True)
+    made = tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=args.folder) if world.main else None
+    folder = Path(world.gather(made)[0])
     try:
         seconds = measure(trainer, folder, not args.no_peer)
     finally:

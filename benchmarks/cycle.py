@@ -280,7 +280,6 @@ def together(results: dict[str, dict], problems: dict[str, str]) -> dict:
 
 
 def write(path: Path, values: dict) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
@@ -318,7 +317,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="cycles before those that count: a pass that comes once a cycle is recorded in the second (dpdmd/replay.py)",
     )
     parser.add_argument("--profile", action="store_true", help="one more cycle, its GPU time by kind of kernel")
-    parser.add_argument("--json", type=command.path)
+    parser.add_argument("--json", type=command.new_file)
     return parser
 
 

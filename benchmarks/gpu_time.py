@@ -121,6 +121,5 @@ def draw(results: list[dict[str, Any]], output: Path) -> None:
         axis.margins(y=0.1)
     handles = [pyplot.Rectangle((0, 0), 1, 1, color=COLORS[each], label=each) for each in reversed(COLORS)]
     figure.legend(handles=handles, loc="outside right upper")
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)

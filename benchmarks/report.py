@@ -4,7 +4,6 @@ and what got slower than a stored run."""
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,15 +161,6 @@ def markdown(result: dict[str, Any]) -> str:
     """The transformer's tables, for docs/."""
     source = f"{result['machine']['gpu'] or 'CPU'}, torch {result['packages']['torch']}, `{result['command']}`"
     return "\n\n".join([source, *(grid.markdown() for grid in grids.grids(result))])
-
-
-def refuse_unwritable(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"--json {path}: {error}") from None
-    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise UsageError(f"--json {path} cannot be written")
 
 
 def write_run(path: Path, result: dict[str, Any]) -> None:

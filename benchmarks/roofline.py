@@ -44,6 +44,5 @@ def draw(results: list[dict[str, Any]], output: Path) -> None:
         pyplot.Line2D([], [], color="black", marker=markers[each], linestyle="none", label=each) for each in operations
     ]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)

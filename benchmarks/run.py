@@ -350,8 +350,6 @@ def measure(args: argparse.Namespace) -> int:
     if args.baseline:  # refused now rather than after three minutes
         baseline = report.read_run(args.baseline)
         report.refuse_other_machine(baseline, source["machine"]["gpu"], args.baseline)
-    if args.json:
-        report.refuse_unwritable(args.json)
     ours, missing = our_implementations(device)
     run = Run(device, ours, args.peers, left_out=missing)
 
@@ -470,7 +468,11 @@ def parse(argv: list[str]) -> argparse.Namespace:
         help=f"of the transformer: of {', '.join(transformer.PARTS)}, all",
     )
     parser.add_argument(
-        "--batch", nargs="+", type=_positive, metavar="N", help=f"of the transformer, instead of {transformer.BATCHES}"
+        "--batch",
+        nargs="+",
+        type=command.count,
+        metavar="N",
+        help=f"of the transformer, instead of {transformer.BATCHES}",
     )
     parser.add_argument(
         "--variant",
@@ -489,7 +491,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         f"{block_rates.COMPILE_SECONDS:.0f} s",
     )
     parser.add_argument(
-        "--json", type=command.path, metavar="FILE", help="write all numbers, with machine, versions and commit"
+        "--json", type=command.new_file, metavar="FILE", help="write all numbers, with machine, versions and commit"
     )
     parser.add_argument(
         "--baseline",
@@ -503,7 +505,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--output",
-        type=command.path,
+        type=command.new_file,
         metavar="PNG",
         help="where --plot draws (docs/roofline.png, docs/transformer.png)",
     )
@@ -526,13 +528,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     args.variant = tuple(args.variant) if args.variant else None
     args.argv = argv
     return args
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"got {text}; a batch needs a sample at least")
-    return value
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -308,6 +308,29 @@ def path(text: str) -> Path:
     return Path(location(text))
 
 
+def new_file(text: str) -> Path:
+    """argparse's type of a file to write: known to be possible before what is to be written takes its time."""
+    file = path(text)
+    if file.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: it is a folder, and a file is to be written")
+    if not file.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: it cannot be written to")
+    return file
+
+
+def new_folder(text: str) -> Path:
+    """argparse's type of a folder to write to, which is made if need be."""
+    folder = path(text)
+    there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+    if not there.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r}: {there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r}: {there} cannot be written to")
+    return folder
+
+
 def whole(low: int, end: int = 2**31) -> Callable[[str], int]:
     """argparse's type of a whole number of [low, end)."""
 

@@ -422,7 +422,9 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument(
         "--gpu-memory", type=command.above_0, metavar="GIB", help="of each GPU (default: of the one that is here)"
     )
-    parser.add_argument("--output", type=command.path, metavar="FILE.yaml", help="write the recommended configuration")
+    parser.add_argument(
+        "--output", type=command.new_file, metavar="FILE.yaml", help="write the recommended configuration"
+    )
     args = parser.parse_intermixed_args(argv)
     if min(args.gpus) < 1:
         raise ConfigError(f"--gpus = {min(args.gpus)}: 1 or more are needed")
@@ -430,8 +432,6 @@ def _main(argv: list[str] | None) -> int:
         raise ConfigError(f"--gpus = {max(args.gpus)}: at most {MOST_GPUS} are planned for")
     if len(args.gpus) > 1 and args.output is not None:
         raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
-    if args.output is not None and not args.output.parent.is_dir():
-        raise ConfigError(f"--output {args.output}: there is no folder {args.output.parent}")
     memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
     if memory is None:
         raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")

@@ -231,7 +231,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")
     parser.add_argument("--num-images", type=command.count, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=command.seed, default=0)
-    parser.add_argument("--output", type=command.path, default=Path("samples"), help="folder of the PNG files")
+    parser.add_argument("--output", type=command.new_folder, default="samples", help="folder of the PNG files")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="auto", choices=["auto", "bfloat16", "float32"])
     args = parser.parse_args(argv)

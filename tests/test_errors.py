@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import errno
+import importlib
 import itertools
 import json
 import os
 import random
+import re
 import signal
 import sys
 import textwrap
@@ -289,7 +292,7 @@ def mains():
         "train on a directory": (train.main, ["--config", "{tmp}"]),
         "train with a word": (train.main, ["engine=cpu"]),
         "train with a folder of prompts": (train.main, ["prompts.file={tmp}"]),
-        "plan": (plan.main, ["--gpu-memory", "16", "--output", "{tmp}/none/x.yaml"]),
+        "plan": (plan.main, ["--gpu-memory", "16", "--config", "{tmp}/none.yaml"]),
         "plan for too many": (plan.main, ["--gpu-memory", "16", "--gpus", str(10**20)]),
         "sample": (sample.main, ["--student", "{tmp}/none", "--prompt", "x"]),
         "sample with half a character": (sample.main, ["--student", "{tmp}", "--prompt", "\udcff"]),
@@ -327,17 +330,65 @@ def test_every_command_answers_in_one_line(name, tmp_path, capsys):
         ["curves", "train", "--parallel", "0"],
         ["train_teacher", "--steps", "-1"],
         ["train_teacher", "--rate", "inf"],
+        ["chaos", "--jobs", "0"],
+        ["chaos", "--damages", "-1"],
+        ["chaos", "--seed", "-1"],
+        ["run", "--op", "transformer", "--batch", "x"],
+        # Where what takes long would be written.
+        ["sample", "--student", "x", "--prompt", "x", "--output", "/dev/null/x"],
+        ["plan", "--output", "/none/x.yaml"],
+        ["curves", "train", "--output", "/none/x.json"],
+        ["curves", "train", "--runs", "/dev/null"],
+        ["curves", "draw", "x", "--output", "/"],
+        ["train_teacher", "--out", "/dev/null"],
+        ["chaos", "--json", "/none/x.json"],
+        ["checkpoint", "--json", "/"],
+        ["checkpoint", "--folder", "/dev/null/x"],
+        ["cycle", "--json", "/none/x.json"],
+        ["run", "--json", "/none/x.json"],
+        ["run", "--op", "cycle", "--json", "/none/x.json"],
+        ["run", "--plot", "--output", "/"],
+        ["gpu_tests", "--output", "/none/x.json"],
     ],
     ids=" ".join,
 )
-def test_options_have_ranges(arguments, capsys):
-    import importlib
-
+def test_options_have_ranges(arguments, monkeypatch, capsys):
     name, *arguments = arguments
-    module = importlib.import_module(f"dpdmd.demo.{name}" if name in ("curves", "train_teacher") else f"dpdmd.{name}")
+    if name in ("chaos", "checkpoint", "cycle", "gpu_tests", "run"):
+        monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
+        package = ""
+    else:
+        package = "dpdmd.demo." if name in ("curves", "train_teacher") else "dpdmd."
+    before = set(sys.modules)
     with pytest.raises(SystemExit) as ending:
-        module.main(arguments)
-    assert ending.value.code == 2 and ": error: argument --" in capsys.readouterr().err
+        importlib.import_module(f"{package}{name}").main(arguments)
+    for each in set(sys.modules) - before:
+        if "." not in each and "benchmarks" in str(getattr(sys.modules[each], "__file__", "")):
+            del sys.modules[each]
+    assert ending.value.code == 2
+    refused = re.search(": error: argument (--[a-z-]+): ", capsys.readouterr().err)
+    assert refused is not None and refused[1] in arguments
+
+
+def test_where_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert command.new_file("file") == Path("file") and command.new_file("new.json") == Path("new.json")
+    assert command.new_folder("a/b/c") == Path("a/b/c") and not (tmp_path / "a").exists()
+    assert command.new_folder(f"{tmp_path}") == tmp_path
+    for of, text, problem in (
+        (command.new_file, ".", "it is a folder, and a file is to be written"),
+        (command.new_file, "no/x", "there is no folder no"),
+        (command.new_file, "file/x", "there is no folder file"),
+        (command.new_folder, "file/x", f"{tmp_path}/file is no folder"),
+        (command.new_folder, "file", "file is no folder"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=re.escape(f"{text!r}: {problem}")):
+            of(text)
+    monkeypatch.setattr(command.os, "access", lambda *where: False)
+    for of in (command.new_file, command.new_folder):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot be written to"):
+            of("x")
 
 
 def test_home_folders_on_command_lines(monkeypatch, tmp_path, capsys):
@@ -352,8 +403,9 @@ def test_home_folders_on_command_lines(monkeypatch, tmp_path, capsys):
     )
     assert sample.main(["--student", "~/none", "--prompt", "x"]) == 2
     assert f"--student {tmp_path}/none" in capsys.readouterr().err
-    assert plan.main(["--gpu-memory", "16", "--output", "~/none/x.yaml"]) == 2
-    assert f"--output {tmp_path}/none/x.yaml: there is no folder {tmp_path}/none" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        plan.main(["--gpu-memory", "16", "--output", "~/none/x.yaml"])
+    assert f"argument --output: '~/none/x.yaml': there is no folder {tmp_path}/none" in capsys.readouterr().err
 
 
 # Thousands of mutations, the same in every run

@@ -47,17 +47,11 @@ def test_without_a_gpu_nothing_is_written(gpu_tests, monkeypatch, tmp_path, caps
     assert not printed.out and not (tmp_path / "run.json").exists()
 
 
-def test_what_cannot_be_asked_for(gpu_tests, gpu, monkeypatch, tmp_path, capsys):
+def test_what_cannot_be_asked_for(gpu_tests, gpu, monkeypatch, capsys):
     monkeypatch.setattr(gpu_tests.subprocess, "run", lambda *a, **k: pytest.fail("started pytest"))
-    nowhere = tmp_path / "no" / "run.json"
-    needed = "a file in a folder that is there and can be written to is needed"
-    for arguments, message in (
-        (["tests/kernels"], "error: tests/kernels: gpu_tests.json is for all tests; give --output FILE for some\n"),
-        (["--output", str(nowhere)], f"error: --output {nowhere}: {needed}\n"),
-        (["--output", str(tmp_path)], f"error: --output {tmp_path}: {needed}\n"),
-    ):
-        assert gpu_tests.main(arguments) == 2
-        assert capsys.readouterr().err == message
+    assert gpu_tests.main(["tests/kernels"]) == 2
+    message = "error: tests/kernels: gpu_tests.json is for all tests; give --output FILE for some\n"
+    assert capsys.readouterr().err == message
 
 
 @pytest.mark.distributed

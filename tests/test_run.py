@@ -83,10 +83,10 @@ def made_up(implementations=("cuda", "eager"), operations=("dmd_loss", "renoise"
 
 
 def test_without_a_gpu(tmp_path):
-    done = start_on_cpu("--json", tmp_path / "new" / "run.json")
+    done = start_on_cpu("--json", tmp_path / "run.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "these are CPU figures" in done.stdout and "say nothing of a GPU" in done.stdout
-    result = json.loads((tmp_path / "new" / "run.json").read_text())
+    result = json.loads((tmp_path / "run.json").read_text())
     assert result["device"] == "cpu" and result["machine"]["gpu"] is None and result["machine"]["cores"]
     assert result["packages"]["torch"] and result["dtype"] == "bfloat16" and "commit" in result
     assert result["command"].startswith("python benchmarks/run.py --json")
@@ -525,7 +525,7 @@ def test_plot(modules, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name, gpu in (("one.json", "NVIDIA H100 80GB HBM3"), ("two.json", "NVIDIA H200"), ("cpu.json", None)):
         (tmp_path / name).write_text(json.dumps(made_up(gpu=gpu)))
-    picture = tmp_path / "docs" / "roofline.png"
+    picture = tmp_path / "roofline.png"
     files = [str(tmp_path / "one.json"), str(tmp_path / "two.json")]
     assert modules["run"].main(["--plot", *files, "--output", str(picture)]) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000

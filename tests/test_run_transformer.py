@@ -595,7 +595,7 @@ def test_breakdown(modules, cpu, monkeypatch, tmp_path, capsys):
         for which, served in (("forward", variants), ("training", variants[:2]))
         for variant in served
     ]
-    file, picture = tmp_path / "transformer.json", tmp_path / "docs" / "transformer.png"
+    file, picture = tmp_path / "transformer.json", tmp_path / "transformer.png"
     stored = {"machine": {"gpu": "NVIDIA H100"}, "rows": [], "transformer": run.transformer}
     file.write_text(json.dumps(stored))
     other = tmp_path / "blocks.json"
@@ -726,7 +726,7 @@ def test_what_cannot_be_asked_for(modules, cpu, capsys):
     refused = {
         ("--part", "forward"): "--part is of --op transformer",
         ("--op", "attention", "--batch", "4"): "--batch is of --op transformer",
-        ("--op", "transformer", "--batch", "0"): "a batch needs a sample at least",
+        ("--op", "transformer", "--batch", "0"): "a whole number from 1 to",
         ("--op", "transformer", "--part", "backward"): "breakdown",
         ("--op", "transformer", "--variant", "fast"): "fused_fp8",
     }

@@ -146,7 +146,6 @@ def draw(results: dict[str, Any], output: Path) -> None:
         axis.set(xlabel="student updates", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend(loc="lower right")
-    output.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(output, dpi=110)
     pyplot.close(figure)
 
@@ -173,9 +172,9 @@ def _main(argv: list[str] | None) -> None:
     commands = parser.add_subparsers(dest="what", required=True)
     training = commands.add_parser("train", help="train every variant and seed, write their numbers")
     training.add_argument("--compare", choices=VARIANTS, default="methods", help="the methods, or optimizer.state")
-    training.add_argument("--output", type=command.path, default=Path("benchmarks/results/demo_curves.json"))
+    training.add_argument("--output", type=command.new_file, default="benchmarks/results/demo_curves.json")
     training.add_argument(
-        "--runs", type=command.path, default=Path(tempfile.gettempdir()) / "dpdmd-curves", help="folder of the runs"
+        "--runs", type=command.new_folder, default=f"{tempfile.gettempdir()}/dpdmd-curves", help="folder of the runs"
     )
     count = command.count
     training.add_argument("--seeds", type=count, default=3)
@@ -188,7 +187,7 @@ def _main(argv: list[str] | None) -> None:
     training.add_argument("settings", nargs="*", metavar="section.key=value", help="further settings of every run")
     drawing = commands.add_parser("draw", help="draw the numbers")
     drawing.add_argument("results", type=command.path)
-    drawing.add_argument("--output", type=command.path, default=Path("docs/demo-curves.png"))
+    drawing.add_argument("--output", type=command.new_file, default="docs/demo-curves.png")
     args = parser.parse_args(argv)
     if args.what == "train":
         load_config(None, args.settings)  # what is wrong with them is better known now

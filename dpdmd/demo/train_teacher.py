@@ -642,8 +642,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add(
         "--out",
-        type=command.path,
-        default=Path("runs/teacher"),
+        type=command.new_folder,
+        default="runs/teacher",
         help="folder to write (the project's own is dpdmd/demo/teacher)",
     )
     add(
