@@ -40,6 +40,7 @@ from dpdmd.engine import Network
 from dpdmd.files import (
     UNFINISHED,
     DamagedFile,
+    digests,
     disk_errors,
     publish,
     read_json,
@@ -625,8 +626,11 @@ def export_student(
 
 
 def _set_aside(folder: Path, new: Path) -> None:
-    """Gives a student that is not the same as the new one a name of its own."""
-    if not folder.exists() or _weights(folder) == _weights(new):
+    """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
+    if not folder.exists():
+        return
+    weights = "*.safetensors"
+    if folder.is_dir() and _names(folder) <= _names(new) and digests(folder, weights) == digests(new, weights):
         return
     try:
         earlier = read_json(folder / STUDENT_FILE).get("iterations")
@@ -637,8 +641,8 @@ def _set_aside(folder: Path, new: Path) -> None:
         os.rename(folder, _free_name(folder.with_name(name)))
 
 
-def _weights(folder: Path) -> dict[str, str]:
-    return {path.name: sha256(path) for path in sorted(folder.glob("*.safetensors"))}
+def _names(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def _free_name(path: Path) -> Path:

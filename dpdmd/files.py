@@ -354,6 +354,12 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def digests(folder: str | Path, names: str = "*") -> dict[str, str]:
+    """The SHA-256 of each file below a folder that has such a name, by its path in the folder."""
+    found = sorted(path for path in Path(folder).rglob(names) if path.is_file())
+    return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
+
+
 # Disks
 
 

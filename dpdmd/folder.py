@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import fnmatch
 import json
 import os
+import re
 import shutil
 import socket
 import tempfile
@@ -20,27 +22,45 @@ from dpdmd.config import ConfigError
 from dpdmd.files import readable_bytes
 
 MARK = ".dpdmd-run.json"
-# What a run writes in its folder. Embeddings are not among them: they are keyed by content, and stay.
+_STEPS = ("step_#", ".unfinished-step_#", ".replaced-step_#", ".deleted-step_#", "step_#.left_out", "step_#.left_out_#")
+_STUDENTS = ("student", "student_step_#", "student_step_#_#", ".unfinished-student", ".replaced-student")
+# What a run writes in its folder, # for a number, in the order in which it is deleted: a process that is ended meanwhile
+# leaves no checkpoint to go on from, and what says that a run was here last. Embeddings are not among them: they are keyed
+# by content, and stay.
 OWN = (
-    "config.yaml",
-    "metrics.jsonl",
-    "finished.json",
-    "samples/step_*.png",
+    *(
+        f"checkpoints/{folder}/{name}"
+        for name in (
+            "index.json",
+            "confirmed",
+            "suspect",
+            "*/rank_#.safetensors",
+            "*/rank_#_#.safetensors",
+            "*/.unfinished-*",
+        )
+        for folder in _STEPS
+    ),
+    "samples/step_#.png",
     "evaluation/table.json",
     "evaluation/grid.png",
     "tensorboard/events.out.tfevents.*",
     *(
         f"{folder}/{name}"
-        for folder in ("student", "student_step_*", ".unfinished-student", ".replaced-student")
-        for name in ("config.json", "*.safetensors", "*.safetensors.index.json", "dpdmd.json", "config.yaml")
+        for folder in _STUDENTS
+        for name in ("config.json", "*.safetensors", "*.safetensors.index.json", "config.yaml", "dpdmd.json")
     ),
-    *(
-        f"checkpoints/{folder}/{name}"
-        for folder in ("step_*", ".unfinished-*", ".replaced-*", ".deleted-*")
-        for name in ("index.json", "confirmed", "suspect", "*/rank_*.safetensors", "*/.unfinished-*")
-    ),
+    "metrics.jsonl",
+    "config.yaml",
+    "finished.json",
 )
 _TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
+
+
+def _found(folder: Path, pattern: str) -> list[Path]:
+    """What in the folder has such a name."""
+    form = re.compile(fnmatch.translate(pattern).replace(r"\#", "[0-9]+"))
+    found = folder.glob(pattern.replace("#", "*"))
+    return [path for path in found if form.fullmatch(path.relative_to(folder).as_posix())]
 
 
 def check_place(folder: Path) -> None:
@@ -64,11 +84,15 @@ class RunFolder:
         name = f"run.output_dir = {str(folder)!r}"
         check_place(folder)
         marked = (folder / MARK).is_file()
-        holds = sorted({path.name for pattern in _TOP for path in folder.glob(pattern)}) if folder.is_dir() else []
+        if (folder / MARK).is_symlink():
+            raise ConfigError(f"{name}: {MARK} in it is a link, and a run writes that file: remove the link")
+        if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
+            raise ConfigError(f"{name}: checkpoints in it is no folder, and a run makes one: move it away")
+        holds = sorted({path.name for pattern in _TOP for path in _found(folder, pattern)}) if folder.is_dir() else []
         if holds and not marked:
             raise ConfigError(
-                f"{name} holds {_list(holds)}, which no run of this version made and a run would write over: take another "
-                "folder, or move them away"
+                f"{name} holds {_list(holds)}, which a run would write over, and no {MARK}, by which a run marks what is its "
+                "own: take another folder, or move them away; a copy of a run's folder needs that file too"
             )
         if holds and not (resume or overwrite):
             kind = "a finished run" if (folder / "finished.json").exists() else "an unfinished run"
@@ -128,8 +152,8 @@ class RunFolder:
 
 def _links(folder: Path) -> list[str]:
     """Links among the names and folders of a run, by way of which `delete_own` would come to what lies elsewhere."""
-    tops = {path for name in _TOP for path in folder.glob(name)}
-    folders = {parent for pattern in OWN for path in folder.glob(pattern) for parent in path.parents}
+    tops = {path for name in _TOP for path in _found(folder, name)}
+    folders = {parent for pattern in OWN for path in _found(folder, pattern) for parent in path.parents}
     found = (path for path in tops | folders if path != folder and path.is_relative_to(folder) and path.is_symlink())
     return sorted(str(path.relative_to(folder)) for path in found)
 
@@ -149,11 +173,11 @@ def _list(names: list[str]) -> str:
 def delete_own(folder: Path) -> None:
     """Deletes what runs have written in a marked folder, and folders that are empty then; everything else stays."""
     for pattern in OWN:
-        for path in folder.glob(pattern):
+        for path in _found(folder, pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink(missing_ok=True)
     for name in _TOP:
-        for top in folder.glob(name):
+        for top in _found(folder, name):
             if top.is_dir() and not top.is_symlink():
                 for below in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
                     _remove_empty(below)

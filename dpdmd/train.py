@@ -38,6 +38,7 @@ from dpdmd.command import RunEnded, RunStopped
 from dpdmd.config import Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
 from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
+from dpdmd.files import digests, read_json, sha256
 from dpdmd.folder import MARK, RunFolder, check_place, check_space
 from dpdmd.journal import Journal, check_writers
 from dpdmd.plan import Plan, gpu_bytes, resolve
@@ -300,7 +301,13 @@ def loop(
             checkpoints.save(done, trainer.networks, trainer.state())
             checkpoint_due = False
     if first < run.iterations:
-        checkpoints.save(run.iterations, trainer.networks, trainer.state(), last=True)
+        saved = checkpoints.save(run.iterations, trainer.networks, trainer.state(), last=True)
+        if any(trainer.world.gather(stop.requested)):
+            raise RunEnded(
+                f"{stop.reason}: ended after all {run.iterations} updates, which {saved} holds; the same command with --resume "
+                "exports the student",
+                agreed=True,
+            )
 
 
 def stop_if_broken(trainer: Trainer, checkpoints: Checkpoints) -> None:
@@ -348,7 +355,13 @@ def finish(
         )
     export_student(folder / "student", trainer.networks, trainer.backbone, trainer.distillation, config, world)
     state = trainer.state()
-    summary = {"iterations": config.run.iterations, "updates": state["updates"], "skipped": state["skipped"]}
+    student = digests(folder / "student") if journal else {}
+    summary = {
+        "iterations": config.run.iterations,
+        "student": student,
+        "updates": state["updates"],
+        "skipped": state["skipped"],
+    }
     summary |= progress.summary(plan)
     if checkpoints.pauses:
         summary["checkpoint_pause_seconds"] = checkpoints.pauses
@@ -410,13 +423,31 @@ def starts(
             f"run.iterations = {iterations}, but --resume goes on from iteration {resumed.iteration} ({resumed.path}): give "
             f"{resumed.iteration} or more"
         )
-    if resumed.iteration == iterations and finished and (path / "student").exists():
-        print(
-            f"finished: {path} has all its {iterations} iterations, and its student; a larger run.iterations trains on"
-        )
-        return False
+    if resumed.iteration == iterations and finished:
+        problem = problem_of_student(path)
+        if problem is None:
+            print(
+                f"finished: {path} has all its {iterations} iterations, and its student; a larger run.iterations trains on"
+            )
+            return False
+        print(f"--resume: {problem}; the student is exported anew", file=sys.stderr, flush=True)
     print(f"going on from iteration {resumed.iteration} ({resumed.path})", flush=True)
     return True
+
+
+def problem_of_student(path: Path) -> str | None:
+    """What is not as it was exported in the student of a finished run, or None."""
+    try:
+        exported = dict(read_json(path / "finished.json")["student"])
+    except (OSError, LookupError, TypeError, ValueError) as error:
+        return f"{path / 'finished.json'} does not say what was exported ({type(error).__name__})"
+    for name, digest in exported.items():
+        file = path / "student" / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if sha256(file) != digest:
+            return f"{file} is damaged or changed: its content is not what was exported (SHA-256)"
+    return None
 
 
 def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> Config:

@@ -59,7 +59,7 @@ class Launch:
         return self.local_size == self.size
 
 
-# Launchers that have variables of their own: rank, size, rank and size on this machine.
+# Launchers that have variables of their own: rank, size, rank and size on this machine. SLURM's is the first.
 _LAUNCHERS = (
     ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -77,20 +77,11 @@ def launched(environment: Mapping[str, str]) -> Launch:
     """
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _by_rank(environment)
-    for rank_name, size_names, local_rank_name, local_size_name in _LAUNCHERS:
-        if rank_name not in environment:
-            continue
-        size_name = next((name for name in size_names if name in environment), None)
-        if size_name is None:
-            raise ConfigError(
-                f"{rank_name} = {environment[rank_name]!r} is set, and none of {', '.join(size_names)}: this process cannot "
-                "tell how many there are; start it with deepspeed, torchrun, srun or mpirun, or unset that variable"
-            )
+    found = _started_by(environment)
+    if found is not None:
+        (rank_name, _, local_rank_name, local_size_name), size_name = found
         rank, size = _number(environment, rank_name), _number(environment, size_name)
-        if size == 1:
-            break
         by = f"{rank_name} and {size_name}"
-        _check_rank(rank, size, by)
         local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
         machines = _machines(environment)
         if not local_size:
@@ -109,6 +100,36 @@ def launched(environment: Mapping[str, str]) -> Launch:
         port = _port(environment, default)
         return Launch(rank, size, local_rank, local_size, address, port, by)
     return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
+
+
+def _started_by(environment: Mapping[str, str]) -> tuple[tuple, str] | None:
+    """The launcher of several processes whose variables count, and the one that holds their number. None where this process
+    is alone.
+
+    mpirun may have been started by srun, or in a job's script, which have SLURM's variables too: where they say something
+    else they are not about this process.
+    """
+    said: dict[tuple[int, int], tuple[tuple, str]] = {}  # by rank and size
+    for launcher in _LAUNCHERS:
+        rank_name, size_names, *_ = launcher
+        if rank_name not in environment:
+            continue
+        size_name = next((name for name in size_names if name in environment), None)
+        if size_name is None:
+            of_a_step = bool({"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys())
+            if rank_name == "SLURM_PROCID" and environment[rank_name] == "0" and not of_a_step:
+                continue  # a job's script itself
+            if said:  # srun tells PMIx's rank and leaves out its number
+                continue
+            raise ConfigError(
+                f"{rank_name} = {environment[rank_name]!r} is set, and none of {', '.join(size_names)}: this process cannot "
+                "tell how many there are; start it with deepspeed, torchrun, srun or mpirun, or unset that variable"
+            )
+        rank, size = _number(environment, rank_name), _number(environment, size_name)
+        _check_rank(rank, size, f"{rank_name} and {size_name}")
+        said.setdefault((rank, size), (launcher, size_name))
+    several = [each for (_, size), each in said.items() if size > 1]
+    return None if not several else several[len(several) > 1 and several[0][0] is _LAUNCHERS[0]]
 
 
 def _by_rank(environment: Mapping[str, str]) -> Launch:
@@ -271,6 +292,10 @@ def join(config: EngineConfig, run: str = "") -> World:
         MASTER_ADDR=launch.address,
         MASTER_PORT=str(launch.port),
     )
+    if (
+        "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ
+    ):  # DeepSpeed wants both to be the same; mpirun may have started torchrun
+        os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(launch.local_rank)
     end_with_launcher()
     if device == "cuda":
         torch.cuda.set_device(launch.local_rank)
@@ -423,9 +448,9 @@ def _first_line(error: BaseException) -> str:
 
 
 def end_with_launcher() -> None:
-    """Under deepspeed's launcher: SIGTERM for this process when the launcher dies. Otherwise a run whose launcher was
-    killed would train on unseen, and keep its GPUs."""
-    if _is_deepspeeds(os.getppid()):
+    """Under the launchers of deepspeed and torch: SIGTERM for this process when the launcher dies. Otherwise a run whose
+    launcher was killed would train on unseen, and keep its GPUs."""
+    if _is_deepspeeds(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError, AttributeError):  # not Linux
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 

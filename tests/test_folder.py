@@ -10,7 +10,7 @@ import pytest
 from processes import running
 
 from dpdmd.config import ConfigError
-from dpdmd.folder import MARK, RunFolder, check_space
+from dpdmd.folder import MARK, RunFolder, check_space, delete_own
 
 
 def written(folder: Path, *names: str) -> Path:
@@ -37,11 +37,14 @@ RUN = (
     *("tensorboard/events.out.tfevents.1.host.2.0", "student/dpdmd.json", "student/model.safetensors"),
     *("checkpoints/step_000003/index.json", "checkpoints/step_000003/student/rank_00000.safetensors"),
     *("checkpoints/step_000003/confirmed", "checkpoints/.unfinished-step_000006/critic/rank_00001_0002.safetensors"),
-    *("student_step_000003/config.json", ".unfinished-student/config.json"),
+    *("student_step_000003/config.json", ".unfinished-student/config.json", "student_step_000003_2/dpdmd.json"),
+    "checkpoints/step_000003.left_out/index.json",
 )
 MINE = (
     *("samples/photo.png", "notes.txt", "student/photo.png", "checkpoints/readme", "embeddings/key/shard.safetensors"),
     *("evaluation/mine.json", "other/config.yaml", "checkpoints/step_000003/student/mine.txt"),
+    *("samples/step_by_step.png", "student_step_best/config.json", "checkpoints/step_000003_mine/index.json"),
+    *("checkpoints/step_000003/student/rank_mine.safetensors", "checkpoints/.unfinished-mine/index.json"),
 )
 
 
@@ -51,7 +54,9 @@ MINE = (
 )
 def test_what_no_run_made_is_left_alone(tmp_path, how, mine):
     written(tmp_path, *mine, "notes.txt")
-    with pytest.raises(ConfigError, match=rf"holds .*{mine[-1].split('/')[0]}.*which no run of this version made"):
+    with pytest.raises(
+        ConfigError, match=rf"holds .*{mine[-1].split('/')[0]}.*which a run would write over, and no \{MARK}"
+    ):
         RunFolder(tmp_path, **how)
     assert names(tmp_path) == sorted([*mine, "notes.txt"])
 
@@ -91,6 +96,36 @@ def test_what_a_link_leads_to_is_not_deleted(tmp_path):
     with pytest.raises(ConfigError, match="checkpoints/step_000009 in it is a link"):
         RunFolder(run, overwrite=True)
     assert names(checkpoint) == ["index.json", "student/rank_00000.safetensors"]
+
+
+def test_what_a_run_writes_is_no_link_and_no_file(tmp_path):
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / MARK).symlink_to(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=rf"run': \{MARK} in it is a link"):
+        RunFolder(tmp_path / "run", resume=True)
+    assert (tmp_path / "mine").read_text() == "mine"
+    written(tmp_path / "other", "checkpoints")
+    with pytest.raises(ConfigError, match="other': checkpoints in it is no folder"):
+        RunFolder(tmp_path / "other")
+
+
+def test_a_process_ended_while_it_deletes_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):
+    """And what says that a run was here."""
+    RunFolder(tmp_path).close()
+    written(tmp_path, *RUN)
+    left = []
+    unlink = Path.unlink
+
+    def noted(self, **options):
+        unlink(self, **options)
+        left.append(set(names(tmp_path)))
+
+    monkeypatch.setattr(Path, "unlink", noted)
+    delete_own(tmp_path)
+    assert len(left) == len(RUN) and all("finished.json" in each for each in left[:-1])
+    indices = [sum(name.endswith("index.json") for name in each) for each in left]
+    assert indices[:2] == [1, 0] and indices[-1] == 0  # the first to go
 
 
 def test_folder_with_other_things_is_taken_and_marked(tmp_path):

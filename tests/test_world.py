@@ -10,13 +10,20 @@ import threading
 from pathlib import Path
 
 import pytest
-from processes import LIMIT, reserved_port, run_command
+from processes import LIMIT, reserved_port, run_command, running
 
 from dpdmd import world
 from dpdmd.config import ConfigError
 from dpdmd.world import Launch, launched, meet
 
 TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
+
+
+BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "1"}
+MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"} | {
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,17 @@ TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
             (1, 2, 0, 1, "first", 5),
         ),
         ({"PMI_RANK": "2", "PMI_SIZE": "3"}, (2, 3, 2, 3, "127.0.0.1", 29500)),
+        # mpirun in a job's script, in a step of one task, and beside what srun says of the same processes.
+        (BATCH | {"SLURM_NTASKS": "2"} | MPI, (1, 2, 1, 2, "127.0.0.1", 20077)),
+        (BATCH | {"SLURM_NTASKS": "1"} | MPI, (1, 2, 1, 2, "127.0.0.1", 20077)),
+        (BATCH | MPI, (1, 2, 1, 2, "127.0.0.1", 20077)),
+        (
+            {"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_STEP_TASKS_PER_NODE": "3,1"}
+            | {"SLURM_NODEID": "1", "PMI_RANK": "3", "PMI_SIZE": "4", "PMIX_RANK": "3", "MASTER_ADDR": "a"},
+            (3, 4, 0, 1, "a", 29500),
+        ),
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "PMIX_RANK": "0"}, (0, 1, 0, 1, "127.0.0.1", 0)),
+        (BATCH, (0, 1, 0, 1, "127.0.0.1", 0)),  # python in a job's script
         (
             {"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "0", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "m"},
             (2, 4, 0, 2, "m", 29500),
@@ -105,6 +123,8 @@ def test_launchers(environment, expected):
         ),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "2", "SLURM_LOCALID": "5"}, "SLURM_LOCALID and .* process 5 of 2"),
         ({"SLURM_PROCID": "1", "SLURM_NTASKS": "4(x"}, "SLURM_NTASKS = '4.x' in the environment"),
+        ({"SLURM_PROCID": "1", "SLURM_NTASKS": "1"}, "SLURM_PROCID and SLURM_NTASKS say that this is process 1 of 1"),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, "SLURM_PROCID = '0' is set, and none of SLURM_STEP_NUM_TASKS"),
         ({"PMIX_RANK": "1"}, "PMIX_RANK = '1' is set, and none of PMIX_SIZE, PMI_SIZE"),
         ({"SLURM_PROCID": "3", "SLURM_NTASKS": "2"}, "SLURM_PROCID and SLURM_NTASKS say that this is process 3 of 2"),
         (
@@ -232,6 +252,18 @@ def test_a_task_of_srun_is_one_of_several(tmp_path):
     )
     assert done.returncode == 2 and not (tmp_path / "run").exists()
     assert "process 1 of 2 (SLURM_PROCID and SLURM_NTASKS) found no process 0" in done.stderr, done.stderr[-3000:]
+
+
+def test_a_process_ends_with_torchrun(tmp_path):
+    child = "import signal, time; from dpdmd import world\n" + (
+        "signal.signal(signal.SIGTERM, lambda *_: (print('asked to end', flush=True), exit()))\n"
+        "world.end_with_launcher(); print('ready', flush=True)\nwhile True: time.sleep(1)\n"
+    )
+    parent = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()\n"
+    with running("env", "TORCHELASTIC_RUN_ID=x", sys.executable, "-c", parent, child) as launcher:
+        assert launcher.stdout.readline() == "ready\n"
+        launcher.kill()
+        assert launcher.stdout.readline() == "asked to end\n"
 
 
 def test_a_launcher_that_is_gone(monkeypatch):

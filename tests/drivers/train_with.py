@@ -73,6 +73,17 @@ elif what.startswith("SIG"):
         return loss(self, role, iteration, shard)
 
     train.Trainer.loss = signalled
+elif what.startswith("last-"):
+    # As last-SIGTERM-1: while the last checkpoint is saved process 1 receives SIGTERM.
+    _, name, of_rank = what.split("-")
+    save = checkpoint.Checkpoints.save
+
+    def signalled_last(self, *arguments, last=False):
+        if last and rank == of_rank:
+            os.kill(os.getpid(), getattr(signal, name))
+        return save(self, *arguments, last=last)
+
+    checkpoint.Checkpoints.save = signalled_last
 else:
     sys.exit(f"unknown: {what}")
 
