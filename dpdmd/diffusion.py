@@ -20,6 +20,8 @@ from torch import Tensor
 
 from dpdmd import kernels
 
+LATEST = 1.001  # of a flow's times; that of noise alone is 1, which rounding may put a hair off
+
 Grid = str | list[float]  # "scheduler", "uniform", or explicit times without the final data time
 
 
@@ -97,11 +99,11 @@ class Flow:
                 f"distill.student_grid = {grid}: the model's scheduler turns it into {times[:-1].tolist()} "
                 "(it rescales custom sigmas); take scheduler or uniform"
             )
-        if not times[0] >= 0.999:
+        if not 0.999 <= times[0] <= LATEST:
             raise ValueError(
                 f"distill.student_grid = {grid}: starts at {times[0]:.4f}; sampling starts from noise, at 1"
             )
-        return times
+        return _falling(times, grid)
 
     def uniform_time(self, u: Tensor) -> Tensor:
         """Maps u in [0, 1] linearly to a time."""
@@ -192,7 +194,7 @@ class VariancePreserving:
         times = self._with_end(torch.tensor(grid))
         if times[0] > self.start:
             raise ValueError(f"distill.student_grid = {grid}: starts above the last training step, {self.start:.0f}")
-        return times
+        return _falling(times, grid)
 
     def _with_end(self, timesteps: Tensor) -> Tensor:
         return torch.cat([timesteps.float(), torch.tensor([self.end])])
@@ -273,3 +275,10 @@ class VariancePreserving:
 def _arithmetic(x: Tensor) -> torch.dtype:
     """The dtype that per-sample scalars are handed to the kernels in: float64 only for float64 samples."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _falling(times: Tensor, grid: Grid) -> Tensor:
+    """The times, which fall in float32 too."""
+    if not (times.diff() < 0).all():
+        raise ValueError(f"distill.student_grid = {grid}: in float32 it is {times.tolist()}, and must fall to the end")
+    return times

@@ -403,6 +403,9 @@ def architecture_only(config: Config):
     return load_backbone(config.model.model_copy(update={"random_init": True}))
 
 
+_WRITTEN = "# By python -m dpdmd.plan"  # how a file of --output begins
+
+
 def main(argv: list[str] | None = None) -> int:
     return command.run(_main, argv)
 
@@ -432,6 +435,8 @@ def _main(argv: list[str] | None) -> int:
         raise ConfigError(f"--gpus = {max(args.gpus)}: at most {MOST_GPUS} are planned for")
     if len(args.gpus) > 1 and args.output is not None:
         raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
+    if args.output is not None and args.output.exists() and not args.output.read_bytes().startswith(_WRITTEN.encode()):
+        raise ConfigError(f"--output {args.output}: it is there, and not written by this command: take another name")
     memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
     if memory is None:
         raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")
@@ -447,7 +452,7 @@ def _main(argv: list[str] | None) -> int:
     if plan is None:
         return 1
     if args.output is not None:
-        header = f"# By python -m dpdmd.plan for {args.gpus[0]} GPUs of {gib(memory)} GiB.\n"
+        header = f"{_WRITTEN} for {args.gpus[0]} GPUs of {gib(memory)} GiB.\n"
         args.output.write_text(header + to_yaml(plan.config), encoding="utf-8")
     return 0
 

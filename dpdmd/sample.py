@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.agreement import check_kernels
-from dpdmd.backbones.base import LATEST
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
+from dpdmd.diffusion import LATEST
 from dpdmd.distill import Draws, rollout
 from dpdmd.engine import resolve_device, resolve_dtype
 from dpdmd.lora import WEIGHTS_FILE, check_adapter

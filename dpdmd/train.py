@@ -429,6 +429,8 @@ def starts(
             print(
                 f"finished: {path} has all its {iterations} iterations, and its student; a larger run.iterations trains on"
             )
+            if changed := changed_settings(resumed.index["config"], config):
+                print(f"other settings than the run's, which nothing is trained with: {', '.join(changed)}")
             return False
         print(f"--resume: {problem}; the student is exported anew", file=sys.stderr, flush=True)
     print(f"going on from iteration {resumed.iteration} ({resumed.path})", flush=True)
@@ -487,6 +489,14 @@ def check(config: Config, backbone) -> None:
         Distillation(backbone.diffusion, config.distill)
     except ValueError as error:  # a time grid that the model's scheduler cannot walk
         raise ConfigError(str(error)) from error
+    if config.evaluation.enabled:
+        from dpdmd.demo.world import SIZE
+
+        if config.model.resolution != SIZE:
+            raise ConfigError(
+                f"model.resolution = {config.model.resolution} with evaluation.enabled = true: the demo's pictures are measured "
+                f"at {SIZE} pixels; set evaluation.enabled=false or leave model.resolution out"
+            )
 
 
 def plan_run(config: Config, backbone, world: World) -> tuple[Config, Plan]:

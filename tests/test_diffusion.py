@@ -36,6 +36,10 @@ def test_explicit_grid():
     torch.testing.assert_close(times, torch.tensor([1, 0.8, 0.3, 0]))
     with pytest.raises(ValueError, match=r"student_grid = \[0.9, 0.3\]: starts at 0.9000"):
         Flow(sd3_scheduler()).student_times(2, [0.9, 0.3])
+    with pytest.raises(ValueError, match=r"student_grid = \[2.0, 0.3\]: starts at 2.0000"):
+        Flow(sd3_scheduler()).student_times(2, [2.0, 0.3])
+    with pytest.raises(ValueError, match=r"in float32 it is \[1.0, 0.0, 0.0\], and must fall"):
+        Flow(sd3_scheduler()).student_times(2, [1.0, 1e-320])
 
 
 @pytest.mark.parametrize("grid", ["scheduler", "uniform", [1.0, 0.77, 0.4, 0.1]])

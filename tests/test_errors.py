@@ -292,6 +292,7 @@ def mains():
         "train on a directory": (train.main, ["--config", "{tmp}"]),
         "train with a word": (train.main, ["engine=cpu"]),
         "train with a folder of prompts": (train.main, ["prompts.file={tmp}"]),
+        "train on pictures of another size": (train.main, ["model.resolution=24", "run.output_dir={tmp}/x"]),
         "plan": (plan.main, ["--gpu-memory", "16", "--config", "{tmp}/none.yaml"]),
         "plan for too many": (plan.main, ["--gpu-memory", "16", "--gpus", str(10**20)]),
         "sample": (sample.main, ["--student", "{tmp}/none", "--prompt", "x"]),

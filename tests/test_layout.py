@@ -74,7 +74,7 @@ ALLOWED = {
     "budget": {"config", "footprint", "optimizer", "residency"},
     "plan": {"backbones", "budget", "command", "config"},
     "checkpoint": {"config", "distill", "engine", "files", "lora", "optimizer", "shards", "world"},
-    "sample": {"agreement", "backbones", "checkpoint", "command", "config", "distill", "engine", "lora"},
+    "sample": {"agreement", "backbones", "checkpoint", "command", "config", "diffusion", "distill", "engine", "lora"},
 }
 
 

@@ -722,6 +722,15 @@ def test_the_command_writes_what_load_config_reads(capsys, tmp_path):
     assert written.run.seed == 7 and engine.device == "auto"
     assert "auto" not in (engine.residency, engine.checkpointing) and None not in dict(engine.kept_passes).values()
     assert plan_of(written, Footprints(backbone_of(MEDIUM)), 8, 80 * GIB).fits
+    # Its own file is written over, a user's is not.
+    assert run(capsys, "--config", output, "--gpus", 8, "--gpu-memory", 80, "--output", output)[0] == 0
+    (mine := tmp_path / "mine.yaml").write_text("# mine\nrun: {seed: 3}\n")
+    code, _, error = run(capsys, "--config", mine, "--gpu-memory", 80, "--output", mine)
+    assert (
+        code == 2
+        and error == f"error: --output {mine}: it is there, and not written by this command: take another name\n"
+    )
+    assert mine.read_text() == "# mine\nrun: {seed: 3}\n"
 
 
 def test_the_command_says_what_does_not_fit(capsys, tmp_path):

@@ -334,6 +334,9 @@ def test_resume_says_from_where(options, straight, tmp_path):
         path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and path.name[0] != "."
     } == before
 
+    done = checked(run_script(0, TRAIN, *mine, "run.seed=7"))
+    assert "other settings than the run's, which nothing is trained with: run.seed = 7 (was 0)\n" in done.stdout
+
     # A student that is not whole is exported anew, and what was there stays.
     (folder / "student" / "notes.txt").write_text("mine")
     (file,) = (folder / "student").glob("*.safetensors")

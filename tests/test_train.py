@@ -418,6 +418,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (["student_optimizer.name=apex"], "optimizer name = 'apex' cannot be used: it needs a CUDA device"),
         (["engine.deepspeed={tmp}/empty.txt"], "engine.deepspeed = .*empty.txt': not a JSON file"),
+        (["distill.student_grid=[2, 0.6, 0.4, 0.2]"], "distill.student_grid = .*: starts at 2.0000"),
         (["distill.student_grid=[0.9, 0.6, 0.4, 0.2]"], "distill.student_grid = .*: starts at 0.9000"),
         (["distill.ancor=7"], "nearest known is distill.anchor"),
         (["student_optimizer={{state: float8, name: torch}}"], "state = float8 needs name = fused"),

@@ -31,7 +31,7 @@ from dpdmd.backbones.files import (
 )
 from dpdmd.backbones.pipeline import PIPELINE_CLASSES, PipelineFolder
 from dpdmd.config import ConfigError, ModelConfig
-from dpdmd.diffusion import Flow
+from dpdmd.diffusion import LATEST, Flow
 from dpdmd.files import disk_errors, follow_umask
 
 Role = Literal["teacher", "student", "critic"]
@@ -42,7 +42,6 @@ _KNOWN_VAE_SCALE, _KNOWN_VAE_CHANNELS = 8, 16
 _CLIP_LENGTH = 77
 _LONGEST_T5 = 512  # the stock pipelines refuse more
 _INIT_SEED = 0
-LATEST = 1.001  # of times; that of noise alone is 1, which rounding may put a hair off
 
 
 class Backbone(ABC):
