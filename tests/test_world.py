@@ -259,7 +259,7 @@ def test_a_process_ends_with_torchrun(tmp_path):
         "signal.signal(signal.SIGTERM, lambda *_: (print('asked to end', flush=True), exit()))\n"
         "world.end_with_launcher(); print('ready', flush=True)\nwhile True: time.sleep(1)\n"
     )
-    parent = "import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', sys.argv[1]]).wait()\n"
+    parent = "import os, sys\nos.fork() and os.wait()\nos.execv(sys.executable, [sys.executable, '-c', sys.argv[1]])\n"
     with running("env", "TORCHELASTIC_RUN_ID=x", sys.executable, "-c", parent, child) as launcher:
         assert launcher.stdout.readline() == "ready\n"
         launcher.kill()
