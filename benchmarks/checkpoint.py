@@ -97,6 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     return command.run(_main, argv)
 
 
+def folder_in(parent: Path) -> Path:
+    """A new one."""
+    parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=parent))
+
+
 def _main(argv: list[str] | None) -> int:
     parser = command.Parser(prog="benchmarks/checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
@@ -117,10 +123,7 @@ def _main(argv: list[str] | None) -> int:
     config, _ = train.plan_run(config, backbone, world)
     trainer = train.build(config, world, backbone, train.load_prompts(config))
     size = checkpoint_bytes(config, trainer.networks["student"].num_parameters)
-    if world.main:
-        args.folder.mkdir(parents=True, exist_ok=True)
-    made = tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=args.folder) if world.main else None
-    folder = Path(world.gather(made)[0])
+    folder = world.on_main(folder_in, args.folder)
     try:
         seconds = measure(trainer, folder, not args.no_peer)
     finally:

@@ -45,10 +45,14 @@ def _main(arguments: list[str]) -> int:
     )
     parser.add_argument("tests", nargs="*", help="files and folders; all tests without")
     parser.add_argument(
-        "--output", type=command.new_file, help="where to write; benchmarks/results/gpu_tests.json for all tests"
+        "--output",
+        type=command.new_file,
+        default=str(STORED),
+        help="where to write; benchmarks/results/gpu_tests.json for all tests",
     )
     options = parser.parse_args(arguments)
-    output = _checked(options.tests, options.output)
+    output = options.output.absolute()
+    _check(options.tests, output)
     made_by = provenance(shlex.join(["python", "benchmarks/gpu_tests.py", *arguments]))
     begin = time.monotonic()
     # Of a run that is cut off this is what stays.
@@ -69,13 +73,12 @@ def _main(arguments: list[str]) -> int:
     return int(status != 0 or ran == 0)
 
 
-def _checked(tests: Sequence[str], output: Path | None) -> Path:
-    """Where to write, known to be possible before the tests take their time."""
+def _check(tests: Sequence[str], output: Path) -> None:
+    """What can be known before the tests take their time."""
     if not torch.cuda.is_available():
         raise ConfigError("torch sees no GPU here, and this is the record of a run on one; make test runs without one")
-    if tests and output is None:
+    if tests and output == STORED:
         raise ConfigError(f"{shlex.join(tests)}: {STORED.name} is for all tests; give --output FILE for some")
-    return (output or STORED).absolute()
 
 
 def _run(tests: Sequence[str], file: Path) -> int:

@@ -323,12 +323,17 @@ def new_file(text: str) -> Path:
 def new_folder(text: str) -> Path:
     """argparse's type of a folder to write to, which is made if need be."""
     folder = path(text)
+    if problem := problem_of_place(folder):
+        raise argparse.ArgumentTypeError(f"{text!r}: {problem}")
+    return folder
+
+
+def problem_of_place(folder: Path) -> str | None:
+    """Why nothing can be written to a folder, or it cannot be made, as far as that shows without making it; or None."""
     there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
     if not there.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: {there} is no folder")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r}: {there} cannot be written to")
-    return folder
+        return f"{there} is no folder"
+    return None if os.access(there, os.W_OK | os.X_OK) else f"{there} cannot be written to"
 
 
 def whole(low: int, end: int = 2**31) -> Callable[[str], int]:

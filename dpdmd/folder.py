@@ -18,6 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from dpdmd.command import problem_of_place
 from dpdmd.config import ConfigError
 from dpdmd.files import readable_bytes
 
@@ -65,10 +66,8 @@ def _found(folder: Path, pattern: str) -> list[Path]:
 
 def check_place(folder: Path) -> None:
     """Raises ConfigError where a run cannot have its folder, as far as that shows without making it."""
-    there = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        problem = "is no folder" if not there.is_dir() else "cannot be written to"
-        raise ConfigError(f"run.output_dir = {str(folder)!r}: {there} {problem}")
+    if problem := problem_of_place(folder):
+        raise ConfigError(f"run.output_dir = {str(folder)!r}: {problem}")
 
 
 class RunFolder:

@@ -441,8 +441,10 @@ def problem_of_student(path: Path) -> str | None:
     """What is not as it was exported in the student of a finished run, or None."""
     try:
         exported = dict(read_json(path / "finished.json")["student"])
-    except (OSError, LookupError, TypeError, ValueError) as error:
-        return f"{path / 'finished.json'} does not say what was exported ({type(error).__name__})"
+    except OSError as error:  # damaged, too
+        return str(error)
+    except (LookupError, TypeError, ValueError):
+        return f"{path / 'finished.json'} does not say what was exported"
     for name, digest in exported.items():
         file = path / "student" / name
         if not file.is_file():

@@ -59,7 +59,8 @@ class Launch:
         return self.local_size == self.size
 
 
-# Launchers that have variables of their own: rank, size, rank and size on this machine. SLURM's is the first.
+# Launchers that have variables of their own: rank, size, rank and size on this machine. Where several
+# say the same, the first counts.
 _LAUNCHERS = (
     ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -78,28 +79,28 @@ def launched(environment: Mapping[str, str]) -> Launch:
     if "RANK" in environment or "WORLD_SIZE" in environment:
         return _by_rank(environment)
     found = _started_by(environment)
-    if found is not None:
-        (rank_name, _, local_rank_name, local_size_name), size_name = found
-        rank, size = _number(environment, rank_name), _number(environment, size_name)
-        by = f"{rank_name} and {size_name}"
-        local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
-        machines = _machines(environment)
-        if not local_size:
-            local_size = size if machines == 1 else max(1, size // machines)
-        local_rank = _number(environment, local_rank_name, default=rank % local_size)
-        _check_local(local_rank, local_size, size, f"{local_rank_name} and {local_size_name}")
-        address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or _first_host(environment)
-        if address is None:
-            raise ConfigError(
-                f"{by} say that this is process {rank} of {size} on several machines: set MASTER_ADDR, for all of them, to "
-                "the name of the machine of process 0 (and MASTER_PORT to a free port there)"
-            )
-        default = _DEFAULT_PORT
-        if "SLURM_JOB_ID" in environment:  # two jobs may share a machine
-            default = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
-        port = _port(environment, default)
-        return Launch(rank, size, local_rank, local_size, address, port, by)
-    return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
+    if found is None:
+        return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
+    (rank_name, _, local_rank_name, local_size_name), size_name = found
+    rank, size = _number(environment, rank_name), _number(environment, size_name)
+    by = f"{rank_name} and {size_name}"
+    local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
+    machines = _machines(environment)
+    if not local_size:
+        local_size = size if machines == 1 else max(1, size // machines)
+    local_rank = _number(environment, local_rank_name, default=rank % local_size)
+    _check_local(local_rank, local_size, size, f"{local_rank_name} and {local_size_name}")
+    address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or _first_host(environment)
+    if address is None:
+        raise ConfigError(
+            f"{by} say that this is process {rank} of {size} on several machines: set MASTER_ADDR, for all of them, to "
+            "the name of the machine of process 0 (and MASTER_PORT to a free port there)"
+        )
+    default = _DEFAULT_PORT
+    if "SLURM_JOB_ID" in environment:  # two jobs may share a machine
+        default = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
+    port = _port(environment, default)
+    return Launch(rank, size, local_rank, local_size, address, port, by)
 
 
 def _started_by(environment: Mapping[str, str]) -> tuple[tuple, str] | None:
@@ -129,7 +130,8 @@ def _started_by(environment: Mapping[str, str]) -> tuple[tuple, str] | None:
         _check_rank(rank, size, f"{rank_name} and {size_name}")
         said.setdefault((rank, size), (launcher, size_name))
     several = [each for (_, size), each in said.items() if size > 1]
-    return None if not several else several[len(several) > 1 and several[0][0] is _LAUNCHERS[0]]
+    others = [each for each in several if each[0][0] != "SLURM_PROCID"]
+    return next(iter(others or several), None)
 
 
 def _by_rank(environment: Mapping[str, str]) -> Launch:
@@ -292,9 +294,7 @@ def join(config: EngineConfig, run: str = "") -> World:
         MASTER_ADDR=launch.address,
         MASTER_PORT=str(launch.port),
     )
-    if (
-        "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ
-    ):  # DeepSpeed wants both to be the same; mpirun may have started torchrun
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # mpirun's, of a torchrun; DeepSpeed wants it to be the same
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(launch.local_rank)
     end_with_launcher()
     if device == "cuda":

@@ -43,7 +43,7 @@ ALLOWED = {
     "stopping": {"command", "world"},
     "compilation": set(),
     "agreement": {"backbones", "config", "kernels", "prompts", "world"},
-    "folder": {"config", "files"},
+    "folder": {"command", "config", "files"},
     "shards": {"files", "kernels"},
     "diffusion": {"kernels"},
     "distill": {"config", "diffusion", "kernels"},
