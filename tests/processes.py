@@ -148,25 +148,28 @@ def run_script(
                 with mock.patch.dict(os.environ, {} if gpu else {"CUDA_VISIBLE_DEVICES": ""}):
                     process.start()
                 running.append(process)
-            failed = _first_failure(running, limit)
-            if failed is None and any(each.exitcode is None for each in running):
+            code = _first_failure(running, limit)
+            if code is None:
                 raise _too_long(command, limit, files)
         finally:
             _end([each.pid for each in running])
             for each in running:
                 each.join()
-        return subprocess.CompletedProcess(command, failed or 0, *map(_read, files))
+        return subprocess.CompletedProcess(command, code, *map(_read, files))
 
 
 def _first_failure(running: list, limit: float) -> int | None:
-    """The first exit code that is not 0; None where all are, or `limit` seconds are over."""
+    """The first exit code that is not 0; 0 where all are, None where `limit` seconds are over before."""
     deadline = time.monotonic() + limit
     while True:
-        failed = next((each.exitcode for each in running if each.exitcode), None)
-        at_work = [each.sentinel for each in running if each.exitcode is None]
+        codes = [each.exitcode for each in running]  # once: a process may end at any time
+        at_work = [each.sentinel for each, code in zip(running, codes, strict=True) if code is None]
+        failed = next((code for code in codes if code), None)
+        if failed is not None or not at_work:
+            return failed or 0
         left = deadline - time.monotonic()
-        if failed is not None or not at_work or left <= 0:
-            return failed
+        if left <= 0:
+            return None
         wait(at_work, left)
 
 

@@ -949,7 +949,7 @@ COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/tr
 def test_a_signal_during_imports(tmp_path, file, name, status, said):
     """Of which torch's is the longest."""
     (tmp_path / "torch.py").write_text(f"import os, signal\nos.kill(os.getpid(), signal.{name})\n")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = run_command([sys.executable, Path(__file__).parents[1] / file], env=environment)
     assert done.returncode == status and done.stderr == said, done.stderr
 

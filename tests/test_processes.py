@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import LIMIT, reserved_port, results_of, run_command, run_script, running
+from processes import LIMIT, _first_failure, reserved_port, results_of, run_command, run_script, running
 from slots import slots
 
 TESTS = Path(__file__).parent
@@ -109,6 +109,18 @@ def test_the_first_failure_ends_the_others(tmp_path):
     assert not is_running((tmp_path / "pid").read_text())
     with pytest.raises(AssertionError, match="stdout ends in:\n\nstderr ends in:\n"):
         results_of(script)
+
+
+def test_a_process_that_ends_while_it_is_looked_at():
+    class Process:
+        codes = iter((None, 7))
+        sentinel = os.open(os.devnull, os.O_RDONLY)
+        exitcode = property(lambda self: next(self.codes))
+
+    try:
+        assert _first_failure([Process()], 100.0) == 7
+    finally:
+        os.close(Process.sentinel)
 
 
 @pytest.mark.distributed

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import re
@@ -12,44 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from processes import run_command, run_script, running
+from runs import DRIVER, TRAIN, checked, same_bits, short_run, weights
 from safetensors.torch import load_file, save_file
 
 from dpdmd import command, stopping
 from dpdmd.backbones.files import reading
-
-DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
-TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
-# The demo's teacher, nine updates (three of the student).
-SHORT = (
-    *("engine.device=cpu", "engine.batch_size=1", "engine.accumulation=2", "evaluation.enabled=false"),
-    *(
-        "distill.critic_updates=2",
-        "distill.teacher_steps=6",
-        "distill.anchor=2",
-        "run.iterations=9",
-        "run.tensorboard=false",
-    ),
-    *("student_optimizer.lr=1e-3", "critic_optimizer.lr=1e-3", "run.sample_every=0", "run.checkpoint_every=0"),
-)
+from dpdmd.demo import TEACHER
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("shared")
-    prompts = folder / "prompts.txt"
-    prompts.write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
-    return (*SHORT, f"prompts.file={prompts}", f"prompts.cache_dir={folder / 'embeddings'}")
-
-
-def checked(done, status: int = 0):
-    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
-    assert "Traceback" not in done.stderr, done.stderr[-3000:]
-    return done
+    return short_run(tmp_path_factory.mktemp("shared"))
 
 
 @pytest.fixture(scope="module")
@@ -66,19 +42,6 @@ def straight_in_two(options, tmp_path_factory):
     folder = tmp_path_factory.mktemp("straight") / "run"
     checked(run_script(2, TRAIN, *options, "engine.accumulation=1", f"run.output_dir={folder}"))
     return folder
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    (file,) = (folder / "student").glob("*.safetensors")
-    return load_file(file)
-
-
-def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
 
 
 @pytest.mark.distributed
@@ -194,56 +157,6 @@ def test_a_signal_that_is_ignored_stays_so(monkeypatch):
         signal.signal(signal.SIGHUP, before)
 
 
-def through_other_numbers(options, folder: Path, expected: Path, numbers: tuple[int, ...], gpu: bool = False) -> None:
-    """A run that is ended and resumed on one number of processes after the other, against one that is not."""
-    run = functools.partial(run_script, gpu=gpu)
-    mine = [option for option in options if not option.startswith("engine.accumulation")]
-    mine += ["engine.accumulation=4", f"run.output_dir={folder}", "ema={decay: 0.5}", "critic_optimizer.state=bfloat16"]
-    checked(run(numbers[0], TRAIN, *mine, f"run.output_dir={expected}"))
-    checked(run(numbers[0], DRIVER, "SIGTERM-0-1", folder.parent, *mine), command.ENDED)
-    for index, processes in enumerate(numbers[1:-1]):
-        signalled = f"SIGTERM-1-{3 + 2 * index}"
-        done = checked(run(processes, DRIVER, signalled, folder.parent, *mine, "--resume"), command.ENDED)
-        assert f"engine.accumulation = {4 // processes}, so that an update stays one of 4 samples" in done.stdout
-    checked(run(numbers[-1], TRAIN, *mine, "--resume"))
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    others = [json.loads(line) for line in (expected / "metrics.jsonl").read_text().splitlines()]
-    assert [line["iteration"] for line in lines] == list(range(9))
-    for line, other in zip(lines, others, strict=True):
-        assert line["loss"] == pytest.approx(other["loss"], rel=1e-2) and line["lr"] == other["lr"]
-    found, start = weights(folder), load_file(next(Path(train_teacher()).glob("transformer/*.safetensors")))
-    moved = distance(weights(expected), start)
-    assert moved > 0 and distance(found, weights(expected)) < 0.05 * moved
-
-
-@pytest.mark.distributed
-def test_other_numbers_of_processes(options, tmp_path):
-    """1 -> 2 -> 4 -> 1: the accumulation follows, and the result is the straight run's within rounding."""
-    folder = tmp_path / "run"
-    through_other_numbers(options, folder, tmp_path / "straight", (1, 2, 4, 1))
-    mine = [*options, "engine.accumulation=4", f"run.output_dir={folder}", "ema={decay: 0.5}"]
-    mine += ["critic_optimizer.state=bfloat16", "run.iterations=12", "--resume"]
-    done = checked(run_script(3, TRAIN, *mine), 2)
-    assert (
-        "the run's updates are of 4 samples, and 3 processes with engine.batch_size = 1 take 3 at a time" in done.stderr
-    )
-
-
-@pytest.mark.gpu
-@pytest.mark.distributed
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-def test_other_numbers_of_gpus(options, tmp_path):
-    numbers = (1, 2, 4, 1) if torch.cuda.device_count() >= 4 else (1, 2, 1)
-    options = [*options, "engine.device=cuda", "model.dtype=float32"]
-    through_other_numbers(options, tmp_path / "run", tmp_path / "straight", numbers, gpu=True)
-
-
-def train_teacher() -> str:
-    from dpdmd.demo import TEACHER
-
-    return TEACHER
-
-
 @pytest.mark.distributed
 def test_a_run_whose_student_is_never_updated_does_not_end_well(options, tmp_path):
     """Its critic's updates are finite, and say nothing of the student's."""
@@ -305,7 +218,7 @@ def test_the_last_good_checkpoint_of_a_student_that_exploded(options, tmp_path):
 def test_another_teacher_is_refused(options, tmp_path, lora):
     """Of the same architecture, so that nothing else would tell."""
     folder, teacher = tmp_path / "run", tmp_path / "teacher"
-    shutil.copytree(train_teacher(), teacher)
+    shutil.copytree(TEACHER, teacher)
     mine = [*options, *lora, "run.iterations=3", f"run.output_dir={folder}"]
     checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}"))
     (file,) = (teacher / "transformer").glob("*.safetensors")
@@ -313,7 +226,7 @@ def test_another_teacher_is_refused(options, tmp_path, lora):
     done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)
     assert "was saved with teacher.transformer = '" in done.stderr
     shutil.rmtree(teacher)
-    shutil.copytree(train_teacher(), teacher)
+    shutil.copytree(TEACHER, teacher)
     scheduler = teacher / "scheduler" / "scheduler_config.json"
     scheduler.write_text(json.dumps(json.loads(scheduler.read_text()) | {"shift": 7.0}))
     done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)

@@ -13,15 +13,12 @@ import torch
 import yaml
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import run_script
+from runs import DRIVER, TRAIN, checked, same_bits, weights
 from safetensors.torch import load_file
 
 from dpdmd import train
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import load_config
-
-ROOT = Path(__file__).parents[1]
-DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
-TRAIN = ROOT / "dpdmd" / "train.py"
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +41,12 @@ def settings(tiny_pipeline, tmp_path_factory):
     return folder / "settings.yaml"
 
 
-def checked(done):
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done
-
-
 @pytest.fixture(scope="module")
 def straight(settings, tmp_path_factory):
     """Six updates in two processes, the noise of each written down."""
     folder = tmp_path_factory.mktemp("straight")
     checked(run_script(2, DRIVER, "recorded", folder, "--config", settings, f"run.output_dir={folder / 'run'}"))
     return folder
-
-
-def student_weights(run_folder):
-    (file,) = (run_folder / "student").glob("*.safetensors")
-    return load_file(file)
-
-
-def same_bits(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def entries(run_folder):
@@ -148,7 +131,7 @@ def test_killed_while_saving_then_resumed_is_bit_for_bit_the_straight_run(settin
 
     checked(run_script(2, *plainly, "--config", settings, *options, "--resume", f"run.output_dir={folder}"))
     assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["step_000003", "step_000006"]
-    assert same_bits(student_weights(folder), student_weights(expected))
+    assert same_bits(weights(folder), weights(expected))
     timings = ("seconds", "samples_per_second")
     strip = lambda lines: [{k: v for k, v in line.items() if k not in timings} for line in lines]  # noqa: E731
     assert strip(entries(folder)) == strip(entries(expected))
@@ -177,7 +160,7 @@ def test_the_average_is_what_is_exported(settings, straight, tmp_path):
     checked(run_script(0, TRAIN, "--config", settings, *cut, "run.iterations=6", f"run.output_dir={two}"))
     options = [*cut, "run.iterations=6", "ema={decay: 0.75}", "run.sample_every=1"]
     checked(run_script(0, TRAIN, "--config", settings, *options, f"run.output_dir={averaged}"))
-    first, second, found = student_weights(one), student_weights(two), student_weights(averaged)
+    first, second, found = weights(one), weights(two), weights(averaged)
     moved = 0.0
     for name, value in found.items():
         expected = 0.75**2 * start[name].double() + 0.75 * 0.25 * first[name].double() + 0.25 * second[name].double()
@@ -203,7 +186,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tm
     start = load_file(
         Path(load_config(settings).model.pipeline) / "transformer" / "diffusion_pytorch_model.safetensors"
     )
-    a, b = student_weights(one), student_weights(two)
+    a, b = weights(one), weights(two)
     difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
     moved = sum(float((a[name].double() - start[name].double()).square().sum()) for name in a) ** 0.5
     # Adam's first updates have the size of the rate whatever the gradient's, so its rounding shows in full where it is
@@ -366,7 +349,7 @@ def test_runs_with_other_settings(settings, tmp_path, processes, options):
     checked(run_script(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     lines = entries(folder)
     assert [entry["skipped"] for entry in lines] == [0] * 6
-    assert all(torch.isfinite(value).all() for value in student_weights(folder).values())
+    assert all(torch.isfinite(value).all() for value in weights(folder).values())
     assert json.loads((folder / "student" / STUDENT_FILE).read_text())["times"][-1] == 0.0
 
 

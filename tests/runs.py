@@ -1,0 +1,50 @@
+"""A training run of seconds, for the tests of what becomes of runs."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
+TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
+# The demo's teacher, nine updates (three of the student).
+SHORT = (
+    *("engine.device=cpu", "engine.batch_size=1", "engine.accumulation=2", "evaluation.enabled=false"),
+    *(
+        "distill.critic_updates=2",
+        "distill.teacher_steps=6",
+        "distill.anchor=2",
+        "run.iterations=9",
+        "run.tensorboard=false",
+    ),
+    *("student_optimizer.lr=1e-3", "critic_optimizer.lr=1e-3", "run.sample_every=0", "run.checkpoint_every=0"),
+)
+
+
+def short_run(folder: Path) -> tuple[str, ...]:
+    """Its settings. What it reads is written to the folder, and what it makes of that."""
+    prompts = folder / "prompts.txt"
+    prompts.write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
+    return (*SHORT, f"prompts.file={prompts}", f"prompts.cache_dir={folder / 'embeddings'}")
+
+
+def checked(done: subprocess.CompletedProcess, status: int = 0) -> subprocess.CompletedProcess:
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "Traceback" not in done.stderr, done.stderr[-3000:]
+    return done
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    (file,) = (folder / "student").glob("*.safetensors")
+    return load_file(file)
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    return sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
