@@ -235,7 +235,7 @@ class Checkpoints:
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
         suspect = (final / _SUSPECT).exists()
-        if final.exists() and not suspect and (final in self._left_out or not (final / _INDEX).is_file()):
+        if os.path.lexists(final) and not suspect and (final in self._left_out or not (final / _INDEX).is_file()):
             kept = _free_name(final.with_name(f"{final.name}.left_out"))
             with disk_errors(final):
                 os.rename(final, kept)
@@ -422,6 +422,8 @@ class Checkpoints:
         digest = index.pop("sha256", None)
         if digest != _digest(index):
             return None, f"{path / _INDEX} is damaged: its content is not what was written"
+        if not _is_index(index):
+            return None, f"{path / _INDEX} is not that of a checkpoint: entries are missing or of another kind"
         if index["iteration"] != _iteration(path):
             return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
         if (path / _SUSPECT).exists():
@@ -460,6 +462,21 @@ class Checkpoints:
                 checkpoint.state["updates"][role],
                 lambda group, layout=layout, source=source: source.group(layout, self._world.rank, group),
             )
+
+
+_ENTRIES = {
+    **dict.fromkeys(("iteration", "processes", "global_batch"), int),
+    **dict.fromkeys(("identity", "parameters", "state", "config"), dict),
+    "files": list,
+}
+
+
+def _is_index(index: dict[str, Any]) -> bool:
+    """Whether there is what `find` looks at."""
+    return all(type(index.get(name)) is kind for name, kind in _ENTRIES.items()) and all(
+        isinstance(file, dict) and isinstance(file.get("path"), str) and file.keys() >= {"bytes", "sha256"}
+        for file in index["files"]
+    )
 
 
 def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
@@ -627,7 +644,7 @@ def export_student(
 
 def _set_aside(folder: Path, new: Path) -> None:
     """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
-    if not folder.exists():
+    if not os.path.lexists(folder):
         return
     weights = "*.safetensors"
     if folder.is_dir() and _names(folder) <= _names(new) and digests(folder, weights) == digests(new, weights):
@@ -648,4 +665,4 @@ def _names(folder: Path) -> set[Path]:
 def _free_name(path: Path) -> Path:
     """The path, or the first of path_2, path_3, ... that nobody has."""
     names = (path if number == 1 else path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
-    return next(each for each in names if not each.exists())
+    return next(each for each in names if not os.path.lexists(each))

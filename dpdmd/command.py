@@ -363,6 +363,18 @@ def above_0(text: str) -> float:
     return value
 
 
+def within(low: float, high: float) -> Callable[[str], float]:
+    """argparse's type of a number of [low, high]."""
+
+    def read(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := float(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text[:120]!r}: a number from {low:g} to {high:g} is needed")
+
+    return read
+
+
 count = whole(1)
 seed = whole(0, 2**63)  # as run.seed
 

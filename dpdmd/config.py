@@ -14,7 +14,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import json
-import math
 import os
 import re
 import reprlib
@@ -68,6 +67,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _clip(value: float) -> float:
+    if 0 < value < 1e-6:
+        raise ValueError("input should be 0, or from 1e-6 on: less leaves nothing of a gradient")
+    return value
+
+
 def _off(value: Any) -> Any:
     return "off" if value is False else value  # which is what YAML makes of the word
 
@@ -87,20 +92,77 @@ def _own_stage(value: Any, info: pydantic.ValidationInfo) -> Any:
     return value
 
 
+# Of DeepSpeed's own settings those that the engine leaves to it: of the optimizer's state on the host or on a disk.
+_DEEPSPEED = {
+    "aio": {
+        "block_size": int,
+        "queue_depth": int,
+        "intra_op_parallelism": int,
+        "single_submit": bool,
+        "overlap_events": bool,
+    },
+    "zero_optimization": {"sub_group_size": int, "reduce_bucket_size": int, "overlap_comm": bool},
+}
+_INSTEAD = {
+    "train_batch_size": "engine.batch_size and engine.accumulation",
+    "train_micro_batch_size_per_gpu": "engine.batch_size",
+    "gradient_accumulation_steps": "engine.accumulation",
+    "gradient_clipping": "engine.clip",
+    "optimizer": "student_optimizer and critic_optimizer",
+    "scheduler": "warmup and decay of student_optimizer and critic_optimizer",
+    "bf16": "model.dtype",
+    "fp16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "activation_checkpointing": "engine.checkpointing",
+    "tensorboard": "run.tensorboard",
+    "wandb": "run.wandb",
+    "zero_optimization.stage": "engine.zero",
+    "zero_optimization.offload_optimizer": "engine.offload and engine.nvme_path",
+    "zero_optimization.offload_param": "engine.zero, residency or lora",
+}
+
+
+def check_deepspeed(value: Any) -> dict[str, dict[str, int | bool]]:
+    """DeepSpeed's own settings. Raises ValueError for what the engine does not leave to DeepSpeed, naming its own setting
+    for it, and for values that cannot be."""
+    if not isinstance(value, dict):
+        raise ValueError(f"{shown(value)}: a mapping is needed")
+    return {section: _deepspeed_section(section, given) for section, given in value.items()}
+
+
+def _deepspeed_section(section: str, given: Any) -> dict[str, int | bool]:
+    if section not in _DEEPSPEED:
+        raise ValueError(_not_for_deepspeed(section))
+    if not isinstance(given, dict):
+        raise ValueError(f"{section} = {shown(given)}: a mapping is needed")
+    settings = {}
+    for key, value in given.items():
+        kind = _DEEPSPEED[section].get(key)
+        if kind is None:
+            raise ValueError(_not_for_deepspeed(f"{section}.{key}"))
+        if isinstance(value, float) and value.is_integer():  # as 5e8 in files of DeepSpeed's users
+            value = int(value)
+        if type(value) is not kind or (kind is int and not 1 <= value < 2**62):
+            wanted = "a whole number from 1 to 2^62 - 1" if kind is int else "true or false"
+            raise ValueError(f"{section}.{key} = {shown(value)}: {wanted} is needed")
+        settings[key] = value
+    return settings
+
+
+def _not_for_deepspeed(name: str) -> str:
+    if name in _INSTEAD:
+        return f"{name} is decided by the engine itself: take {_INSTEAD[name]} instead"
+    known = ", ".join(f"{section}.{key}" for section, keys in _DEEPSPEED.items() for key in keys)
+    return f"{printable(name)} is not used; of DeepSpeed's settings these are: {known}"
+
+
 def _deepspeed(value: Any) -> Any:
-    """A JSON file's name, or what JSON can hold."""
+    """A JSON file's name, or what one holds."""
     if isinstance(value, str):
         return expand(value)
     if not isinstance(value, dict):
         raise ValueError("a JSON file or a mapping is needed")
-    for key, each in _everything(value):
-        if isinstance(each, float) and not math.isfinite(each):
-            raise ValueError(f"{key} = {each!r} is not finite")
-        if isinstance(each, int) and abs(each) >= 2**63:
-            raise ValueError(f"{key} = {shown(each)} has more than 63 bits")
-        if each is not None and not isinstance(each, str | int | float | dict | list):
-            raise ValueError(f"{key} = {shown(each)} is a {type(each).__name__}, which JSON has not")
-    return value
+    return check_deepspeed(value)
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -108,6 +170,7 @@ CountFrom0 = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Size = Annotated[int, Field(ge=1, le=2**16)]  # of what lies in memory at a time
 Number = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[Number, Field(ge=0.0, le=1e6)]
+Clip = Annotated[NonNegative, AfterValidator(_clip)]
 Guidance = Annotated[Number, Field(ge=0.0, le=1000.0)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
 Decay = Annotated[Number, Field(ge=0.0, lt=1.0)]
@@ -220,7 +283,7 @@ class OptimizerConfig(_Section):
         description="The two moments in 8, 4 or 2 bytes a parameter, of fused alone; fewer than 8 are stochastically "
         "rounded. The float32 masters stay.",
     )
-    lr: Number = Field(1e-5, gt=0.0, le=1e30, description="Learning rate.")  # float32 holds it
+    lr: Number = Field(1e-5, ge=1e-12, le=1e30, description="Learning rate.")  # float32 weights notice it
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="Decay of the two moments.")
     eps: Number = Field(1e-8, ge=1e-30, le=1.0, description="Added to the denominator.")
     weight_decay: Number = Field(0.0, ge=0.0, le=10.0, description="Decoupled weight decay.")
@@ -253,7 +316,7 @@ class EngineConfig(_Section):
     zero: ZeroConfig = ZeroConfig()
     batch_size: Size = Field(4, description="Samples a process and forward pass.")
     accumulation: Size = Field(1, description="Forward-backward passes an update.")
-    clip: NonNegative = Field(1.0, description="Largest gradient norm; 0 for no clipping.")
+    clip: Clip = Field(1.0, description="Largest gradient norm; 0 for no clipping.")
     residency: Literal["auto", "whole", "phase", "block"] = Field(
         "auto",
         description="ZeRO stage 3: how long gathered weights stay. whole: until an update changes them; phase: for a phase "
@@ -278,7 +341,8 @@ class EngineConfig(_Section):
     nvme_path: Location | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
     deepspeed: Annotated[str | dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
         None,
-        description="Own DeepSpeed settings (JSON file or mapping), merged over the built ones for student and critic.",
+        description="DeepSpeed's own settings for student and critic with offload (JSON file or mapping): aio.* for nvme; "
+        "zero_optimization.sub_group_size, reduce_bucket_size and overlap_comm.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
 
@@ -286,7 +350,7 @@ class EngineConfig(_Section):
 class LoraConfig(_Section):
     rank: Size = Field(64, description="Rank of the adapters.")
     alpha: Number | None = Field(
-        None, gt=0.0, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
+        None, ge=1e-3, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
     )
     targets: list[Name] | None = Field(
         None,
@@ -296,7 +360,9 @@ class LoraConfig(_Section):
 
 
 class EmaConfig(_Section):
-    decay: Number = Field(0.999, gt=0.0, lt=1.0, description="The average keeps this share at each student update.")
+    decay: Number = Field(  # nearer to 1 a float32 average does not notice what is added
+        0.999, gt=0.0, le=0.99999, description="The average keeps this share at each student update."
+    )
     device: Literal["same", "cpu"] = Field("same", description="Where the float32 shard of the average lives.")
 
 
@@ -407,9 +473,19 @@ class Config(_Section):
             )
         return self
 
+    def num_updates(self, role: Literal["student", "critic"]) -> int:
+        """Of a role in the whole run: `distill.critic_updates` of the critic come before each of the student."""
+        of_student = self.run.iterations // (self.distill.critic_updates + 1)
+        return of_student if role == "student" else self.run.iterations - of_student
+
     def _possible_offload(self) -> None:
         engine = self.engine
         if engine.offload == "none":
+            if engine.deepspeed is not None:
+                raise ValueError(
+                    f"engine.deepspeed = {shown(engine.deepspeed)} with engine.offload = none: without offload nothing is left "
+                    "to DeepSpeed, so this would change nothing; set engine.deepspeed=null or engine.offload=cpu"
+                )
             return
         for role in ("student", "critic"):
             optimizer = getattr(self, f"{role}_optimizer")

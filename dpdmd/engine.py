@@ -29,7 +29,16 @@ from torch.utils.checkpoint import checkpoint
 
 from dpdmd.averaging import Average
 from dpdmd.compilation import compiling
-from dpdmd.config import Config, ConfigError, EngineConfig, ModelConfig, OptimizerConfig, merged, read_file
+from dpdmd.config import (
+    Config,
+    ConfigError,
+    EngineConfig,
+    ModelConfig,
+    OptimizerConfig,
+    check_deepspeed,
+    merged,
+    read_file,
+)
 from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
@@ -64,16 +73,7 @@ def check(config: Config) -> None:
     if config.engine.offload == "nvme":
         _check_nvme(config.engine.nvme_path)
     if config.engine.deepspeed is not None:
-        zero = read_deepspeed(config.engine.deepspeed).get("zero_optimization", {})
-        for key, instead in (
-            ("offload_optimizer", "engine.offload"),
-            ("offload_param", "engine.zero, residency or lora"),
-        ):
-            if key in zero:
-                raise ConfigError(
-                    f"engine.deepspeed sets zero_optimization.{key}: the engine decides itself where state and weights are; "
-                    f"take {instead} instead"
-                )
+        read_deepspeed(config.engine.deepspeed)
     for optimizer in (config.student_optimizer, config.critic_optimizer):
         if optimizer.name in _FUSED and config.engine.offload == "none":
             _fused_adam(optimizer.name, device)
@@ -328,18 +328,15 @@ class Network:
         optimizer = None
         if self.trained:
             self._optimizer_config = getattr(config, f"{role}_optimizer")
-            student_updates = config.run.iterations // (config.distill.critic_updates + 1)
-            self._total_updates = student_updates if role == "student" else config.run.iterations - student_updates
-            if "optimizer" not in settings:  # of engine.deepspeed, for DeepSpeed to build
-                module.to(world.device)
-                seed = Philox.of(config.run.seed, role, world.rank).key
-                optimizer = build_optimizer(
-                    list(module.parameters()),  # not what the first kind that fails to build would use up
-                    self._optimizer_config,
-                    world.device.type,
-                    seed=seed,
-                    offload=config.engine.offload,
-                )
+            self._total_updates = config.num_updates(role)
+            module.to(world.device)
+            optimizer = build_optimizer(
+                list(module.parameters()),  # not what the first kind that fails to build would use up
+                self._optimizer_config,
+                world.device.type,
+                seed=Philox.of(config.run.seed, role, world.rank).key,
+                offload=config.engine.offload,
+            )
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         self.swaps = self.trained and config.engine.offload == "nvme"
         if self.swaps:
@@ -616,6 +613,14 @@ class Network:
             if self._replay is not None:
                 self._replay.run_next()
 
+    def bits(self) -> int:
+        """The sum of this process's part of the weights, each number's bits read as a whole number: it tells whether any
+        has changed."""
+        self.release()
+        kinds = {2: torch.int16, 4: torch.int32}
+        weights = self.engine.optimizer.fp16_partitioned_groups_flat
+        return sum(int(each.detach().view(kinds[each.itemsize]).sum(dtype=torch.int64)) for each in weights)
+
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""
         import deepspeed
@@ -752,23 +757,19 @@ _LARGEST_SETTINGS = 1 << 20  # bytes of DeepSpeed's
 
 
 def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
-    """The user's own DeepSpeed settings. Raises ConfigError for a file that is not a JSON object."""
+    """DeepSpeed's own settings, of a file or given. Raises ConfigError for a file that does not hold such."""
     if isinstance(source, dict):
         return source
     where = f"engine.deepspeed = {source!r}"
+    content = read_file(Path(source), where, _LARGEST_SETTINGS)
     try:
-        settings = json.loads(read_file(Path(source), where, _LARGEST_SETTINGS), parse_constant=_refuse_constant)
-    except ConfigError:
-        raise
+        settings = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{where}: not a JSON file ({error})") from error
-    if not isinstance(settings, dict):
-        raise ConfigError(f"{where}: holds a {type(settings).__name__}; an object is needed")
-    return settings
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
+    try:
+        return check_deepspeed(settings)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
 def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:

@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -100,7 +101,7 @@ class TensorFile:
             row = (last - first) // shape[0] if shape[0] else 0
             first, last, shape = first + start * row, first + stop * row, (stop - start, *shape[1:])
         data = torch.empty(last - first, dtype=torch.uint8)
-        with _reading(self.path), self.path.open("rb") as file:
+        with _reading(self.path), _open(self.path) as file:
             file.seek(first)
             if file.readinto(memoryview(data.numpy())) != len(data):
                 raise DamagedFile(f"{self.path} is damaged: it ends within {name!r}")
@@ -146,7 +147,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     one that cannot be read.
     """
     path = Path(path)
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), _open(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
@@ -234,8 +235,8 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises DamagedFile for one that is not JSON, OSError for one that cannot be read."""
     path = Path(path)
-    with _reading(path):
-        data = path.read_bytes()
+    with _reading(path), _open(path) as file:
+        data = file.read()
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_not_json)
     except json.JSONDecodeError as error:
@@ -260,6 +261,15 @@ def _reading(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+@contextlib.contextmanager
+def _open(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """A file for reading. A pipe or a device, which can keep its reader waiting for ever, is refused."""
+    with open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
+        yield file
 
 
 # In one step
@@ -304,12 +314,20 @@ def publish(unfinished: str | Path, final: str | Path) -> None:
     replaced = final.with_name(_REPLACED + final.name)
     with disk_errors(final):
         sync_folder(unfinished)
-        if final.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+        if os.path.lexists(final):
+            _remove(replaced)
             os.rename(final, replaced)
         os.rename(unfinished, final)
         _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a link, which may lead nowhere; what it leads to stays."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(path: str | Path) -> None:
@@ -348,7 +366,7 @@ def follow_umask(folder: str | Path) -> None:
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises OSError for one that cannot be read."""
     path, digest, buffer = Path(path), hashlib.sha256(), bytearray(_CHUNK)
-    with _reading(path), path.open("rb", buffering=0) as file:
+    with _reading(path), _open(path, buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()

@@ -96,6 +96,7 @@ class Trainer:
     skipped: dict[str, list[int]] = field(default_factory=lambda: {role: [] for role in TRAINED})  # their iterations
     skipped_in_a_row: dict[str, int] = field(default_factory=none_each)
     outcomes: list[tuple[str, int, bool]] = field(default_factory=list)  # role, iteration, applied: not yet looked at
+    initial_bits: int | None = None  # of the student's weights
     attention_times: dict | None = None  # by which all processes choose attention's kernels
     stop_requested: bool = False
     writing_failed: bool = False
@@ -229,12 +230,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             config = continued(config, resumed, prompts, world)
         config, plan = plan_run(config, backbone, world)
         checkpoints.use(config)
+        if world.main:
+            for doubt in doubts(config):
+                print(f"warning: {doubt}", file=sys.stderr, flush=True)
         attention_times = agree_on_attention(world, backbone, resumed.state["attention_times"] if resumed else None)
 
         trainer = build(config, world, backbone, prompts)
         trainer.attention_times = attention_times
         trainer.requested = lambda: (stop.requested, checkpoints.failed)
         world.on_main(check_space, path, *space_needed(trainer))
+        trainer.initial_bits = trainer.networks["student"].bits()
         if resumed is not None:
             checkpoints.load(resumed, trainer.networks)
             trainer.restore(resumed.state)
@@ -353,6 +358,13 @@ def finish(
         raise RunStopped(
             f"the student was never updated, so it is not exported: it is still the teacher. {describe_skipped(trainer)}"
         )
+    with trainer.networks["student"].averaged():
+        unchanged = trainer.networks["student"].bits() == trainer.initial_bits
+    if all(world.gather(unchanged)):
+        raise RunStopped(
+            f"after {trainer.networks['student'].updates} updates the student's weights are to the bit those that it began "
+            f"with, so it is not exported; {describe_rate(config)}"
+        )
     export_student(folder / "student", trainer.networks, trainer.backbone, trainer.distillation, config, world)
     state = trainer.state()
     student = digests(folder / "student") if journal else {}
@@ -387,6 +399,34 @@ def finish(
             predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
             print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def describe_rate(config: Config) -> str:
+    """What decides how far the exported student moves."""
+    optimizer, average = config.student_optimizer, "null" if config.ema is None else f"{{decay: {config.ema.decay}}}"
+    return (
+        f"student_optimizer.lr = {optimizer.lr:g}, warmup = {optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = "
+        f"{config.engine.clip:g} and ema = {average} decide how far it moves"
+    )
+
+
+def doubts(config: Config) -> list[str]:
+    """What is possible, and leaves a student that has hardly been trained."""
+    found = []
+    for role in TRAINED:
+        optimizer, updates = getattr(config, f"{role}_optimizer"), config.num_updates(role)
+        if optimizer.warmup > updates:
+            found.append(
+                f"{role}_optimizer.warmup = {optimizer.warmup} is longer than the run's {updates} updates of the {role}: the "
+                f"rate ends at {optimizer.lr * updates / optimizer.warmup:.2g} and never comes to lr = {optimizer.lr:g}"
+            )
+    updates = config.num_updates("student")
+    if config.ema is not None and config.ema.decay**updates > 0.5:
+        found.append(
+            f"ema.decay = {config.ema.decay}: of the average, which is what is exported, {config.ema.decay**updates:.0%} is "
+            f"still the student's beginning after the run's {updates} updates; {0.5 ** (4 / updates):.4g} would leave 6 %"
+        )
+    return found
 
 
 def take_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> RunFolder:

@@ -250,6 +250,17 @@ def edit_index(folder, change, step: int = 6):
     path.write_text(json.dumps(index))
 
 
+def forge_index(folder, **entries):
+    """With the digest of what it holds then."""
+
+    def forge(index):
+        index.update(entries)
+        del index["sha256"]
+        index["sha256"] = checkpoint._digest(index)
+
+    edit_index(folder, forge)
+
+
 class Pickled:
     def __reduce__(self):
         return os.system, ("touch /tmp/dpdmd-unpickled",)
@@ -303,6 +314,18 @@ DAMAGES = {
         (f / "step_000006/index.json").unlink(),
         (f / "step_000006/index.json").mkdir(),
     ),
+    "a pipe for an index": lambda f: (
+        (f / "step_000006/index.json").unlink(),
+        os.mkfifo(f / "step_000006/index.json"),
+    ),
+    "a pipe for a file": lambda f: (shard(f).unlink(), os.mkfifo(shard(f))),
+    "a link to nowhere": lambda f: (
+        shutil.rmtree(f / "step_000006"),
+        (f / "step_000006").symlink_to(f / "nowhere"),
+    ),
+    "other files in the index": lambda f: forge_index(f, files={}),
+    "another file in the index": lambda f: forge_index(f, files=[{"path": 3}]),
+    "no state in the index": lambda f: forge_index(f, state=None),
 }
 
 
@@ -351,13 +374,16 @@ def test_a_damaged_one_is_written_anew_and_does_not_count(tmp_path, capfd):
     assert "was left out, and stays as step_000006.left_out" in capfd.readouterr().err
 
 
-def test_a_folder_that_is_no_checkpoint_is_not_in_the_way(tmp_path):
+def test_what_is_no_checkpoint_is_not_in_the_way(tmp_path):
     save(tmp_path, iterations=(3,))
     (tmp_path / "step_000006").mkdir()
     (tmp_path / "step_000006" / "mine.txt").write_text("x")
-    save(tmp_path, iterations=(6,))
-    assert resume(tmp_path)[0][0].iteration == 6
+    (tmp_path / "step_000009").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "step_000009.left_out").symlink_to(tmp_path / "nowhere")
+    save(tmp_path, iterations=(6, 9))
+    assert resume(tmp_path)[0][0].iteration == 9
     assert (tmp_path / "step_000006.left_out" / "mine.txt").exists()
+    assert (tmp_path / "step_000009.left_out_2").is_symlink()
 
 
 def test_what_cannot_be_resumed_is_refused(tmp_path):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-
 import pytest
 import torch
 
@@ -113,7 +111,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("student_optimizer.lr=.inf", "^student_optimizer.lr = inf: input should be a finite number$"),
         ("student_optimizer.lr=1e999", "^student_optimizer.lr = inf: input should be a finite number$"),
         ("student_optimizer.lr=inf", "^student_optimizer.lr = 'inf': input should be a valid number$"),
-        ("student_optimizer.lr=0", "^student_optimizer.lr = 0: input should be greater than 0$"),
+        ("student_optimizer.lr=0", "^student_optimizer.lr = 0: input should be greater than or equal to 1e-12$"),
         ("student_optimizer.lr=1e31", r"^student_optimizer.lr = 1e\+31: input should be less than or equal to 1e\+30$"),
         ("student_optimizer.lr=true", "^student_optimizer.lr = True: input should be a valid number$"),
         (
@@ -128,7 +126,13 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("distill.diversity_weight=-1", "^distill.diversity_weight = -1: input should be greater than or equal to 0$"),
         ("engine.clip=.inf", "^engine.clip = inf: input should be a finite number$"),
         ("lora.alpha=.nan", "^lora.alpha = nan: input should be a finite number$"),
-        ("ema.decay=1", "^ema.decay = 1: input should be less than 1$"),
+        ("ema.decay=1", "^ema.decay = 1: input should be less than or equal to 0.99999$"),
+        (
+            "student_optimizer.lr=1e-30",
+            "^student_optimizer.lr = 1e-30: input should be greater than or equal to 1e-12$",
+        ),
+        ("engine.clip=1e-300", "^engine.clip = 1e-300: input should be 0, or from 1e-6 on"),
+        ("lora.alpha=1e-300", "^lora.alpha = 1e-300: input should be greater than or equal to 0.001$"),
         ("distill.renoise.high=.nan", "^distill.renoise.high = nan: input should be a finite number$"),
         ("distill.student_grid=[1, .nan, 0.5, 0.2]", "^distill.student_grid.1 = nan: input should be a finite number$"),
         ("distill.student_grid=3", "'scheduler' or 'uniform', or a list of times$"),
@@ -150,8 +154,38 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("lora.targets=[]", r"^lora.targets = \[\]: list should have at least 1 item"),
         ('run.sample_prompts=["\\ud800"]', "holds half of a surrogate pair, which is no character$"),
         # DeepSpeed's own settings
-        ("engine.deepspeed={a: {b: [.nan]}}", "^engine.deepspeed: a.b.0 = nan is not finite$"),
-        (f"engine.deepspeed={{a: {2**63}}}", "^engine.deepspeed: a = 9223372036854775808 has more than 63 bits$"),
+        (
+            "engine.deepspeed={foo: 1}",
+            "^engine.deepspeed: foo is not used; of DeepSpeed's settings these are: aio.block",
+        ),
+        ("engine.deepspeed={zero_optimization: 3}", "^engine.deepspeed: zero_optimization = 3: a mapping is needed$"),
+        ("engine.deepspeed={zero_optimization: {x: 1}}", "^engine.deepspeed: zero_optimization.x is not used; "),
+        (
+            "engine.deepspeed={zero_optimization: {stage: 1}}",
+            "zero_optimization.stage is decided by the engine itself: take engine.zero instead$",
+        ),
+        (
+            "engine.deepspeed={aio: {block_size: .nan}}",
+            "^engine.deepspeed: aio.block_size = nan: a whole number from 1 ",
+        ),
+        (
+            f"engine.deepspeed={{aio: {{queue_depth: {2**63}}}}}",
+            "aio.queue_depth = 9223372036854775808: a whole number ",
+        ),
+        ("engine.deepspeed={aio: {queue_depth: true}}", "aio.queue_depth = True: a whole number "),
+        ("engine.deepspeed={aio: {single_submit: 1}}", "aio.single_submit = 1: true or false is needed$"),
+        ("engine.deepspeed={aio: {queue_depth: 4}}", "with engine.offload = none: without offload nothing is left"),
+        *(
+            (f"engine.deepspeed={{{key}: 1}}", f"{key} is decided by the engine itself: take {instead}")
+            for key, instead in (
+                ("train_batch_size", "engine.batch_size and engine.accumulation"),
+                ("gradient_accumulation_steps", "engine.accumulation"),
+                ("gradient_clipping", "engine.clip"),
+                ("optimizer", "student_optimizer and critic_optimizer"),
+                ("scheduler", "warmup and decay of student_optimizer"),
+                ("bf16", "model.dtype"),
+            )
+        ),
         ("engine.deepspeed=true", "^engine.deepspeed = True: a JSON file or a mapping is needed$"),
         ("engine.deepspeed={1: 2}", "1: a key has to be text"),
         # Stages
@@ -184,15 +218,14 @@ def test_numbers_and_words_that_yaml_would_change():
         "student_optimizer.lr=1e-5",
         "model.fp8=off",
         "run.wandb=2020-12-25",
-        "engine.deepspeed={a: 1e-1, b: 1:30}",
+        "engine.offload=cpu",
+        "engine.deepspeed={zero_optimization: {sub_group_size: 5e8, overlap_comm: true}}",
     ]
     config = load_config(None, settings)
     assert config.student_optimizer.lr == 1e-5 and config.model.fp8 == "off" and config.run.wandb == "2020-12-25"
-    assert config.engine.deepspeed == {"a": 0.1, "b": "1:30"}
+    assert config.engine.deepspeed == {"zero_optimization": {"sub_group_size": 500_000_000, "overlap_comm": True}}
     assert parse_config({"student_optimizer": {"lr": "1e-5"}}).student_optimizer.lr == 1e-5  # from other YAML
     assert parse_config({"student_optimizer": {"betas": [0, 0.5]}}).student_optimizer.betas == (0.0, 0.5)
-    with pytest.raises(ConfigError, match=r"engine.deepspeed: a = datetime.date.* is a date, which JSON has not"):
-        parse_config({"engine": {"deepspeed": {"a": datetime.date(2020, 12, 25)}}})
 
 
 def test_overrides_of_a_section_and_of_its_keys_add_up():
@@ -205,7 +238,8 @@ def test_home_folders_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["model.pipeline", "model.student", "model.critic", "prompts.file", "prompts.cache_dir", "engine.nvme_path"]
     names += ["engine.deepspeed", "run.output_dir"]
-    config = load_config(None, ["evaluation.enabled=false", *(f"{name}=~/x/$HOME" for name in names)])
+    more = ["evaluation.enabled=false", "engine.offload=cpu"]
+    config = load_config(None, [*more, *(f"{name}=~/x/$HOME" for name in names)])
     for name in names:
         section, key = name.split(".")
         assert getattr(getattr(config, section), key) == f"{tmp_path}/x/$HOME", name

@@ -301,16 +301,25 @@ def mains():
         "curves of something else": (curves.main, ["draw", "{tmp}/list.json"]),
         "curves of no runs": (curves.main, ["draw", "{tmp}/object.json"]),
         "curves of no JSON": (curves.main, ["draw", "{tmp}/broken.json"]),
+        "curves of other numbers": (curves.main, ["draw", "{tmp}/other.json"]),
+        "curves as text": (curves.main, ["draw", "{tmp}/runs.json", "--output", "{tmp}/curves.txt"]),
         "curves with a typo": (curves.main, ["train", "--runs", "{tmp}/runs", "engine.batchsize=3"]),
         "teacher": (train_teacher.main, ["--device", "toaster"]),
         "teacher without GPU": (train_teacher.main, ["--device", "cuda:99"]),
+        "teacher on nothing": (train_teacher.main, ["--device", "meta"]),
+        "teacher of another folder": (train_teacher.main, ["--evaluate", "{tmp}", "--device", "cpu"]),
+        "teacher's autoencoder": (train_teacher.main, ["--autoencoder", "{tmp}", "--device", "cpu"]),
         "teacher's card": (train_teacher.main, ["--evaluate", "{tmp}/none", "--device", "cpu"]),
     }
 
 
 @pytest.mark.parametrize("name", sorted(mains()))
 def test_every_command_answers_in_one_line(name, tmp_path, capsys):
-    for file, text in {"list": "[]", "object": "{}", "broken": "{"}.items():
+    numbers = {name: [0.5] for name in ("accuracy", "validity", "background_entropy", "position_spread")}
+    run = {"variant": "a", "updates": [1], **numbers, "table": {"teacher": dict.fromkeys(numbers, 0.5)}}
+    runs, other = ({"last": 1, "runs": [run | changed]} for changed in ({}, {"updates": [1, 2]}))
+    texts = {"list": "[]", "object": "{}", "broken": "{", "runs": json.dumps(runs), "other": json.dumps(other)}
+    for file, text in texts.items():
         (tmp_path / f"{file}.json").write_text(text)
     main, arguments = mains()[name]
     status = main([argument.format(tmp=tmp_path) for argument in arguments])
@@ -331,6 +340,11 @@ def test_every_command_answers_in_one_line(name, tmp_path, capsys):
         ["curves", "train", "--parallel", "0"],
         ["train_teacher", "--steps", "-1"],
         ["train_teacher", "--rate", "inf"],
+        ["train_teacher", "--decay", "5"],
+        ["train_teacher", "--shift", "1e300"],
+        ["train_teacher", "--shift", "nan"],
+        ["train_teacher", "--width", "65"],
+        ["train_teacher", "--num-prompts", "100000"],
         ["chaos", "--jobs", "0"],
         ["chaos", "--damages", "-1"],
         ["chaos", "--seed", "-1"],

@@ -176,6 +176,32 @@ def test_a_run_whose_student_is_never_updated_does_not_end_well(options, tmp_pat
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_student_that_has_not_moved_is_not_exported(options, tmp_path, processes):
+    folder = tmp_path / "run"
+    mine = [*options, f"run.output_dir={folder}", "engine.accumulation=1"]
+    still = [
+        "student_optimizer.lr=1e-12",
+        "student_optimizer.eps=1",
+        "engine.clip=1e-6",
+        "student_optimizer.warmup=400",
+    ]
+    done = checked(run_script(processes, TRAIN, *mine, *still, "ema={decay: 0.9}"), 1)
+    for line in (
+        "warning: student_optimizer.warmup = 400 is longer than the run's 3 updates of the student: the rate ends at 7.5e-15",
+        "warning: ema.decay = 0.9: of the average, which is what is exported, 73% is still the student's beginning after",
+        "after 3 updates the student's weights are to the bit those that it began with, so it is not exported; student_opt",
+    ):
+        assert done.stderr.count(line) == 1, done.stderr[-3000:]
+    assert not (folder / "student").exists() and not (folder / "finished.json").exists()
+    done = checked(run_script(processes, TRAIN, *mine, *still, "ema={decay: 0.9}", "--resume"), 1)
+    assert "to the bit those that it began with" in done.stderr
+    # What there is is not lost: with another rate it trains on.
+    checked(run_script(processes, TRAIN, *mine, "ema={decay: 0.9}", "run.iterations=18", "--resume"))
+    assert (folder / "student").exists()
+
+
+@pytest.mark.distributed
 def test_skipped_updates_are_told_at_the_end(options, tmp_path):
     """A run that goes on all the same says how many there were, and which prompts were in them."""
     driver = tmp_path / "once.py"

@@ -42,6 +42,9 @@ _KNOWN_VAE_SCALE, _KNOWN_VAE_CHANNELS = 8, 16
 _CLIP_LENGTH = 77
 _LONGEST_T5 = 512  # the stock pipelines refuse more
 _INIT_SEED = 0
+# Whole numbers of an architecture that cannot be meant, and would build layers or tables without end; of others 2^20.
+_MOST = {"num_layers": 1024, "num_single_layers": 1024, "pos_embed_max_size": 1024}
+_NumLayers = typing.Annotated[int, pydantic.Field(ge=0, le=_MOST["num_layers"])]
 
 
 class Backbone(ABC):
@@ -310,6 +313,8 @@ class Backbone(ABC):
             if value is None and name in self.optional:
                 continue
             check_setting(name, value, kinds.get(name, Any), what)
+            if type(value) is int and value > (most := _MOST.get(name, 2**20)):
+                raise ConfigError(f"{what} has {name} = {value}, where at most {most} makes sense")
             if isinstance(value, list):
                 architecture[name] = tuple(value)
         with reading(what):  # Whoever builds it later has no need to ask whether it can be built.
@@ -382,8 +387,11 @@ class Backbone(ABC):
             settings = pipeline.read(encoder)
             with pipeline.reading(encoder):
                 made = config_class.from_dict(settings)
+            where = f"{pipeline}: {encoder}/config.json"
             for name in widths:
-                check_setting(name, getattr(made, name), int, f"{pipeline}: {encoder}/config.json")
+                check_setting(name, getattr(made, name), int, where)
+            layers = "num_layers" if config_class is T5Config else "num_hidden_layers"
+            check_setting(layers, getattr(made, layers), _NumLayers, where)
             if config_class is T5Config:
                 t5 = made
             else:
@@ -482,9 +490,17 @@ def read_scheduler(pipeline: PipelineFolder):
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     settings = pipeline.read("scheduler", "scheduler_config.json")
-    if "num_train_timesteps" in settings:
-        where = f"{pipeline}: scheduler/scheduler_config.json"
-        check_setting("num_train_timesteps", settings["num_train_timesteps"], int, where)
+    where = f"{pipeline}: scheduler/scheduler_config.json"
+    kinds = typing.get_type_hints(FlowMatchEulerDiscreteScheduler.__init__)
+    kinds["num_train_timesteps"] = typing.Annotated[int, pydantic.Field(ge=2, le=2**20)]
+    kinds["shift_terminal"] = float | None  # which diffusers declares as float = None
+    for name in (name for name in kinds if name in settings):
+        check_setting(name, settings[name], kinds[name], where)
+    if settings.get("stochastic_sampling"):
+        raise ConfigError(
+            f"{where} has stochastic_sampling = true: its steps would add noise, and those of the teacher that is distilled here "
+            "do not; set it to false"
+        )
     return FlowMatchEulerDiscreteScheduler.from_config(settings)
 
 

@@ -22,6 +22,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import pydantic
+
 from dpdmd import command
 from dpdmd.backbones.files import read_json
 from dpdmd.files import write_json
@@ -161,6 +163,54 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{variant:12}" + "".join(f"{mean:>16.3f} ± {spread:.3f}" for mean, spread in metrics.values()))
 
 
+class _Run(pydantic.BaseModel):
+    """Of a file's runs what is drawn: METRICS at each measurement, and of the table's rows."""
+
+    variant: str
+    updates: list[int]
+    accuracy: list[float | None]
+    validity: list[float | None]
+    background_entropy: list[float | None]
+    position_spread: list[float | None]
+    table: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> _Run:
+        if not self.updates or any(len(getattr(self, metric)) != len(self.updates) for metric in METRICS):
+            raise ValueError("each metric needs a number for each of the updates, of which there is at least one")
+        if any(not isinstance(next(iter(self.table.values())).get(metric), float | int | None) for metric in METRICS):
+            raise ValueError(f"the table's first row needs numbers for {', '.join(METRICS)}")
+        return self
+
+
+class _Results(pydantic.BaseModel):
+    last: int = pydantic.Field(ge=1)
+    runs: list[_Run] = pydantic.Field(min_length=1)
+
+
+def _read_results(file: Path) -> dict[str, Any]:
+    results = read_json(file, "curves draw")
+    try:
+        _Results.model_validate(results)
+    except pydantic.ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise command.ConfigError(
+            f"{file}: a file that `curves train` wrote is needed ({f'{where}: ' if where else ''}{problem['msg'].lower()})"
+        ) from error
+    return results
+
+
+def _check_format(output: Path) -> None:
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    formats = FigureCanvasBase.filetypes
+    if output.suffix.lstrip(".").lower() not in formats:
+        raise command.ConfigError(
+            f"--output {output}: a name that ends in one of .{', .'.join(sorted(formats))} is needed"
+        )
+
+
 def main(argv: list[str] | None = None) -> int:
     return command.run(_main, argv)
 
@@ -195,9 +245,8 @@ def _main(argv: list[str] | None) -> None:
         write_json(args.output, results)
         print(args.output)
     else:
-        results = read_json(args.results, "curves draw")
-        if not {"runs", "last"} <= results.keys():
-            raise command.ConfigError(f"{args.results}: has no runs; a file that `curves train` wrote is needed")
+        results = _read_results(args.results)
+        _check_format(args.output)
         draw(results, args.output)
         print(args.output)
     print_summary(results)

@@ -49,7 +49,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from dpdmd.backbones.files import read_json
+from dpdmd.backbones.files import read_json, reading
 from dpdmd.demo import TEACHER, measure, world
 from dpdmd.files import follow_umask
 
@@ -572,7 +572,8 @@ def evaluate(
     seed: int = 0,
 ) -> list[dict[str, float]]:
     """Load a pipeline folder with stock diffusers, sample it at each setting, measure. Prints a table, returns its rows."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
+    with reading(f"{folder} (the folder of a StableDiffusion3Pipeline is needed)"):
+        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
     if shift is not None:
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     prompts = world.evaluation_prompts(num_prompts)
@@ -657,13 +658,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--update-card", action="store_true", help="with --evaluate: write the numbers into the folder's card")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--seed", type=command.seed, default=0)
-    add("--layers", type=command.count, default=3, help="transformer blocks")
-    add("--width", type=command.count, default=128, help="width of the transformer, a multiple of 64")
+    add("--layers", type=command.whole(1, 1025), default=3, help="transformer blocks")
+    add("--width", type=_width, default=128, help="width of the transformer, a multiple of 64")
     add("--steps", type=command.count, default=13000, help="teacher updates")
     add("--seconds", type=command.above_0, help="teacher: end the schedule after this long instead")
     add("--batch", type=command.count, default=512)
-    add("--rate", type=command.above_0, default=1.5e-3)
-    add("--decay", type=command.finite, default=0.999, help="of the running mean of the teacher's weights, a step")
+    add("--rate", type=command.within(1e-12, 10), default=1.5e-3)
+    add(
+        "--decay",
+        type=command.within(0, 0.99999),
+        default=0.999,
+        help="of the running mean of the teacher's weights, a step",
+    )
     add("--pool", type=command.count, default=2**20, help="distinct pictures the teacher sees")
     add(
         "--autoencoder",
@@ -675,21 +681,33 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--autoencoder-steps", type=command.count, default=3600)
     add("--autoencoder-seconds", type=command.above_0)
     add("--autoencoder-batch", type=command.count, default=512)
-    add("--autoencoder-rate", type=command.above_0, default=2e-3)
+    add("--autoencoder-rate", type=command.within(1e-12, 10), default=2e-3)
     add("--autoencoder-pool", type=command.count, default=2**18)
-    add("--kl-weight", type=command.finite, default=1e-3)
+    add("--kl-weight", type=command.within(0, 1e6), default=1e-3)
     add("--eager", action="store_true", help="no CUDA graph")
-    add("--shift", type=command.above_0, help="scheduler's shift (when evaluating: instead of the folder's own)")
-    add("--num-prompts", type=command.count, default=64, help="evaluation prompts")
+    add(
+        "--shift",
+        type=command.within(0.01, 100),
+        help="scheduler's shift (when evaluating: instead of the folder's own)",
+    )
+    add("--num-prompts", type=command.whole(1, 4097), default=64, help="evaluation prompts")
     add("--num-samples", type=command.count, default=16, help="samples a prompt")
     return parser.parse_args(argv)
+
+
+def _width(text: str) -> int:
+    if (width := command.count(text)) % 64:
+        raise argparse.ArgumentTypeError(f"{text!r}: a multiple of 64 is needed")
+    return width
 
 
 def _device(name: str) -> torch.device:
     try:
         device = torch.device(name)
-    except RuntimeError as error:
-        raise command.ConfigError(f"--device {name!r}: cpu or cuda is needed") from error
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise command.ConfigError(f"--device {name!r}: cpu or cuda is needed")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise command.ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
     return device
@@ -719,7 +737,9 @@ def _main(argv: Sequence[str] | None) -> None:
 
     torch.manual_seed(args.seed)
     if args.autoencoder:
-        vae, report = AutoencoderKL.from_pretrained(args.autoencoder).to(device), {"from": args.autoencoder.name}
+        with reading(f"--autoencoder {args.autoencoder} (the folder of an AutoencoderKL is needed)"):
+            vae = AutoencoderKL.from_pretrained(args.autoencoder, local_files_only=True).to(device)
+        report = {"from": args.autoencoder.name}
         if (args.autoencoder / "report.json").exists():
             report = read_json(args.autoencoder / "report.json", f"--autoencoder {args.autoencoder}")
     else:
