@@ -54,6 +54,8 @@ OWN = (
     "config.yaml",
     "finished.json",
 )
+_FILES = ("metrics.jsonl", "config.yaml", "finished.json")
+_FOLDERS = ("checkpoints", "samples", "evaluation", "tensorboard", "embeddings")
 _TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
 
 
@@ -85,8 +87,12 @@ class RunFolder:
         marked = (folder / MARK).is_file()
         if (folder / MARK).is_symlink():
             raise ConfigError(f"{name}: {MARK} in it is a link, and a run writes that file: remove the link")
-        if os.path.lexists(folder / "checkpoints") and not (folder / "checkpoints").is_dir():
-            raise ConfigError(f"{name}: checkpoints in it is no folder, and a run makes one: move it away")
+        for each in _FILES:
+            if os.path.lexists(folder / each) and not (folder / each).is_file():
+                raise ConfigError(f"{name}: {each} in it is no file, and a run writes one: move it away")
+        for each in _FOLDERS:
+            if os.path.lexists(folder / each) and not (folder / each).is_dir():
+                raise ConfigError(f"{name}: {each} in it is no folder, and a run makes one: move it away")
         holds = sorted({path.name for pattern in _TOP for path in _found(folder, pattern)}) if folder.is_dir() else []
         if holds and not marked:
             raise ConfigError(

@@ -131,6 +131,8 @@ def _read_jsonl(where: str, text: str, field: str) -> Iterable[str]:
         if not isinstance(prompt, str):
             found = "null" if prompt is None else type(prompt).__name__
             raise ConfigError(f"{here}: found {found} where a string is needed")
+        if "\0" in prompt:
+            raise ConfigError(f"{here}: holds a NUL, which is no character of a text")
         try:
             prompt.encode("utf-8")
         except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer takes

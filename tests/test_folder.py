@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -105,9 +107,18 @@ def test_what_a_run_writes_is_no_link_and_no_file(tmp_path):
     with pytest.raises(ConfigError, match=rf"run': \{MARK} in it is a link"):
         RunFolder(tmp_path / "run", resume=True)
     assert (tmp_path / "mine").read_text() == "mine"
-    written(tmp_path / "other", "checkpoints")
-    with pytest.raises(ConfigError, match="other': checkpoints in it is no folder"):
-        RunFolder(tmp_path / "other")
+    for number, name in enumerate(("checkpoints", "samples", "evaluation", "tensorboard", "embeddings")):
+        written(tmp_path / f"a{number}", name)
+        with pytest.raises(
+            ConfigError, match=f"a{number}': {name} in it is no folder, and a run makes one: move it away"
+        ):
+            RunFolder(tmp_path / f"a{number}", resume=True)
+    for name in ("metrics.jsonl", "config.yaml", "finished.json"):
+        for make in (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(tmp_path / "nowhere")):
+            folder = Path(tempfile.mkdtemp(dir=tmp_path))
+            make(folder / name)
+            with pytest.raises(ConfigError, match=f": {name} in it is no file, and a run writes one: move it away"):
+                RunFolder(folder, resume=True)
 
 
 def test_a_process_ended_while_it_deletes_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):

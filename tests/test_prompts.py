@@ -87,6 +87,7 @@ def test_wrong_encoding_says_where(tmp_path):
         ("a.jsonl", '"a"\n\n[1]', "line 3: found list where a string is needed"),
         ("a.jsonl", '"a"\n{"prompt": "b"', "line 2: not JSON"),
         ("a.jsonl", '"\\ud83d"', "line 1: holds an unpaired surrogate"),
+        ("a.jsonl", '"a"\n{"prompt": "a\\u0000b"}', "line 2: holds a NUL"),
         ("a.csv", "text,id\na,1\n", "no column 'prompt' (prompts.field); there are 'text', 'id'"),
         ("a.csv", "id,prompt\n1,a\n2\n", "line 3: too short"),
         ("a.csv", 'prompt\na\n"never closed\nb\n', "not CSV"),
