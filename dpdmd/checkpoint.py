@@ -20,7 +20,6 @@ import json
 import math
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -45,6 +44,7 @@ from dpdmd.files import (
     publish,
     read_json,
     readable_bytes,
+    remove,
     save_tensors,
     sha256,
     write_json,
@@ -122,6 +122,7 @@ class Checkpoints:
         self._writing: Future | None = None
         # Of each checkpoint since the start of the run: roles whose next update is to come. Empty: it is a good one; None: not.
         self._awaited: dict[Path, set[str] | None] = {}
+        self._spared: set[Path] = set()
         self._left_out: set[Path] = set()  # of those that are there, what `find` could not take
         self.pauses: list[float] = []  # seconds that each save kept the training waiting
         self.write_seconds: list[float] = []  # and how long its writing took
@@ -135,7 +136,7 @@ class Checkpoints:
 
     def complete(self) -> list[Path]:
         """Those that have an index and were not left out, oldest first."""
-        return [path for path in self._folders() if (path / _INDEX).is_file() and path not in self._left_out]
+        return [path for path in self._folders() if os.path.isfile(path / _INDEX) and path not in self._left_out]
 
     def _folders(self) -> list[Path]:
         """All that bear a checkpoint's name."""
@@ -152,7 +153,7 @@ class Checkpoints:
         return next((path for path in reversed(self.complete()) if self._is_good(path)), None)
 
     def _is_good(self, path: Path) -> bool:
-        return self._awaited.get(path) == set() or (path not in self._awaited and (path / _CONFIRMED).exists())
+        return self._awaited.get(path) == set() or (path not in self._awaited and os.path.exists(path / _CONFIRMED))
 
     # Saving
 
@@ -234,8 +235,8 @@ class Checkpoints:
 
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
-        suspect = (final / _SUSPECT).exists()
-        if os.path.lexists(final) and not suspect and (final in self._left_out or not (final / _INDEX).is_file()):
+        suspect = os.path.exists(final / _SUSPECT)
+        if os.path.lexists(final) and not suspect and (final in self._left_out or not os.path.isfile(final / _INDEX)):
             kept = _free_name(final.with_name(f"{final.name}.left_out"))
             with disk_errors(final):
                 os.rename(final, kept)
@@ -306,7 +307,7 @@ class Checkpoints:
     def _end(self, final: Path, problem: str | None, began: float) -> float:
         if problem is not None:
             if self._world.main:
-                shutil.rmtree(self._unfinished(final), ignore_errors=True)
+                remove(self._unfinished(final))
             self._fail(problem)
         return time.perf_counter() - began
 
@@ -333,20 +334,22 @@ class Checkpoints:
     def _delete(self, path: Path) -> None:
         # Under another name first: what is half deleted is no checkpoint any more.
         deleted = path.with_name(_DELETED + path.name)
-        shutil.rmtree(deleted, ignore_errors=True)
+        remove(deleted)
+        if os.path.lexists(deleted):
+            raise OSError(f"{deleted}, which is left of an earlier one, cannot be deleted")
         os.rename(path, deleted)
-        shutil.rmtree(deleted, ignore_errors=True)
+        remove(deleted)
         self._awaited.pop(path, None)
 
     def remove_unfinished(self) -> None:
         """Deletes what a killed run left half-written or half-deleted."""
         for replaced in self._folder.glob(".replaced-step_*"):
             original = replaced.with_name(replaced.name.removeprefix(".replaced-"))
-            if not original.exists():
+            if not os.path.lexists(original):
                 os.rename(replaced, original)
         for beginning in (UNFINISHED, _DELETED, ".replaced-"):
             for leftover in self._folder.glob(beginning + "step_*"):
-                shutil.rmtree(leftover, ignore_errors=True)
+                remove(leftover)
 
     # Which are good
 
@@ -356,6 +359,8 @@ class Checkpoints:
             if awaited and role in awaited and _iteration(path) <= iteration:
                 if applied:
                     awaited.discard(role)
+                elif path in self._spared:
+                    self._awaited.pop(path)
                 else:
                     self._awaited[path] = None
         self._mark()
@@ -366,18 +371,28 @@ class Checkpoints:
             return
         for path, awaited in list(self._awaited.items()):  # the writer's thread deletes
             name = _SUSPECT if awaited is None else _CONFIRMED
-            if not awaited and path.is_dir() and not (path / name).exists():
+            if not awaited and path.is_dir() and not os.path.exists(path / name):
                 with contextlib.suppress(OSError):  # the next one tries again
                     (path / name).touch()
                     other = _CONFIRMED if awaited is None else _SUSPECT
                     (path / other).unlink(missing_ok=True)
 
+    def spare(self, path: Path) -> None:
+        """The run goes on from this one with other settings than those it was saved with: updates that are not finite then
+        say nothing against it."""
+        self._spared.add(path)
+
     def give_up(self) -> Path | None:
-        """After too many updates that were not finite: the last good checkpoint. `--resume` will leave out those after it."""
+        """After too many updates that were not finite: the last good checkpoint. `--resume` will leave out those that this
+        run saved, or went on from, after it."""
         self.wait()
         good = self.last_good()
         for path in self.complete():
-            if good is None or _iteration(path) > _iteration(good):
+            if (
+                path in self._awaited
+                and path not in self._spared
+                and (good is None or _iteration(path) > _iteration(good))
+            ):
                 self._awaited[path] = None
         self._mark()
         self._world.barrier()
@@ -400,7 +415,8 @@ class Checkpoints:
                 problem = self._verify(checkpoint)
             if problem is None:
                 self._check_identity(checkpoint)
-                self._awaited[path] = set(_ROLES)
+                confirmed = self._world.on_main(os.path.exists, path / _CONFIRMED)
+                self._awaited[path] = set() if confirmed else set(_ROLES)
                 return checkpoint
             self._left_out.add(path)
             if self._world.main:
@@ -426,8 +442,11 @@ class Checkpoints:
             return None, f"{path / _INDEX} is not that of a checkpoint: entries are missing or of another kind"
         if index["iteration"] != _iteration(path):
             return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
-        if (path / _SUSPECT).exists():
-            return None, f"{path} is not a good one: the updates after it were not finite"
+        if os.path.exists(path / _SUSPECT):
+            return None, (
+                f"{path} is not a good one: the updates after it were not finite (without its file {_SUSPECT} it would be taken "
+                "all the same)"
+            )
         return Checkpoint(path, index), None
 
     def _verify(self, checkpoint: Checkpoint) -> str | None:
@@ -600,7 +619,7 @@ def export_student(
         state_dict = networks["student"].full_state_dict()
     if world.main:
         unfinished = folder.with_name(UNFINISHED + folder.name)
-        shutil.rmtree(unfinished, ignore_errors=True)
+        remove(unfinished)
         with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
             if config.lora is None:
                 backbone.export(state_dict, unfinished)
@@ -646,8 +665,7 @@ def _set_aside(folder: Path, new: Path) -> None:
     """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
     if not os.path.lexists(folder):
         return
-    weights = "*.safetensors"
-    if folder.is_dir() and _names(folder) <= _names(new) and digests(folder, weights) == digests(new, weights):
+    if folder.is_dir() and _names(folder) <= _names(new) and digests(folder) == digests(new):
         return
     try:
         earlier = read_json(folder / STUDENT_FILE).get("iterations")

@@ -313,6 +313,8 @@ def new_file(text: str) -> Path:
     file = path(text)
     if file.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: it is a folder, and a file is to be written")
+    if file.exists() and not file.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r}: it is a device or a pipe, and a file is to be written")
     if not file.parent.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r}: there is no folder {file.parent}")
     if not os.access(file if file.exists() else file.parent, os.W_OK):

@@ -93,15 +93,15 @@ def _own_stage(value: Any, info: pydantic.ValidationInfo) -> Any:
 
 
 # Of DeepSpeed's own settings those that the engine leaves to it: of the optimizer's state on the host or on a disk.
-_DEEPSPEED = {
+_DEEPSPEED: dict[str, dict[str, int | type[bool]]] = {  # the largest whole number, or bool
     "aio": {
-        "block_size": int,
-        "queue_depth": int,
-        "intra_op_parallelism": int,
+        "block_size": 2**30,
+        "queue_depth": 2**16,
+        "intra_op_parallelism": 2**10,
         "single_submit": bool,
         "overlap_events": bool,
     },
-    "zero_optimization": {"sub_group_size": int, "reduce_bucket_size": int, "overlap_comm": bool},
+    "zero_optimization": {"sub_group_size": 2**40, "reduce_bucket_size": 2**33, "overlap_comm": bool},
 }
 _INSTEAD = {
     "train_batch_size": "engine.batch_size and engine.accumulation",
@@ -137,14 +137,15 @@ def _deepspeed_section(section: str, given: Any) -> dict[str, int | bool]:
         raise ValueError(f"{section} = {shown(given)}: a mapping is needed")
     settings = {}
     for key, value in given.items():
-        kind = _DEEPSPEED[section].get(key)
-        if kind is None:
+        most = _DEEPSPEED[section].get(key)
+        if most is None:
             raise ValueError(_not_for_deepspeed(f"{section}.{key}"))
         if isinstance(value, float) and value.is_integer():  # as 5e8 in files of DeepSpeed's users
             value = int(value)
-        if type(value) is not kind or (kind is int and not 1 <= value < 2**62):
-            wanted = "a whole number from 1 to 2^62 - 1" if kind is int else "true or false"
-            raise ValueError(f"{section}.{key} = {shown(value)}: {wanted} is needed")
+        if most is bool and not isinstance(value, bool):
+            raise ValueError(f"{section}.{key} = {shown(value)}: true or false is needed")
+        if most is not bool and (type(value) is not int or not 1 <= value <= most):
+            raise ValueError(f"{section}.{key} = {shown(value)}: a whole number from 1 to {most} is needed")
         settings[key] = value
     return settings
 

@@ -3,6 +3,7 @@
 save_tensors, write_text, write_json   a file appears under its name in one step, when it has reached the disk
 writing, publish                       the same for any other file, and for a folder
 open_tensors, load_tensors, read_json  what they wrote; DamagedFile for what it cannot have been
+remove                                 what stands in the way, as far as that can be deleted
 sha256, sync_folder, follow_umask      a file's digest; a folder onto the disk; permissions of files that others wrote
 disk_errors                            what a full or failing disk leads to, as one line with the bytes needed and free
 
@@ -315,19 +316,22 @@ def publish(unfinished: str | Path, final: str | Path) -> None:
     with disk_errors(final):
         sync_folder(unfinished)
         if os.path.lexists(final):
-            _remove(replaced)
+            remove(replaced)
+            if os.path.lexists(replaced):
+                raise OSError(f"{replaced}, which is left of an earlier one, cannot be deleted")
             os.rename(final, replaced)
         os.rename(unfinished, final)
         _sync(final.parent)
-    _remove(replaced)
+    remove(replaced)
 
 
-def _remove(path: Path) -> None:
-    """A folder with all that is in it, or a link, which may lead nowhere; what it leads to stays."""
-    if path.is_symlink():
-        path.unlink(missing_ok=True)
-    else:
+def remove(path: Path) -> None:
+    """Deletes a folder with all that is in it, a file or a link, whose target stays. What cannot be deleted is left."""
+    if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
 
 
 def sync_folder(path: str | Path) -> None:

@@ -93,6 +93,8 @@ class RunFolder:
         for each in _FOLDERS:
             if os.path.lexists(folder / each) and not (folder / each).is_dir():
                 raise ConfigError(f"{name}: {each} in it is no folder, and a run makes one: move it away")
+            if (folder / each).is_dir() and not os.access(folder / each, os.R_OK | os.W_OK | os.X_OK):
+                raise ConfigError(f"{name}: {each} in it cannot be read and written to, as a run does")
         holds = sorted({path.name for pattern in _TOP for path in _found(folder, pattern)}) if folder.is_dir() else []
         if holds and not marked:
             raise ConfigError(
@@ -167,7 +169,7 @@ def _describe(holder: bytes) -> str:
     try:
         found = json.loads(holder)
         return f"process {found['process']} on {found['machine']}, since {found['since']}"
-    except (ValueError, TypeError, KeyError):  # it is just about to write
+    except (ValueError, TypeError, KeyError, RecursionError):  # it is just about to write
         return "just started"
 
 

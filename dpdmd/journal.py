@@ -88,7 +88,7 @@ def without_infinities(value: Any) -> Any:
 def _parse(line: str) -> dict[str, Any] | None:
     try:
         entry = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None  # the last line of a killed run
     return entry if isinstance(entry, dict) and isinstance(entry.get("iteration"), int) else None
 

@@ -124,14 +124,14 @@ class Trainer:
         requests = [values.new_full((), float(request)) for request in self.requested()]
         values = self.world.mean(torch.cat([values, torch.stack(requests)]))
         self._unsettled = Update(role, iteration, step, list(totals), values)
-        self.conditioner.prefetch(self._batch(iteration + 1, self.world.rank))
+        self.conditioner.prefetch(self.prompts_of_batch(iteration + 1, self.world.rank))
         return self._unsettled
 
     def loss(self, role: str, iteration: int, shard: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What is left to differentiate of one micro-batch's loss, and the numbers to log. shard: its place in the global
         batch of the iteration."""
         batch_size = self.config.engine.batch_size
-        cond = self.conditioner.cond(self._batch(iteration, shard))
+        cond = self.conditioner.cond(self.prompts_of_batch(iteration, shard))
         draws = Draws(self.config.run.seed, iteration, role, shard, self.world.device)
         noise = draws.noise((batch_size, *self.backbone.latent_shape))
         student, critic = self.networks["student"], self.networks["critic"]
@@ -145,7 +145,8 @@ class Trainer:
         )
         return losses.remaining, {"loss": losses.total, "dmd": losses.dmd, "diversity": losses.diversity}
 
-    def _batch(self, iteration: int, shard: int) -> list[str]:
+    def prompts_of_batch(self, iteration: int, shard: int) -> list[str]:
+        """Those of one micro-batch."""
         num_shards = self.world.size * self.config.engine.accumulation
         indices = self.order.indices(iteration, shard, num_shards, self.config.engine.batch_size)
         return [self.prompts[index] for index in indices]
@@ -227,7 +228,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         if not world.on_main(starts, folder, config, resumed, resume=resume, overwrite=overwrite):
             return
         if resumed is not None:
-            config = continued(config, resumed, prompts, world)
+            config, changed = continued(config, resumed, prompts, world)
+            if not all(each.startswith("run.") for each in changed):
+                checkpoints.spare(resumed.path)
         config, plan = plan_run(config, backbone, world)
         checkpoints.use(config)
         if world.main:
@@ -358,12 +361,9 @@ def finish(
         raise RunStopped(
             f"the student was never updated, so it is not exported: it is still the teacher. {describe_skipped(trainer)}"
         )
-    with trainer.networks["student"].averaged():
-        unchanged = trainer.networks["student"].bits() == trainer.initial_bits
-    if all(world.gather(unchanged)):
+    if problem := unmoved(trainer):
         raise RunStopped(
-            f"after {trainer.networks['student'].updates} updates the student's weights are to the bit those that it began "
-            f"with, so it is not exported; {describe_rate(config)}"
+            f"after {trainer.networks['student'].updates} updates {problem}, so it is not exported; {describe_rate(config)}"
         )
     export_student(folder / "student", trainer.networks, trainer.backbone, trainer.distillation, config, world)
     state = trainer.state()
@@ -399,6 +399,23 @@ def finish(
             predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
             print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+
+
+def unmoved(trainer: Trainer) -> str | None:
+    """How the student that would be exported is still what it began as, or None where it is not; all processes call."""
+    networks, world = trainer.networks, trainer.world
+    with torch.no_grad(), networks["student"].averaged():
+        if trainer.config.lora is None:
+            same = networks["student"].bits() == trainer.initial_bits
+            problem = "the student's weights are to the bit those that it began with"
+        else:  # An adapter's bits change at once; what it adds may be lost in rounding.
+            prompts = trainer.prompts_of_batch(0, world.rank)
+            noise = [sampling_noise(0, index, trainer.backbone.latent_shape) for index in range(len(prompts))]
+            noise, cond = torch.cat(noise).to(world.device), trainer.conditioner.cond(prompts)
+            made = [trainer.distillation.sample(networks[role], noise, cond) for role in ("student", "teacher")]
+            same = torch.equal(*made)
+            problem = "the adapter changes no bit of what the teacher makes in as many steps"
+    return problem if all(world.gather(same)) else None
 
 
 def describe_rate(config: Config) -> str:
@@ -480,10 +497,11 @@ def starts(
 def problem_of_student(path: Path) -> str | None:
     """What is not as it was exported in the student of a finished run, or None."""
     try:
-        exported = dict(read_json(path / "finished.json")["student"])
+        summary = read_json(path / "finished.json")
     except OSError as error:  # damaged, too
         return str(error)
-    except (LookupError, TypeError, ValueError):
+    exported = summary.get("student") if isinstance(summary, dict) else None
+    if not isinstance(exported, dict) or STUDENT_FILE not in exported:
         return f"{path / 'finished.json'} does not say what was exported"
     for name, digest in exported.items():
         file = path / "student" / name
@@ -494,14 +512,12 @@ def problem_of_student(path: Path) -> str | None:
     return None
 
 
-def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> Config:
-    """`config` for updates of as many samples as the checkpoint's. Says what is another than there: the run goes on with what
-    is given. Raises ConfigError where the number of samples cannot be had."""
+def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> tuple[Config, list[str]]:
+    """`config` for updates of as many samples as the checkpoint's, and what is another than there, which is said: the run
+    goes on with what is given. Raises ConfigError where the number of samples cannot be had."""
     given = config.engine.accumulation
     config = with_global_batch(config, resumed.index["global_batch"], world.size)
-    if not world.main:
-        return config
-    if given != config.engine.accumulation or resumed.index["processes"] != world.size:
+    if world.main and (given != config.engine.accumulation or resumed.index["processes"] != world.size):
         print(
             f"{world.size} processes for {resumed.index['processes']}, engine.accumulation = {given} given: "
             f"engine.accumulation = {config.engine.accumulation}, so that an update stays one of "
@@ -511,9 +527,9 @@ def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: Wo
     changed = changed_settings(resumed.index["config"], config)
     if resumed.state.get("prompts") not in (None, digest_of(prompts)):
         changed.append("the content of prompts.file")
-    if changed:
+    if changed and world.main:
         print(f"other settings than the checkpoint's: {', '.join(changed)}", flush=True)
-    return config
+    return config, changed
 
 
 def similar(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections import Counter
 from pathlib import Path
 
@@ -18,6 +19,7 @@ with pytest.MonkeyPatch.context() as patch:
     import dpdmd.kernels  # noqa: F401
 
 pytest_plugins = ["machine", "record"]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and tests send it
 
 
 @pytest.hookimpl(tryfirst=True)

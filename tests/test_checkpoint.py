@@ -20,7 +20,7 @@ from processes import running
 from dpdmd import checkpoint
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, global_batch, with_global_batch
 from dpdmd.config import ConfigError, parse_config
-from dpdmd.files import load_tensors, save_tensors
+from dpdmd.files import load_tensors, read_json, save_tensors
 from dpdmd.kernels.adamw import Float8State, exp_avg_of, exp_avg_sq_of
 from dpdmd.shards import Layout, SavedRole, pieces
 
@@ -399,8 +399,34 @@ def test_leftovers_of_a_kill_are_removed_and_a_replaced_one_comes_back(tmp_path)
     for leftover in (".unfinished-step_000009", ".deleted-step_000001"):
         shutil.copytree(tmp_path / "step_000003", tmp_path / leftover)
     (tmp_path / "step_000006").rename(tmp_path / ".replaced-step_000006")  # killed between two renames
+    (tmp_path / ".unfinished-step_000012").write_text("")
+    (tmp_path / ".deleted-step_000002").symlink_to(tmp_path / "step_000003")
     assert resume(tmp_path)[0][0].iteration == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_000003", "step_000006"]
+
+
+def test_what_cannot_be_read_is_not_in_the_way(tmp_path, monkeypatch, capfd):
+    """Another user's."""
+    save(tmp_path)
+    stat, closed = os.stat, str(tmp_path / "step_000006" / "")
+
+    def refused(path, *args, **kwargs):
+        if str(path).startswith(closed):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "stat", refused)
+    monkeypatch.setattr("dpdmd.checkpoint.read_json", lambda path: refused(path) and read_json(path))
+    assert resume(tmp_path)[0][0].iteration == 3
+    assert (
+        "step_000006 is no checkpoint (index.json: Permission denied); step_000006 is left out"
+        in capfd.readouterr().err
+    )
+    save(tmp_path, iterations=(6, 9))
+    monkeypatch.undo()
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("step_000003", "step_000006", "step_000006.left_out", "step_000009")
+    ]
 
 
 @pytest.mark.parametrize("background", [True, False])
@@ -564,6 +590,43 @@ def test_the_last_good_one_is_kept_and_named(tmp_path, capfd):
     assert resume(tmp_path)[0][0].iteration == 1
     said = capfd.readouterr().err
     assert said.count("is not a good one: the updates after it were not finite") == 2
+
+
+@pytest.mark.parametrize("mark, spared", [("confirmed", False), (None, True), (None, False)])
+def test_what_a_resumed_run_says_of_the_one_it_goes_on_from(tmp_path, mark, spared):
+    """One that was good before stays so, and other settings say nothing against it; those before it are not judged."""
+    save(tmp_path)
+    if mark:
+        (tmp_path / "step_000006" / mark).touch()
+
+    def run(world):
+        checkpoints = Checkpoints(tmp_path, 2, world, {"ema": True}, CONFIG)
+        path = checkpoints.find().path
+        if spared:
+            checkpoints.spare(path)
+        checkpoints.judge("critic", 6, False)
+        good = checkpoints.give_up()
+        assert (good == path) == (mark == "confirmed")
+
+    Processes(1).run(run)
+    suspect = mark is None and not spared
+    assert [path.parent.name for path in tmp_path.glob("*/suspect")] == ["step_000006"] * suspect
+    assert resume(tmp_path)[0][0].iteration == (3 if suspect else 6)
+
+
+def test_a_spared_one_can_turn_out_to_be_good(tmp_path):
+    save(tmp_path)
+
+    def run(world):
+        checkpoints = Checkpoints(tmp_path, 2, world, {"ema": True}, CONFIG)
+        path = checkpoints.find().path
+        checkpoints.spare(path)
+        for iteration, role in ((6, "critic"), (7, "student")):
+            assert checkpoints.last_good() is None
+            checkpoints.judge(role, iteration, True)
+        assert checkpoints.last_good() == path and (path / "confirmed").exists()
+
+    Processes(1).run(run)
 
 
 def test_the_batch_of_an_update_stays(tmp_path):

@@ -173,6 +173,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
             "aio.queue_depth = 9223372036854775808: a whole number ",
         ),
         ("engine.deepspeed={aio: {queue_depth: true}}", "aio.queue_depth = True: a whole number "),
+        ("engine.deepspeed={zero_optimization: {reduce_bucket_size: 8589934593}}", "from 1 to 8589934592 is needed$"),
         ("engine.deepspeed={aio: {single_submit: 1}}", "aio.single_submit = 1: true or false is needed$"),
         ("engine.deepspeed={aio: {queue_depth: 4}}", "with engine.offload = none: without offload nothing is left"),
         *(

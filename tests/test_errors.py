@@ -317,7 +317,7 @@ def mains():
 def test_every_command_answers_in_one_line(name, tmp_path, capsys):
     numbers = {name: [0.5] for name in ("accuracy", "validity", "background_entropy", "position_spread")}
     run = {"variant": "a", "updates": [1], **numbers, "table": {"teacher": dict.fromkeys(numbers, 0.5)}}
-    runs, other = ({"last": 1, "runs": [run | changed]} for changed in ({}, {"updates": [1, 2]}))
+    runs, other = ({"last": 1, "runs": [run, run | changed]} for changed in ({}, {"updates": [1, 2]}))
     texts = {"list": "[]", "object": "{}", "broken": "{", "runs": json.dumps(runs), "other": json.dumps(other)}
     for file, text in texts.items():
         (tmp_path / f"{file}.json").write_text(text)
@@ -395,6 +395,7 @@ def test_where_is_written(tmp_path, monkeypatch):
         (command.new_file, ".", "it is a folder, and a file is to be written"),
         (command.new_file, "no/x", "there is no folder no"),
         (command.new_file, "file/x", "there is no folder file"),
+        (command.new_file, "/dev/null", "it is a device or a pipe, and a file is to be written"),
         (command.new_folder, "file/x", f"{tmp_path}/file is no folder"),
         (command.new_folder, "file", "file is no folder"),
     ):

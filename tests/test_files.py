@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
+import shutil
 import signal
 import stat
 import sys
@@ -28,6 +30,7 @@ from dpdmd.files import (
     publish,
     read_json,
     readable_bytes,
+    remove,
     save_tensors,
     sha256,
     sync_folder,
@@ -302,6 +305,28 @@ def test_publish(tmp_path):
         publish(tmp_path / ".unfinished-student", final)
         assert (final / "a").read_text() == content
         assert [each.name for each in tmp_path.iterdir()] == ["student"]
+
+
+def test_what_stands_in_the_way_of_publishing(tmp_path, monkeypatch):
+    write_text(tmp_path / "mine" / "a", "mine")
+    for name, number in itertools.product((".replaced-student", "student"), range(2)):
+        if number:
+            (tmp_path / name).symlink_to(tmp_path / "mine")
+        else:
+            (tmp_path / name).write_text("")
+        write_text(tmp_path / ".unfinished-student" / "a", "new")
+        publish(tmp_path / ".unfinished-student", tmp_path / "student")
+        assert (tmp_path / "student" / "a").read_text() == "new"
+        remove(tmp_path / "student")
+    assert (tmp_path / "mine" / "a").read_text() == "mine"
+    # Another user's, which cannot be deleted.
+    for name in ("student", ".replaced-student", ".unfinished-student"):
+        write_text(tmp_path / name / "a", name)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    message = f"student could not be written: {tmp_path}/.replaced-student, which is left of an earlier one, cannot be deleted"
+    with pytest.raises(OSError, match=message):
+        publish(tmp_path / ".unfinished-student", tmp_path / "student")
+    assert (tmp_path / "student" / "a").read_text() == "student"
 
 
 def test_publish_killed_within_leaves_the_older_folder(tmp_path, monkeypatch):

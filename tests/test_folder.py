@@ -121,6 +121,14 @@ def test_what_a_run_writes_is_no_link_and_no_file(tmp_path):
                 RunFolder(folder, resume=True)
 
 
+def test_folders_of_another_user(tmp_path, monkeypatch):
+    written(tmp_path / "run", MARK, "checkpoints/step_000001/index.json")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "checkpoints" and access(path, mode))
+    with pytest.raises(ConfigError, match="run': checkpoints in it cannot be read and written to, as a run does"):
+        RunFolder(tmp_path / "run", resume=True)
+
+
 def test_a_process_ended_while_it_deletes_leaves_nothing_to_go_on_from(tmp_path, monkeypatch):
     """And what says that a run was here."""
     RunFolder(tmp_path).close()

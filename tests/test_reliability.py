@@ -202,6 +202,31 @@ def test_a_student_that_has_not_moved_is_not_exported(options, tmp_path, process
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("processes", [0, 2])
+def test_an_adapter_that_changes_nothing_is_not_exported(options, tmp_path, processes):
+    folder = tmp_path / "run"
+    mine = [*options, f"run.output_dir={folder}", "engine.accumulation=1", "lora={rank: 4}"]
+    done = checked(run_script(processes, TRAIN, *mine, "student_optimizer.warmup=2147483647"), 1)
+    assert "after 3 updates the adapter changes no bit of what the teacher makes in as many steps" in done.stderr
+    assert not (folder / "student").exists()
+    checked(run_script(processes, TRAIN, *mine, "run.iterations=18", "--resume"))
+    assert (folder / "student").exists()
+
+
+@pytest.mark.distributed
+def test_a_setting_that_breaks_a_run_costs_no_checkpoint(options, straight, tmp_path):
+    """Not even where no update after the last checkpoint is known."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    mine = [*options, f"run.output_dir={folder}", "--resume", "run.iterations=40"]
+    broken = ["student_optimizer.lr=1e30", "critic_optimizer.lr=1e30", "run.max_bad_updates=2"]
+    done = checked(run_script(0, TRAIN, *mine, *broken), 1)
+    assert "updates of the critic in a row were not finite" in done.stderr
+    done = checked(run_script(0, TRAIN, *mine, "run.iterations=12"))
+    assert "going on from iteration 9 " in done.stdout
+
+
+@pytest.mark.distributed
 def test_skipped_updates_are_told_at_the_end(options, tmp_path):
     """A run that goes on all the same says how many there were, and which prompts were in them."""
     driver = tmp_path / "once.py"
@@ -293,11 +318,23 @@ def test_resume_says_from_where(options, straight, tmp_path):
     assert f"--resume: {folder / 'student' / 'config.json'} is missing" in done.stderr
     assert (aside / "notes.txt").read_text() == "mine" and (folder / "student" / "config.json").exists()
     shutil.rmtree(aside)
+    (folder / "student" / "config.yaml").write_text("# mine")
+    (folder / "finished.json").write_text('{"student": {}}')
+    done = checked(run_script(0, TRAIN, *mine))
+    assert (
+        f"--resume: {folder / 'finished.json'} does not say what was exported; the student is exported" in done.stderr
+    )
+    assert (aside / "config.yaml").read_text() == "# mine"
+    shutil.rmtree(aside)
 
     done = checked(run_script(0, TRAIN, *mine, "run.iterations=6"), 2)
     assert "run.iterations = 6, but --resume goes on from iteration 9" in done.stderr
 
+    with (folder / "metrics.jsonl").open("a") as metrics:
+        metrics.write("[" * 200_000)
     longer = checked(run_script(0, TRAIN, *mine, "run.iterations=12"))
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["iteration"] for line in lines] == list(range(12))
     assert "going on from iteration 9" in longer.stdout
     assert "other settings than the checkpoint's: run.iterations = 12 (was 9)\n" in longer.stdout, longer.stdout[:600]
     assert same_bits(load_file(next((folder / "student_step_000009").glob("*.safetensors"))), weights(straight))

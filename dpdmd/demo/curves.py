@@ -14,14 +14,14 @@ import argparse
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import numpy as np
 import pydantic
 
 from dpdmd import command
@@ -110,6 +110,10 @@ def _numbers(values: Iterable[float | None]) -> list[float]:
     return [math.nan if value is None else value for value in values]
 
 
+def _mean(values: Iterable[float | None]) -> float:
+    return float(np.mean(_numbers(values)))
+
+
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
     """For each variant and metric: mean over seeds of a run's mean over its last measurements, and the seeds' spread."""
     summary = {}
@@ -117,15 +121,15 @@ def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float
         runs = [run for run in results["runs"] if run["variant"] == variant]
         summary[variant] = {}
         for metric in METRICS:
-            means = [statistics.fmean(_numbers(run[metric][-results["last"] :])) for run in runs]
-            summary[variant][metric] = (statistics.fmean(means), statistics.stdev(means) if len(means) > 1 else 0.0)
+            means = [_mean(run[metric][-results["last"] :]) for run in runs]
+            summary[variant][metric] = (_mean(means), float(np.std(means, ddof=1)) if len(means) > 1 else 0.0)
     return summary
 
 
 def teacher(results: dict[str, Any]) -> dict[str, float]:
     """The guided teacher with all its steps: the first row of each run's table, mean over the runs."""
     rows = [next(iter(run["table"].values())) for run in results["runs"]]
-    return {metric: statistics.fmean(_numbers(row[metric] for row in rows)) for metric in METRICS}
+    return {metric: _mean([row[metric] for row in rows]) for metric in METRICS}
 
 
 def draw(results: dict[str, Any], output: Path) -> None:
@@ -143,7 +147,7 @@ def draw(results: dict[str, Any], output: Path) -> None:
             runs = [run for run in results["runs"] if run["variant"] == variant]
             for run in runs:
                 axis.plot(run["updates"], _numbers(run[metric]), color=color, alpha=0.25, linewidth=1)
-            means = [statistics.fmean(_numbers(values)) for values in zip(*(run[metric] for run in runs), strict=True)]
+            means = [_mean(values) for values in zip(*(run[metric] for run in runs), strict=True)]
             axis.plot(runs[0]["updates"], means, color=color, linewidth=2, label=f"{variant}, {len(runs)} seeds")
         axis.set(xlabel="student updates", title=title)
         axis.grid(alpha=0.3)
@@ -163,29 +167,42 @@ def print_summary(results: dict[str, Any]) -> None:
         print(f"{variant:12}" + "".join(f"{mean:>16.3f} ± {spread:.3f}" for mean, spread in metrics.values()))
 
 
+_Metric = Annotated[float, pydantic.Field(ge=-1e6, le=1e6)] | None
+_Metrics = Annotated[list[_Metric], pydantic.Field(min_length=1)]
+
+
+class _Row(pydantic.BaseModel):
+    accuracy: _Metric
+    validity: _Metric
+    background_entropy: _Metric
+    position_spread: _Metric
+
+
 class _Run(pydantic.BaseModel):
     """Of a file's runs what is drawn: METRICS at each measurement, and of the table's rows."""
 
-    variant: str
-    updates: list[int]
-    accuracy: list[float | None]
-    validity: list[float | None]
-    background_entropy: list[float | None]
-    position_spread: list[float | None]
-    table: dict[str, dict[str, Any]] = pydantic.Field(min_length=1)
-
-    @pydantic.model_validator(mode="after")
-    def _fits(self) -> _Run:
-        if not self.updates or any(len(getattr(self, metric)) != len(self.updates) for metric in METRICS):
-            raise ValueError("each metric needs a number for each of the updates, of which there is at least one")
-        if any(not isinstance(next(iter(self.table.values())).get(metric), float | int | None) for metric in METRICS):
-            raise ValueError(f"the table's first row needs numbers for {', '.join(METRICS)}")
-        return self
+    variant: str = pydantic.Field(pattern=r"^[\w .-]{1,40}$")
+    updates: list[Annotated[int, pydantic.Field(ge=0, lt=2**31)]]
+    accuracy: _Metrics
+    validity: _Metrics
+    background_entropy: _Metrics
+    position_spread: _Metrics
+    table: dict[str, _Row] = pydantic.Field(min_length=1)
 
 
 class _Results(pydantic.BaseModel):
     last: int = pydantic.Field(ge=1)
     runs: list[_Run] = pydantic.Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _fits(self) -> _Results:
+        updates = {run.variant: run.updates for run in self.runs}
+        for run in self.runs:
+            if run.updates != updates[run.variant]:
+                raise ValueError(f"the runs of {run.variant} were measured after different numbers of updates")
+            if any(len(getattr(run, metric)) != len(run.updates) for metric in METRICS):
+                raise ValueError(f"a run of {run.variant} has not one number of each metric for each of its updates")
+        return self
 
 
 def _read_results(file: Path) -> dict[str, Any]:

@@ -128,7 +128,6 @@ def our_engine(module, world, checkpointing, residency, fp8):
                 "clip": 0.0,
                 "residency": residency,
                 "checkpointing": "selective" if checkpointing else "none",
-                "deepspeed": {"zero_optimization": ZERO},
             },
         }
     )
