@@ -122,7 +122,7 @@ class Checkpoints:
         self._writing: Future | None = None
         # Of each checkpoint since the start of the run: roles whose next update is to come. Empty: it is a good one; None: not.
         self._awaited: dict[Path, set[str] | None] = {}
-        self._spared: set[Path] = set()
+        self._spared: set[Path] = set()  # the run went on from it with other settings
         self._left_out: set[Path] = set()  # of those that are there, what `find` could not take
         self.pauses: list[float] = []  # seconds that each save kept the training waiting
         self.write_seconds: list[float] = []  # and how long its writing took
@@ -360,7 +360,7 @@ class Checkpoints:
                 if applied:
                     awaited.discard(role)
                 elif path in self._spared:
-                    self._awaited.pop(path)
+                    self._awaited.pop(path, None)
                 else:
                     self._awaited[path] = None
         self._mark()
@@ -388,11 +388,8 @@ class Checkpoints:
         self.wait()
         good = self.last_good()
         for path in self.complete():
-            if (
-                path in self._awaited
-                and path not in self._spared
-                and (good is None or _iteration(path) > _iteration(good))
-            ):
+            judged = path in self._awaited and path not in self._spared
+            if judged and (good is None or _iteration(path) > _iteration(good)):
                 self._awaited[path] = None
         self._mark()
         self._world.barrier()
