@@ -24,8 +24,10 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and t
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Files with many tests that start processes come first: they take longest, and a worker takes a file at a time."""
+    """Files that take longest come first, as a worker takes a file at a time: those with a test that alone takes minutes,
+    then those with many that start processes."""
     slow = Counter(item.path for item in items if item.get_closest_marker("distributed"))
+    slow.update({item.path: len(items) for item in items if item.get_closest_marker("minutes")})
     items.sort(key=lambda item: -slow[item.path])
 
 

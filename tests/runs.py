@@ -6,6 +6,7 @@ import subprocess
 from pathlib import Path
 
 import torch
+from processes import run_script
 from safetensors.torch import load_file
 
 DRIVER = Path(__file__).parent / "drivers" / "train_with.py"
@@ -29,6 +30,13 @@ def short_run(folder: Path) -> tuple[str, ...]:
     prompts = folder / "prompts.txt"
     prompts.write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
     return (*SHORT, f"prompts.file={prompts}", f"prompts.cache_dir={folder / 'embeddings'}")
+
+
+def straight_run(options: tuple[str, ...], folder: Path) -> Path:
+    """Such a run from its beginning to its end, in one process; returns its folder."""
+    done = checked(run_script(0, TRAIN, *options, f"run.output_dir={folder}"))
+    assert "starting at iteration 0\n" in done.stdout
+    return folder
 
 
 def checked(done: subprocess.CompletedProcess, status: int = 0) -> subprocess.CompletedProcess:

@@ -754,6 +754,7 @@ def test_without_a_name_everything_but_whole_transformers(modules, cpu):
 
 @pytest.mark.gpu
 @pytest.mark.gpu_memory(6)
+@pytest.mark.minutes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(modules, monkeypatch, tmp_path):
     monkeypatch.setattr(modules["block_rates"], "COMPILE_SECONDS", math.inf)  # on a slow machine, too
