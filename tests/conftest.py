@@ -20,6 +20,10 @@ with pytest.MonkeyPatch.context() as patch:
 
 pytest_plugins = ["machine", "record"]
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and tests send it
+# torch lists the functions that a default device is for when it is first asked. transformers puts another function in the
+# place of torch.linspace while it makes a model, and a list from such a moment lacks torch's own for good.
+with torch.device("cpu"):
+    torch.empty(0)
 
 
 @pytest.hookimpl(tryfirst=True)

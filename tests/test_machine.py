@@ -211,6 +211,11 @@ def test_caches_are_the_runs_own(tmp_path):
 
 
 @pytest.mark.distributed
+def test_a_default_device_is_for_every_function():
+    with torch.device("meta"):
+        assert torch.linspace(0, 1, 2).is_meta and torch.ones(1).is_meta
+
+
 def test_a_records_outcomes(tmp_path):
     (tmp_path / "test_one.py").write_text(
         "import pytest\n"
