@@ -101,7 +101,7 @@ _DEEPSPEED: dict[str, dict[str, int | type[bool]]] = {  # the largest whole numb
         "single_submit": bool,
         "overlap_events": bool,
     },
-    "zero_optimization": {"sub_group_size": 2**40, "reduce_bucket_size": 2**33, "overlap_comm": bool},
+    "zero_optimization": {"sub_group_size": 2**40},
 }
 _INSTEAD = {
     "train_batch_size": "engine.batch_size and engine.accumulation",
@@ -342,8 +342,8 @@ class EngineConfig(_Section):
     nvme_path: Location | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
     deepspeed: Annotated[str | dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
         None,
-        description="DeepSpeed's own settings for student and critic with offload (JSON file or mapping): aio.* for nvme; "
-        "zero_optimization.sub_group_size, reduce_bucket_size and overlap_comm.",
+        description="DeepSpeed's own settings for student and critic with offload (JSON file or mapping): aio.* for nvme, "
+        "and zero_optimization.sub_group_size.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
 

@@ -173,7 +173,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
             "aio.queue_depth = 9223372036854775808: a whole number ",
         ),
         ("engine.deepspeed={aio: {queue_depth: true}}", "aio.queue_depth = True: a whole number "),
-        ("engine.deepspeed={zero_optimization: {reduce_bucket_size: 8589934593}}", "from 1 to 8589934592 is needed$"),
+        ("engine.deepspeed={zero_optimization: {sub_group_size: 1e13}}", "from 1 to 1099511627776 is needed$"),
         ("engine.deepspeed={aio: {single_submit: 1}}", "aio.single_submit = 1: true or false is needed$"),
         ("engine.deepspeed={aio: {queue_depth: 4}}", "with engine.offload = none: without offload nothing is left"),
         *(
@@ -220,11 +220,14 @@ def test_numbers_and_words_that_yaml_would_change():
         "model.fp8=off",
         "run.wandb=2020-12-25",
         "engine.offload=cpu",
-        "engine.deepspeed={zero_optimization: {sub_group_size: 5e8, overlap_comm: true}}",
+        "engine.deepspeed={zero_optimization: {sub_group_size: 5e8}, aio: {single_submit: true}}",
     ]
     config = load_config(None, settings)
     assert config.student_optimizer.lr == 1e-5 and config.model.fp8 == "off" and config.run.wandb == "2020-12-25"
-    assert config.engine.deepspeed == {"zero_optimization": {"sub_group_size": 500_000_000, "overlap_comm": True}}
+    assert config.engine.deepspeed == {
+        "zero_optimization": {"sub_group_size": 500_000_000},
+        "aio": {"single_submit": True},
+    }
     assert parse_config({"student_optimizer": {"lr": "1e-5"}}).student_optimizer.lr == 1e-5  # from other YAML
     assert parse_config({"student_optimizer": {"betas": [0, 0.5]}}).student_optimizer.betas == (0.0, 0.5)
 

@@ -58,7 +58,7 @@ def test_update_that_is_not_finite_is_skipped_everywhere(results):
         assert result["recovered"] and result["updates"] == 2, case
 
 
-DEEPSPEED = {"zero_optimization": {"sub_group_size": 5e5, "overlap_comm": True}, "aio": {"block_size": 4096}}
+DEEPSPEED = {"zero_optimization": {"sub_group_size": 5e5}, "aio": {"block_size": 4096}}
 
 
 def test_settings_of_each_role():
