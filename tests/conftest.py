@@ -18,7 +18,7 @@ with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")
     import dpdmd.kernels  # noqa: F401
 
-pytest_plugins = ["machine", "record"]
+pytest_plugins = ["machine", "record", "runs"]
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and tests send it
 # torch lists the functions that a default device is for when it is first asked. transformers puts another function in the
 # place of torch.linspace while it makes a model, and a list from such a moment lacks torch's own for good.

@@ -1,10 +1,11 @@
-"""A training run of seconds, for the tests of what becomes of runs."""
+"""A training run of seconds, for the tests of what becomes of runs: a plugin of pytest, for tests/conftest.py."""
 
 from __future__ import annotations
 
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from processes import run_script
 from safetensors.torch import load_file
@@ -25,15 +26,19 @@ SHORT = (
 )
 
 
-def short_run(folder: Path) -> tuple[str, ...]:
-    """Its settings. What it reads is written to the folder, and what it makes of that."""
+@pytest.fixture(scope="session")
+def options(tmp_path_factory) -> tuple[str, ...]:
+    """Its settings, with prompts of its own."""
+    folder = tmp_path_factory.mktemp("shared")
     prompts = folder / "prompts.txt"
     prompts.write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
     return (*SHORT, f"prompts.file={prompts}", f"prompts.cache_dir={folder / 'embeddings'}")
 
 
-def straight_run(options: tuple[str, ...], folder: Path) -> Path:
-    """Such a run from its beginning to its end, in one process; returns its folder."""
+@pytest.fixture(scope="session")
+def straight(options, tmp_path_factory) -> Path:
+    """Folder of such a run from its beginning to its end, in one process. Not to be written to."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
     done = checked(run_script(0, TRAIN, *options, f"run.output_dir={folder}"))
     assert "starting at iteration 0\n" in done.stdout
     return folder

@@ -9,16 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from processes import run_script
-from runs import DRIVER, TRAIN, checked, distance, short_run, weights
+from runs import DRIVER, TRAIN, checked, distance, weights
 from safetensors.torch import load_file
 
 from dpdmd import command
 from dpdmd.demo import TEACHER
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return short_run(tmp_path_factory.mktemp("shared"))
 
 
 def through_other_numbers(options, folder: Path, expected: Path, numbers: tuple[int, ...], gpu: bool = False) -> None:

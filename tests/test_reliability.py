@@ -10,20 +10,10 @@ import shutil
 import pytest
 import torch
 from processes import run_script
-from runs import DRIVER, TRAIN, checked, same_bits, short_run, straight_run, weights
+from runs import DRIVER, TRAIN, checked, same_bits, weights
 from safetensors.torch import load_file, save_file
 
 from dpdmd.demo import TEACHER
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return short_run(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
-def straight(options, tmp_path_factory):
-    return straight_run(options, tmp_path_factory.mktemp("straight") / "run")
 
 
 @pytest.mark.distributed

@@ -11,20 +11,10 @@ import sys
 
 import pytest
 from processes import run_command, run_script, running
-from runs import DRIVER, TRAIN, checked, same_bits, short_run, straight_run, weights
+from runs import DRIVER, TRAIN, checked, same_bits, weights
 
 from dpdmd import command, stopping
 from dpdmd.backbones.files import reading
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return short_run(tmp_path_factory.mktemp("shared"))
-
-
-@pytest.fixture(scope="module")
-def straight(options, tmp_path_factory):
-    return straight_run(options, tmp_path_factory.mktemp("straight") / "run")
 
 
 @pytest.fixture(scope="module")

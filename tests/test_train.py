@@ -13,7 +13,7 @@ import torch
 import yaml
 from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import run_script
-from runs import DRIVER, TRAIN, checked, same_bits, weights
+from runs import DRIVER, TRAIN, checked, distance, same_bits, weights
 from safetensors.torch import load_file
 
 from dpdmd import train
@@ -187,8 +187,7 @@ def test_two_processes_equal_one_at_the_same_global_batch(settings, straight, tm
         Path(load_config(settings).model.pipeline) / "transformer" / "diffusion_pytorch_model.safetensors"
     )
     a, b = weights(one), weights(two)
-    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in a) ** 0.5
-    moved = sum(float((a[name].double() - start[name].double()).square().sum()) for name in a) ** 0.5
+    difference, moved = distance(a, b), distance(a, start)
     # Adam's first updates have the size of the rate whatever the gradient's, so its rounding shows in full where it is
     # near 0; the whole change of the weights is the measure.
     assert moved > 0 and difference < tolerance * moved
