@@ -17,7 +17,6 @@ import json
 import os
 import re
 import reprlib
-import stat
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -28,6 +27,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
 
 from dpdmd.command import ConfigError, expand
+from dpdmd.opening import open_file
 
 CONFIG_FOLDER = next(
     (
@@ -122,14 +122,6 @@ _INSTEAD = {
 }
 
 
-def check_deepspeed(value: Any) -> dict[str, dict[str, int | bool]]:
-    """DeepSpeed's own settings. Raises ValueError for what the engine does not leave to DeepSpeed, naming its own setting
-    for it, and for values that cannot be."""
-    if not isinstance(value, dict):
-        raise ValueError(f"{shown(value)}: a mapping is needed")
-    return {section: _deepspeed_section(section, given) for section, given in value.items()}
-
-
 def _deepspeed_section(section: str, given: Any) -> dict[str, int | bool]:
     if section not in _DEEPSPEED:
         raise ValueError(_not_for_deepspeed(section))
@@ -157,13 +149,20 @@ def _not_for_deepspeed(name: str) -> str:
     return f"{printable(name)} is not used; of DeepSpeed's settings these are: {known}"
 
 
-def _deepspeed(value: Any) -> Any:
-    """A JSON file's name, or what one holds."""
-    if isinstance(value, str):
-        return expand(value)
-    if not isinstance(value, dict):
+def _deepspeed(value: Any) -> dict[str, dict[str, int | bool]]:
+    """DeepSpeed's own settings, given or in a JSON file. Raises ValueError for what the engine does not leave to DeepSpeed,
+    naming its own setting for it, and for values that cannot be."""
+    if isinstance(value, dict):
+        return {section: _deepspeed_section(section, given) for section, given in value.items()}
+    if not isinstance(value, str):
         raise ValueError("a JSON file or a mapping is needed")
-    return check_deepspeed(value)
+    try:
+        settings = json.loads(_content(Path(expand(value)), _MOST_BYTES))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"not a JSON file ({error})") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"{shown(settings)}: a mapping is needed")
+    return _deepspeed(settings)
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -340,9 +339,9 @@ class EngineConfig(_Section):
         "under nvme_path.",
     )
     nvme_path: Location | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
-    deepspeed: Annotated[str | dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
+    deepspeed: Annotated[dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
         None,
-        description="DeepSpeed's own settings for student and critic with offload (JSON file or mapping): aio.* for nvme, "
+        description="DeepSpeed's own settings for student and critic with offload, in a JSON file or given: aio.* for nvme, "
         "and zero_optimization.sub_group_size.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
@@ -495,6 +494,11 @@ class Config(_Section):
                     f"engine.offload = {engine.offload} is updated on the CPU with float32 moments: {role}_optimizer.name "
                     f"= {optimizer.name} with state = {optimizer.state} cannot be; auto or torch with float32 can"
                 )
+        if engine.offload == "cpu" and "aio" in (engine.deepspeed or {}):
+            raise ValueError(
+                "engine.deepspeed has aio with engine.offload = cpu: it is of the files of offload = nvme, so it would change "
+                "nothing; leave aio out or set engine.offload=nvme"
+            )
         if engine.offload == "nvme" and engine.nvme_path is None:
             raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a local disk")
         if engine.offload == "nvme" and self.ema is not None:
@@ -630,21 +634,26 @@ _MOST_BYTES = 2**20  # of a file of settings; PyYAML takes some seconds for as m
 
 def read_file(path: Path, where: str, most: int | None = None) -> bytes:
     """What a regular file holds. Raises ConfigError, which begins with `where`, for one that cannot be read, is no file (a
-    pipe, on which one would wait for ever, a folder, a device) or has more than `most` bytes."""
+    pipe, a folder, a device) or has more than `most` bytes."""
     try:
-        with open(path, "rb", opener=_open_at_once) as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode):
-                kind = "pipe" if stat.S_ISFIFO(found.st_mode) else "device"
-                raise ConfigError(f"{where}: cannot be read (a {kind}, where a file is needed)")
-            if most is not None and found.st_size > most:
-                raise ConfigError(f"{where}: cannot be read ({found.st_size} bytes, where at most {most} make sense)")
-            data = file.read()
+        return _content(path, most)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+def _content(path: Path, most: int | None) -> bytes:
+    """`read_file`, whose ValueError names no file."""
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            data = file.read() if most is None else file.read(most + 1)
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be read ({error.strerror})") from error
+        raise ValueError(f"cannot be read ({error.strerror})") from error
     except ValueError as error:  # a NUL in the name, or half of a surrogate pair
-        raise error if isinstance(error, ConfigError) else ConfigError(f"{where}: cannot be read ({error})") from error
-    refuse_pointer(data[:POINTER_BYTES], f"{where}:")
+        raise ValueError(f"cannot be read ({error})") from error
+    if most is not None and len(data) > most:
+        raise ValueError(f"cannot be read ({size} bytes, where at most {most} make sense)")
+    refuse_pointer(data[:POINTER_BYTES], "it")
     return data
 
 
@@ -658,10 +667,6 @@ def refuse_pointer(beginning: bytes, where: str) -> None:
         raise ConfigError(
             f"{where} is a git-lfs pointer, which stands for the file itself: run `git lfs pull` in its repository"
         )
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else a pipe that nobody writes to holds us up for ever
 
 
 # YAML

@@ -12,7 +12,6 @@ import contextlib
 import ctypes
 import hashlib
 import importlib
-import json
 import math
 import os
 import re
@@ -35,9 +34,7 @@ from dpdmd.config import (
     EngineConfig,
     ModelConfig,
     OptimizerConfig,
-    check_deepspeed,
     merged,
-    read_file,
 )
 from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
@@ -62,7 +59,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError, before anything is loaded, for a device, DeepSpeed file, optimizer or arithmetic that is not to
+    """Raises ConfigError, before anything is loaded, for a device, optimizer or arithmetic that is not to
     be had."""
     device = resolve_device(config.engine.device)
     if config.model.fp8 != "off" and (device != "cuda" or not converts("cuda", torch.cuda.current_device())):
@@ -72,8 +69,6 @@ def check(config: Config) -> None:
         )
     if config.engine.offload == "nvme":
         _check_nvme(config.engine.nvme_path)
-    if config.engine.deepspeed is not None:
-        read_deepspeed(config.engine.deepspeed)
     for optimizer in (config.student_optimizer, config.critic_optimizer):
         if optimizer.name in _FUSED and config.engine.offload == "none":
             _fused_adam(optimizer.name, device)
@@ -749,27 +744,8 @@ def deepspeed_settings(config: Config, role: str, dtype: torch.dtype, world_size
         settings["zero_optimization"]["offload_optimizer"] = offload
         settings["zero_force_ds_cpu_optimizer"] = False  # torch's fused AdamW updates on the CPU as well
     if role != "teacher" and engine.deepspeed is not None:
-        settings = merged(settings, read_deepspeed(engine.deepspeed))
+        settings = merged(settings, engine.deepspeed)
     return settings
-
-
-_LARGEST_SETTINGS = 1 << 20  # bytes of DeepSpeed's
-
-
-def read_deepspeed(source: str | dict[str, Any]) -> dict[str, Any]:
-    """DeepSpeed's own settings, of a file or given. Raises ConfigError for a file that does not hold such."""
-    if isinstance(source, dict):
-        return source
-    where = f"engine.deepspeed = {source!r}"
-    content = read_file(Path(source), where, _LARGEST_SETTINGS)
-    try:
-        settings = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not a JSON file ({error})") from error
-    try:
-        return check_deepspeed(settings)
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from error
 
 
 def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:

@@ -20,7 +20,6 @@ import hashlib
 import json
 import os
 import shutil
-import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -28,6 +27,8 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+
+from dpdmd.opening import open_file
 
 UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
@@ -102,7 +103,7 @@ class TensorFile:
             row = (last - first) // shape[0] if shape[0] else 0
             first, last, shape = first + start * row, first + stop * row, (stop - start, *shape[1:])
         data = torch.empty(last - first, dtype=torch.uint8)
-        with _reading(self.path), _open(self.path) as file:
+        with _reading(self.path), open_file(self.path) as file:
             file.seek(first)
             if file.readinto(memoryview(data.numpy())) != len(data):
                 raise DamagedFile(f"{self.path} is damaged: it ends within {name!r}")
@@ -148,7 +149,7 @@ def open_tensors(path: str | Path) -> TensorFile:
     one that cannot be read.
     """
     path = Path(path)
-    with _reading(path), _open(path) as file:
+    with _reading(path), open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _LONGEST_HEADER):
@@ -236,7 +237,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """The value of a JSON file. Raises DamagedFile for one that is not JSON, OSError for one that cannot be read."""
     path = Path(path)
-    with _reading(path), _open(path) as file:
+    with _reading(path), open_file(path) as file:
         data = file.read()
     try:
         return json.loads(data.decode("utf-8"), parse_constant=_not_json)
@@ -262,15 +263,6 @@ def _reading(path: Path) -> Iterator[None]:
         if error.errno is None or error.filename is not None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-@contextlib.contextmanager
-def _open(path: Path, buffering: int = -1) -> Iterator[IO[bytes]]:
-    """A file for reading. A pipe or a device, which can keep its reader waiting for ever, is refused."""
-    with open(path, "rb", buffering, opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise OSError(errno.EINVAL, "it is a device or a pipe, not a file", str(path))
-        yield file
 
 
 # In one step
@@ -370,7 +362,7 @@ def follow_umask(folder: str | Path) -> None:
 def sha256(path: str | Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal. Raises OSError for one that cannot be read."""
     path, digest, buffer = Path(path), hashlib.sha256(), bytearray(_CHUNK)
-    with _reading(path), _open(path, buffering=0) as file:
+    with _reading(path), open_file(path, buffering=0) as file:
         while count := file.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
     return digest.hexdigest()

@@ -176,6 +176,10 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("engine.deepspeed={zero_optimization: {sub_group_size: 1e13}}", "from 1 to 1099511627776 is needed$"),
         ("engine.deepspeed={aio: {single_submit: 1}}", "aio.single_submit = 1: true or false is needed$"),
         ("engine.deepspeed={aio: {queue_depth: 4}}", "with engine.offload = none: without offload nothing is left"),
+        (
+            "engine={offload: cpu, deepspeed: {aio: {queue_depth: 4}}}",
+            "aio with engine.offload = cpu: .* leave aio out",
+        ),
         *(
             (f"engine.deepspeed={{{key}: 1}}", f"{key} is decided by the engine itself: take {instead}")
             for key, instead in (
@@ -219,7 +223,7 @@ def test_numbers_and_words_that_yaml_would_change():
         "student_optimizer.lr=1e-5",
         "model.fp8=off",
         "run.wandb=2020-12-25",
-        "engine.offload=cpu",
+        "engine={offload: nvme, nvme_path: /scratch}",
         "engine.deepspeed={zero_optimization: {sub_group_size: 5e8}, aio: {single_submit: true}}",
     ]
     config = load_config(None, settings)
@@ -232,6 +236,34 @@ def test_numbers_and_words_that_yaml_would_change():
     assert parse_config({"student_optimizer": {"betas": [0, 0.5]}}).student_optimizer.betas == (0.0, 0.5)
 
 
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("[1]", r"\[1\]: a mapping is needed"),
+        ("{", "not a JSON file"),
+        (b"\xff\xfe{}", "not a JSON file"),
+        ("[" * 100_000, "not a JSON file"),
+        (None, "cannot be read"),
+        ('{"aio": {"block_size": NaN}}', "aio.block_size = nan: a whole number from 1"),
+        ('{"fp16": {"enabled": true}}', "fp16 is decided by the engine itself: take model.dtype instead"),
+    ],
+)
+def test_bad_deepspeed_file(tmp_path, content, message):
+    file = tmp_path / "ds.json"
+    if content is not None:
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ConfigError, match=f"^engine.deepspeed = '{file}': {message}") as caught:
+        load_config(None, [f"engine.deepspeed={file}", "engine.offload=cpu"])
+    assert "\n" not in str(caught.value)
+
+
+def test_deepspeed_file_is_read_as_the_mapping_is(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"zero_optimization": {"sub_group_size": 5e8}}')
+    config = load_config(None, [f"engine.deepspeed={file}", "engine.offload=cpu"])
+    assert config.engine.deepspeed == {"zero_optimization": {"sub_group_size": 500_000_000}}
+
+
 def test_overrides_of_a_section_and_of_its_keys_add_up():
     config = load_config(None, ["engine.batch_size=3", "engine={accumulation: 2}", "engine.batch_size=4"])
     assert (config.engine.batch_size, config.engine.accumulation) == (4, 2)
@@ -241,12 +273,14 @@ def test_overrides_of_a_section_and_of_its_keys_add_up():
 def test_home_folders_in_every_path(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     names = ["model.pipeline", "model.student", "model.critic", "prompts.file", "prompts.cache_dir", "engine.nvme_path"]
-    names += ["engine.deepspeed", "run.output_dir"]
+    names += ["run.output_dir"]
     more = ["evaluation.enabled=false", "engine.offload=cpu"]
     config = load_config(None, [*more, *(f"{name}=~/x/$HOME" for name in names)])
     for name in names:
         section, key = name.split(".")
         assert getattr(getattr(config, section), key) == f"{tmp_path}/x/$HOME", name
+    (tmp_path / "ds.json").write_text("{}")
+    assert load_config(None, [*more, "engine.deepspeed=~/ds.json"]).engine.deepspeed == {}
 
 
 def test_sections_that_may_be_null_are_known():

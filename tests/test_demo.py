@@ -6,14 +6,12 @@ import json
 import math
 import os
 import sys
-from pathlib import Path
 
 import pytest
 from processes import reserved_port, run_command
+from runs import TRAIN
 
 from dpdmd.demo import curves
-
-TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
 
 
 @pytest.mark.distributed

@@ -20,7 +20,6 @@ from dpdmd.engine import (
     deepspeed_settings,
     fuse,
     learning_rate,
-    read_deepspeed,
     resolve_device,
     resolve_dtype,
 )
@@ -58,7 +57,7 @@ def test_update_that_is_not_finite_is_skipped_everywhere(results):
         assert result["recovered"] and result["updates"] == 2, case
 
 
-DEEPSPEED = {"zero_optimization": {"sub_group_size": 5e5}, "aio": {"block_size": 4096}}
+DEEPSPEED = {"zero_optimization": {"sub_group_size": 5e5}}
 
 
 def test_settings_of_each_role():
@@ -74,27 +73,6 @@ def test_settings_of_each_role():
     assert settings["zero_optimization"]["stage"] == 3 and settings["zero_optimization"]["sub_group_size"] == 500_000
     teacher = deepspeed_settings(config, "teacher", torch.float32, 4)
     assert "sub_group_size" not in teacher["zero_optimization"] and not teacher["bf16"]["enabled"]
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("[1]", r"\[1\]: a mapping is needed"),
-        ("{", "not a JSON file"),
-        (None, "cannot be read"),
-        ('{"aio": {"block_size": NaN}}', "aio.block_size = nan: a whole number from 1"),
-        ('{"fp16": {"enabled": true}}', "fp16 is decided by the engine itself: take model.dtype instead"),
-    ],
-)
-def test_bad_deepspeed_file(tmp_path, content, message):
-    file = tmp_path / "ds.json"
-    if content is not None:
-        file.write_text(content)
-    with pytest.raises(ConfigError, match=f"engine.deepspeed = .*ds.json': {message}"):
-        read_deepspeed(str(file))
-    config = load_config(None, [f"engine.deepspeed={file}", "engine.offload=cpu", "engine.device=cpu"])
-    with pytest.raises(ConfigError, match=message):
-        check(config)
 
 
 def test_fp8_where_there_is_none(monkeypatch):

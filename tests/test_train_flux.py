@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from processes import run_script
+from runs import TRAIN
 from safetensors.torch import load_file
 
 from dpdmd.checkpoint import STUDENT_FILE
-
-TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,6 @@ from dpdmd import world
 from dpdmd.config import ConfigError
 from dpdmd.world import Launch, launched, meet
 
-TRAIN = Path(__file__).parents[1] / "dpdmd" / "train.py"
-
-
 BATCH = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "77", "SLURM_TASKS_PER_NODE": "1"}
 MPI = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2"} | {
     "OMPI_COMM_WORLD_LOCAL_RANK": "1",

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.config import POINTER_BYTES, ConfigError, refuse_pointer
+from dpdmd.opening import open_file
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.
@@ -54,7 +55,7 @@ def check_file(path: Path, what: str) -> None:
     if path.is_dir():
         raise ConfigError(f"{what}: {path} cannot be read (it is a folder; a file is needed)")
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             beginning = file.read(POINTER_BYTES)
     except OSError as error:
         raise ConfigError(f"{what}: {path} cannot be read ({error.strerror})") from error

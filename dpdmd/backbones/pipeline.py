@@ -22,6 +22,7 @@ from dpdmd.backbones.files import (
     reading,
 )
 from dpdmd.config import ConfigError
+from dpdmd.opening import open_file
 
 # By model.family.
 PIPELINE_CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
@@ -224,7 +225,7 @@ def _digest_file(path: Path) -> bytes:
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
-    with path.open("rb") as file:
+    with open_file(path) as file:
         if size <= _WHOLE_BYTES:
             digest.update(file.read())
         else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from fnmatch import fnmatch
@@ -92,6 +93,11 @@ def replaced_by_link(path):
     path.symlink_to("/no/such/place")
 
 
+def replaced_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
 BROKEN_FILES = {
     "pointer": (lambda path: path.write_text(POINTER), "is a git-lfs pointer, .*: run `git lfs pull`"),
     "empty": (lambda path: path.write_bytes(b""), "it is empty"),
@@ -101,6 +107,7 @@ BROKEN_FILES = {
     "a page": (lambda path: path.write_text("<!DOCTYPE html>\n<html>Not found</html>\n" * 9), "cannot be read"),
     "folder": (replaced_by_folder, "it is a folder"),
     "dead link": (replaced_by_link, "it is a link to /no/such/place, which is not there"),
+    "pipe": (replaced_by_pipe, "a pipe, where a file is needed"),
 }
 
 
@@ -253,7 +260,7 @@ def settings_files(family):
     ]
 
 
-@pytest.mark.parametrize("damage", [*BROKEN_JSON, "folder", "dead link"])
+@pytest.mark.parametrize("damage", [*BROKEN_JSON, "folder", "dead link", "pipe"])
 def test_broken_json(folder, family, damage):
     for name in settings_files(family):
         path = folder / name
@@ -262,6 +269,8 @@ def test_broken_json(folder, family, damage):
             replaced_by_folder(path)
         elif damage == "dead link":
             replaced_by_link(path)
+        elif damage == "pipe":
+            replaced_by_pipe(path)
         else:
             content = BROKEN_JSON[damage]
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -387,6 +396,9 @@ def test_tokenizers_that_do_not_load(folder, family):
                 for content in (b"", b"{", b"[]", b'{"model": 5}', b"\xff"):
                     path.write_bytes(content)
                     assert str(folder / tokenizer) in refusal(folder, family)
+            replaced_by_pipe(path)
+            assert f"{path} cannot be read (a pipe" in refusal(folder, family, ahead)
+            path.unlink()
             path.write_bytes(kept)
     index = folder / "model_index.json"
     content = json.loads(index.read_text())
