@@ -19,7 +19,9 @@ with pytest.MonkeyPatch.context() as patch:
     import dpdmd.kernels  # noqa: F401
 
 pytest_plugins = ["machine", "record", "runs"]
-signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored, and tests send it
+# Tests send these. nohup has SIGHUP ignored, and a script's shell SIGINT for what it starts in the background.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # torch lists the functions that a default device is for when it is first asked. transformers puts another function in the
 # place of torch.linspace while it makes a model, and a list from such a moment lacks torch's own for good.
 with torch.device("cpu"):
