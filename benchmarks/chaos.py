@@ -10,6 +10,8 @@ as lost. --full mounts a small tmpfs, for which it needs root.
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import dataclasses
 import errno
@@ -30,7 +32,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpdmd import command
 from dpdmd.files import load_tensors, sha256, write_json
 from dpdmd.provenance import provenance
 

@@ -27,10 +27,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Generic, TypeVar
 
 import psutil
+import pydantic
 import torch
+from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from dpdmd.config import Config, ConfigError, flattened, to_yaml
@@ -41,6 +43,7 @@ from dpdmd.files import (
     DamagedFile,
     digests,
     disk_errors,
+    is_finite,
     publish,
     read_json,
     readable_bytes,
@@ -236,11 +239,13 @@ class Checkpoints:
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
         suspect = os.path.exists(final / _SUSPECT)
-        if os.path.lexists(final) and not suspect and (final in self._left_out or not os.path.isfile(final / _INDEX)):
+        left_out = not suspect and (final in self._left_out or not os.path.isfile(final / _INDEX))
+        if os.path.lexists(final) and (left_out or _foreign(final)):
             kept = _free_name(final.with_name(f"{final.name}.left_out"))
             with disk_errors(final):
                 os.rename(final, kept)
-            print(f"{final} was left out, and stays as {kept.name}", file=sys.stderr, flush=True)
+            why = "was left out," if left_out else f"holds {_foreign(kept)[0]}, which no run wrote,"
+            print(f"{final} {why} and stays as {kept.name}", file=sys.stderr, flush=True)
         unfinished = self._unfinished(final)
         with disk_errors(final):
             for role in _ROLES:
@@ -332,6 +337,15 @@ class Checkpoints:
                 self._delete(old)
 
     def _delete(self, path: Path) -> None:
+        """What else lies in it stays, in a folder of another name."""
+        if foreign := _foreign(path):
+            kept = _free_name(path.with_name(f"{path.name}.left_out"))
+            os.rename(path, kept)
+            for each in _own(kept):
+                remove(each)
+            print(f"{path} is deleted but for {', '.join(foreign[:3])}: see {kept}", file=sys.stderr, flush=True)
+            self._awaited.pop(path, None)
+            return
         # Under another name first: what is half deleted is no checkpoint any more.
         deleted = path.with_name(_DELETED + path.name)
         remove(deleted)
@@ -435,8 +449,10 @@ class Checkpoints:
         digest = index.pop("sha256", None)
         if digest != _digest(index):
             return None, f"{path / _INDEX} is damaged: its content is not what was written"
-        if not _is_index(index):
-            return None, f"{path / _INDEX} is not that of a checkpoint: entries are missing or of another kind"
+        try:
+            _Index.model_validate(index)
+        except pydantic.ValidationError as error:
+            return None, f"{path / _INDEX} is not that of a checkpoint: {_first_problem(error)}"
         if index["iteration"] != _iteration(path):
             return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
         if os.path.exists(path / _SUSPECT):
@@ -455,8 +471,9 @@ class Checkpoints:
         return next(iter(found), None)
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
-        for key, saved in checkpoint.index["identity"].items():
-            now = self._identity.get(key)
+        identity = checkpoint.index["identity"]
+        for key in {**identity, **self._identity}:
+            saved, now = identity.get(key), self._identity.get(key)
             if saved != now:
                 raise ConfigError(
                     f"--resume: {checkpoint.path} was saved with {_difference(key, saved, now)}. "
@@ -464,7 +481,10 @@ class Checkpoints:
                 )
 
     def load(self, checkpoint: Checkpoint, networks: dict[str, Network]) -> None:
-        """Restores weights and optimizer state, bit for bit on the number of processes that saved them; all processes call."""
+        """Restores weights and optimizer state, bit for bit on the number of processes that saved them; all processes call.
+
+        Raises ConfigError where the parameters are others or hold NaN or infinity, OSError for a file that cannot be read.
+        """
         for role in _ROLES:
             network = networks[role]
             layout, saved = network.layout(), checkpoint.layout(role)
@@ -474,25 +494,94 @@ class Checkpoints:
                     f"--resume: {checkpoint.path} has other parameters of the {role} than this run, such as {different}"
                 )
             source = SavedRole(checkpoint.path / role, saved)
-            network.load(
-                checkpoint.state["updates"][role],
-                lambda group, layout=layout, source=source: source.group(layout, self._world.rank, group),
-            )
+            broken: list[str] = []  # names of tensors
+            network.load(checkpoint.state["updates"][role], partial(self._group, source, layout, broken))
+            if found := next((names[0] for names in self._world.gather(broken) if names), None):
+                raise ConfigError(
+                    f"--resume: {checkpoint.path} holds NaN or infinity in {found} of the {role}: move that folder away, and "
+                    "--resume goes on from the one before"
+                )
+
+    def _group(self, source: SavedRole, layout: Layout, broken: list[str], group: int) -> dict[str, Tensor]:
+        """This process's part; `broken` receives the names of tensors that are not finite."""
+        tensors = source.group(layout, self._world.rank, group)
+        broken.extend(name for name, tensor in tensors.items() if not is_finite(tensor))
+        return tensors
 
 
-_ENTRIES = {
-    **dict.fromkeys(("iteration", "processes", "global_batch"), int),
-    **dict.fromkeys(("identity", "parameters", "state", "config"), dict),
-    "files": list,
-}
+_Count = Annotated[int, Field(ge=0, lt=2**53)]
+_Number = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-def _is_index(index: dict[str, Any]) -> bool:
-    """Whether there is what `find` looks at."""
-    return all(type(index.get(name)) is kind for name, kind in _ENTRIES.items()) and all(
-        isinstance(file, dict) and isinstance(file.get("path"), str) and file.keys() >= {"bytes", "sha256"}
-        for file in index["files"]
-    )
+_Value = TypeVar("_Value")
+
+
+class _Strict(pydantic.BaseModel, strict=True):
+    pass
+
+
+def _parameter(value: Any) -> Any:
+    if not isinstance(value, list) or list(map(type, value)) != [str, int] or value[1] < 0:
+        raise ValueError("a name and a number of elements are needed")
+    return value
+
+
+_Parameter = Annotated[Any, PlainValidator(_parameter)]
+
+
+class _File(_Strict):
+    path: str
+    bytes: _Count
+    sha256: str
+
+
+class _Roles(_Strict, Generic[_Value]):
+    student: _Value
+    critic: _Value
+
+
+class _State(_Strict):
+    """What `Trainer.state` gives."""
+
+    updates: _Roles[_Count]
+    skipped: _Roles[list[_Count]]
+    skipped_in_a_row: _Roles[_Count]
+    attention_times: dict[str, Any] | None = None
+    prompts: str | None = None
+    text: str | None = None
+
+
+class _Index(_Strict):
+    iteration: _Count
+    processes: _Number
+    global_batch: _Number
+    identity: dict[str, Any]
+    parameters: _Roles[list[list[_Parameter]]]
+    state: _State
+    config: Annotated[dict[str, Any], Field(min_length=1)]
+    files: list[_File]
+
+    @pydantic.model_validator(mode="after")
+    def _complete(self) -> _Index:
+        """A file for each role, process and group of parameters, and no other."""
+        named = {file.path for file in self.files}
+        groups = {role: getattr(self.parameters, role) for role in _ROLES}
+        if self.processes * sum(map(len, groups.values())) == len(named) == len(self.files):
+            layouts = {role: Layout.from_json(self.processes, groups[role]) for role in _ROLES}
+            if named == {
+                f"{role}/{layout.name(rank, group)}"
+                for role, layout in layouts.items()
+                for rank in range(self.processes)
+                for group in range(len(layout.groups))
+            }:
+                return self
+        raise ValueError("it names other files than its processes and parameters have")
+
+
+def _first_problem(error: pydantic.ValidationError) -> str:
+    problem = error.errors(include_url=False)[0]
+    where = ".".join(map(str, problem["loc"]))
+    return f"{where}: {problem['msg']}" if where else problem["msg"].removeprefix("Value error, ")
 
 
 def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
@@ -507,6 +596,24 @@ def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
     except OSError as error:
         return f"{file} is damaged: it cannot be read ({error.strerror or error})"
     return None
+
+
+_OWN = re.compile(r"index\.json|confirmed|suspect|student|critic|(student|critic)/rank_\d{5,}(_\d{4,})?\.safetensors")
+
+
+def _own(folder: Path) -> list[Path]:
+    """What a run has written in a checkpoint's folder, the index first; no folders."""
+    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
+    own = [name for name, path in names.items() if _OWN.fullmatch(name) and (path.is_symlink() or not path.is_dir())]
+    return [names[name] for name in sorted(own, key=lambda name: (name != _INDEX, name))]
+
+
+def _foreign(folder: Path) -> list[str]:
+    """What lies in a checkpoint's folder that no run wrote."""
+    if not folder.is_dir() or folder.is_symlink():
+        return []
+    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    return sorted(name for name in names if not _OWN.fullmatch(name))
 
 
 def _iteration(path: Path) -> int:
@@ -632,6 +739,7 @@ def export_student(
             "iterations": config.run.iterations,
             "family": config.model.family,
             "adapter": config.lora is not None,
+            "base": backbone.teacher_fingerprint().get("transformer") if config.lora is not None else None,
             "pipeline": pipeline,
             "revision": config.model.revision,
             "prediction": diffusion.prediction,

@@ -99,7 +99,10 @@ def explain(error: Exception) -> tuple[int, str]:
         found = _line(error)[:300] or "Python's own"
         return 1, f"out of memory ({found}): a smaller batch needs less, and python -m dpdmd.plan says what fits"
     if isinstance(error, ModuleNotFoundError) and _not_installed(error):
-        return 1, f"the package {error.name!r} is not installed; pip install -e '.[train,eval]' brings all that is used"
+        return 1, (
+            f"the package {error.name!r} is not installed for {sys.executable}: activate the environment that has it "
+            "(`. .venv/bin/activate` after make), or pip install -e '.[train,eval]', which brings all that is used"
+        )
     if isinstance(error, UnicodeEncodeError) and error.encoding == getattr(sys.stdout, "encoding", None) != "utf-8":
         return (
             1,
@@ -251,14 +254,15 @@ def discard(stream) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-# Interrupted and ended before a command has signals in hand
+# Interrupted, ended or failed before a command has these things in hand
 
 
-def _interrupted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if not issubclass(kind, KeyboardInterrupt):
+def _failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    absent = isinstance(error, ModuleNotFoundError) and _not_installed(error)
+    if not absent and not isinstance(error, KeyboardInterrupt):
         sys.__excepthook__(kind, error, trace)
     elif _leads():
-        _write("error: interrupted\n")
+        _write(f"error: {explain(error)[1] if absent else 'interrupted'}\n")
 
 
 def _end(number: int, frame: FrameType | None) -> None:
@@ -269,7 +273,7 @@ def _end(number: int, frame: FrameType | None) -> None:
 
 if _OURS & {*Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents}:
     # A command of dpdmd runs, and its other imports follow.
-    sys.excepthook = _interrupted  # Python's own status is 130, too
+    sys.excepthook = _failed  # Python's own status is 130, too, or 1
     for _each in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if signal.getsignal(_each) == signal.SIG_DFL:
             signal.signal(_each, _end)

@@ -167,7 +167,8 @@ def _deepspeed(value: Any) -> dict[str, dict[str, int | bool]]:
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 CountFrom0 = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Size = Annotated[int, Field(ge=1, le=2**16)]  # of what lies in memory at a time
+LARGEST_SIZE = 2**16
+Size = Annotated[int, Field(ge=1, le=LARGEST_SIZE)]  # of what lies in memory at a time
 Number = Annotated[float, BeforeValidator(_number)]
 NonNegative = Annotated[Number, Field(ge=0.0, le=1e6)]
 Clip = Annotated[NonNegative, AfterValidator(_clip)]
@@ -244,7 +245,7 @@ class RenoiseConfig(_Section):
         "down to 0.00893); training: one of its 1000 training times (down to 0.00299); uniform: between low and high.",
     )
     low: Share = Field(0.02, description="uniform: smallest noise time, as a share of the whole range.")
-    high: Share = Field(0.98, description="uniform: largest noise time, as a share of the whole range.")
+    high: Share = Field(0.98, ge=1e-3, description="uniform: largest noise time, as a share of the whole range.")
 
 
 class DistillConfig(_Section):
@@ -482,9 +483,10 @@ class Config(_Section):
         engine = self.engine
         if engine.offload == "none":
             if engine.deepspeed is not None:
+                offload = "nvme (with engine.nvme_path)" if "aio" in engine.deepspeed else "cpu"
                 raise ValueError(
                     f"engine.deepspeed = {shown(engine.deepspeed)} with engine.offload = none: without offload nothing is left "
-                    "to DeepSpeed, so this would change nothing; set engine.deepspeed=null or engine.offload=cpu"
+                    f"to DeepSpeed, so this would change nothing; set engine.deepspeed=null or engine.offload={offload}"
                 )
             return
         for role in ("student", "critic"):
@@ -497,7 +499,7 @@ class Config(_Section):
         if engine.offload == "cpu" and "aio" in (engine.deepspeed or {}):
             raise ValueError(
                 "engine.deepspeed has aio with engine.offload = cpu: it is of the files of offload = nvme, so it would change "
-                "nothing; leave aio out or set engine.offload=nvme"
+                "nothing; leave aio out or set engine.offload=nvme (with engine.nvme_path)"
             )
         if engine.offload == "nvme" and engine.nvme_path is None:
             raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a local disk")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dpdmd import kernels
 
-LATEST = 1.001  # of a flow's times; that of noise alone is 1, which rounding may put a hair off
+EARLIEST_START, LATEST = 0.999, 1.001  # of a flow's first time: that of noise is 1, which rounding may put a hair off
 
 Grid = str | list[float]  # "scheduler", "uniform", or explicit times without the final data time
 
@@ -99,7 +99,7 @@ class Flow:
                 f"distill.student_grid = {grid}: the model's scheduler turns it into {times[:-1].tolist()} "
                 "(it rescales custom sigmas); take scheduler or uniform"
             )
-        if not 0.999 <= times[0] <= LATEST:
+        if not EARLIEST_START <= times[0] <= LATEST:
             raise ValueError(
                 f"distill.student_grid = {grid}: starts at {times[0]:.4f}; sampling starts from noise, at 1"
             )

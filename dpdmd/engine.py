@@ -36,6 +36,7 @@ from dpdmd.config import (
     OptimizerConfig,
     merged,
 )
+from dpdmd.files import is_finite
 from dpdmd.kernels import Philox, fuse_transformer, requantize, selective_checkpoint
 from dpdmd.kernels.backend import why_not
 from dpdmd.kernels.fp8 import converts
@@ -551,6 +552,8 @@ class Network:
                 tensors = {"master": master.detach()}
                 for name, value in zero.optimizer.state.get(master, {}).items():
                     tensors[name] = value.detach() if isinstance(value, Tensor) else _number(value)
+                if "step" in zero.optimizer.param_groups[0]:  # apex counts there
+                    tensors["step"] = _number(zero.optimizer.param_groups[0]["step"])
                 if self.average is not None:
                     tensors["average"] = self.average.shards[group]
                 yield group, tensors
@@ -570,6 +573,8 @@ class Network:
                 weight = zero.fp16_partitioned_groups_flat[group]
                 if weight.data_ptr() != master.data_ptr():
                     weight.copy_(master)
+                if "step" in tensors:
+                    _restore_step(zero.optimizer, master, int(tensors.pop("step")))
                 state = zero.optimizer.state[master]
                 for name, value in tensors.items():
                     _restore(state, name, value, master.device)
@@ -616,6 +621,11 @@ class Network:
         weights = self.engine.optimizer.fp16_partitioned_groups_flat
         return sum(int(each.detach().view(kinds[each.itemsize]).sum(dtype=torch.int64)) for each in weights)
 
+    def is_finite(self) -> bool:
+        """Whether this process's part of the weights holds no NaN and no infinity."""
+        self.release()
+        return all(is_finite(each) for each in self.engine.optimizer.fp16_partitioned_groups_flat)
+
     def full_state_dict(self) -> dict[str, Tensor] | None:
         """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""
         import deepspeed
@@ -644,10 +654,18 @@ def _restore(state: dict[str, Any], name: str, value: Tensor, device: torch.devi
     now = state.get(name)
     if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
         now.copy_(value)
-    elif value.ndim == 0 and value.dtype in (torch.int64, torch.float64) and not isinstance(now, Tensor):
-        state[name] = value.item()  # it was a number of Python's
     else:
         state[name] = value.to(device, copy=True)
+
+
+def _restore_step(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -> None:
+    """How many updates were made, as this kind of optimizer keeps it: another kind may have made them."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+    elif type(optimizer).__module__.startswith("apex."):
+        optimizer.param_groups[0]["step"] = steps
+    else:
+        optimizer.state[master]["step"] = steps
 
 
 CHUNK = 1 << 22  # elements of a sum on the CPU: converted to float64 at a time

@@ -23,11 +23,13 @@ from dpdmd.config import ConfigError
 from dpdmd.files import readable_bytes
 
 MARK = ".dpdmd-run.json"
-_STEPS = ("step_#", ".unfinished-step_#", ".replaced-step_#", ".deleted-step_#", "step_#.left_out", "step_#.left_out_#")
-_STUDENTS = ("student", "student_step_#", "student_step_#_#", ".unfinished-student", ".replaced-student")
-# What a run writes in its folder, # for a number, in the order in which it is deleted: a process that is ended meanwhile
-# leaves no checkpoint to go on from, and what says that a run was here last. Embeddings are not among them: they are keyed
-# by content, and stay.
+_STEP, _RANK = "step_######", "rank_#####"
+_STEPS = (_STEP, *(f".{kind}-{_STEP}" for kind in ("unfinished", "replaced", "deleted")))
+_STEPS += (f"{_STEP}.left_out", f"{_STEP}.left_out_#")
+_STUDENTS = ("student", f"student_{_STEP}", f"student_{_STEP}_#", ".unfinished-student", ".replaced-student")
+# What a run writes in its folder, # for a digit (the last of several for one or more), in the order in which it is deleted:
+# a process that is ended meanwhile leaves no checkpoint to go on from, and what says that a run was here last. Embeddings
+# are not among them: they are keyed by content, and stay.
 OWN = (
     *(
         f"checkpoints/{folder}/{name}"
@@ -35,20 +37,27 @@ OWN = (
             "index.json",
             "confirmed",
             "suspect",
-            "*/rank_#.safetensors",
-            "*/rank_#_#.safetensors",
-            "*/.unfinished-*",
+            *(
+                f"{role}/{unfinished}{file}.safetensors"
+                for role in ("student", "critic")
+                for unfinished in ("", ".unfinished-")
+                for file in (_RANK, f"{_RANK}_####")
+            ),
         )
         for folder in _STEPS
     ),
-    "samples/step_#.png",
+    f"samples/{_STEP}.png",
     "evaluation/table.json",
     "evaluation/grid.png",
-    "tensorboard/events.out.tfevents.*",
+    "tensorboard/events.out.tfevents.#.*.#.#",
     *(
         f"{folder}/{name}"
         for folder in _STUDENTS
-        for name in ("config.json", "*.safetensors", "*.safetensors.index.json", "config.yaml", "dpdmd.json")
+        for name in (
+            *("config.json", "config.yaml", "dpdmd.json", "pytorch_lora_weights.safetensors"),
+            *("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+            "diffusion_pytorch_model-#####-of-#####.safetensors",
+        )
     ),
     "metrics.jsonl",
     "config.yaml",
@@ -61,15 +70,35 @@ _TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
 
 def _found(folder: Path, pattern: str) -> list[Path]:
     """What in the folder has such a name."""
-    form = re.compile(fnmatch.translate(pattern).replace(r"\#", "[0-9]+"))
-    found = folder.glob(pattern.replace("#", "*"))
+    form = _form(pattern)
+    found = folder.glob(re.sub("#+", "*", pattern))
     return [path for path in found if form.fullmatch(path.relative_to(folder).as_posix())]
 
 
-def check_place(folder: Path) -> None:
-    """Raises ConfigError where a run cannot have its folder, as far as that shows without making it."""
-    if problem := problem_of_place(folder):
+def _form(pattern: str) -> re.Pattern:
+    digits = re.sub(r"(\\#)+", lambda match: f"[0-9]{{{len(match[0]) // 2},}}", fnmatch.translate(pattern))
+    return re.compile(digits)
+
+
+def check_place(folder: Path, embeddings: Path | None = None) -> None:
+    """Raises ConfigError where a run cannot have its folder, or its embeddings theirs, as far as that shows without making
+    them."""
+    if problem := problem_of_place(folder) or _within_a_run(folder):
         raise ConfigError(f"run.output_dir = {str(folder)!r}: {problem}")
+    if embeddings is not None and (problem := _within_a_run(embeddings, folder)):
+        raise ConfigError(f"prompts.cache_dir = {str(embeddings)!r}: {problem}")
+
+
+def _within_a_run(place: Path, *runs: Path) -> str | None:
+    """That a folder would lie among what some run deletes in time, or None. runs: that have no mark yet."""
+    place = place.resolve()
+    marked = [above for above in place.parents if (above / MARK).is_file()]
+    for run in (*(each.resolve() for each in runs), *marked):
+        if place.is_relative_to(run) and place != run:
+            name = place.relative_to(run).parts[0]
+            if any(_form(top).fullmatch(name) for top in _TOP):
+                return f"it lies in {name} of the run {run}, where runs write and delete: take another place"
+    return None
 
 
 class RunFolder:

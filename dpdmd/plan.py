@@ -34,6 +34,7 @@ from dpdmd.budget import (
     plan_of,
 )
 from dpdmd.config import (
+    LARGEST_SIZE,
     Config,
     ConfigError,
     KeptPassesConfig,
@@ -186,8 +187,8 @@ def alternatives(config: Config, planner: Planner) -> list[Alternative]:
         fixed.append("engine.residency=auto")
     batches: list[tuple[str, ...]] = [()]
     for parts in (2, 4):
-        if engine.batch_size % parts == 0:
-            batch, times = engine.batch_size // parts, engine.accumulation * parts
+        batch, times = engine.batch_size // parts, engine.accumulation * parts
+        if engine.batch_size % parts == 0 and times <= LARGEST_SIZE:
             batches.append((f"engine.batch_size={batch}", f"engine.accumulation={times}"))
     updates: list[tuple[str, ...]] = [()]
     optimizers = {name: getattr(config, name) for name in ("student_optimizer", "critic_optimizer")}
@@ -304,7 +305,11 @@ def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
         "",
     ]
     others = alternatives(config, planner)
-    lines += ["Other settings, the fastest first", *alternatives_table(others), ""]
+    lines += [
+        "Other settings: those that fit first, adapters after whole networks, then the fastest",
+        *alternatives_table(others),
+        "",
+    ]
     best = recommend(config, planner, others)
     if best is None:
         return "\n".join([*lines, refusal(config, plan, planner)]), None

@@ -26,7 +26,7 @@ from dpdmd.agreement import check_kernels
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
-from dpdmd.diffusion import LATEST
+from dpdmd.diffusion import EARLIEST_START, LATEST
 from dpdmd.distill import Draws, rollout
 from dpdmd.engine import resolve_device, resolve_dtype
 from dpdmd.lora import WEIGHTS_FILE, check_adapter
@@ -71,6 +71,7 @@ class _Description(pydantic.BaseModel):
 
     family: Literal["sd3", "flux"]
     adapter: bool = False
+    base: str | None = None
     pipeline: str
     revision: str | None
     times: list[float] = pydantic.Field(min_length=2)
@@ -104,8 +105,8 @@ def _read_description(folder: Path) -> _Description:
     times = description.times
     if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
         raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
-    if not (times[0] <= LATEST and times[-1] >= 0):
-        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; they fall from 1 to 0 at the most")
+    if not (EARLIEST_START <= times[0] <= LATEST and times[-1] == 0):
+        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; they fall from 1, noise, to 0")
     if description.num_steps not in (None, len(times) - 1):
         raise ConfigError(
             f"--student {folder}: {STUDENT_FILE} has num_steps = {description.num_steps} and times for {len(times) - 1}"
@@ -156,6 +157,13 @@ def load_student(
     if description.adapter:
         transformer = backbone.load_transformer("teacher", precision, resolved)
         check_adapter(transformer, folder)
+        if description.base not in (None, backbone.teacher_fingerprint().get("transformer")):
+            print(
+                f"warning: --student {folder} is an adapter of other weights than those of {model.pipeline}: it was not trained "
+                "for these",
+                file=sys.stderr,
+                flush=True,
+            )
         with reading(str(folder / WEIGHTS_FILE), " as an adapter"):
             transformer.load_lora_adapter(folder, weight_name=WEIGHTS_FILE, local_files_only=True)
     else:

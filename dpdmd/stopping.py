@@ -31,17 +31,18 @@ class Stop:
         self._unwritten = ""
         self._interrupts = 0
         self._deferring = False
+        self._alone = "RANK" not in os.environ  # as yet: later every process has it
         self._launcher = Launcher()
 
     def __enter__(self) -> Stop:
         self._before, self._watch, self._streams = {}, None, (sys.stdout, sys.stderr)
         if threading.current_thread() is threading.main_thread():
-            for number in _SIGNALS:
-                # nohup has SIGHUP ignored, and a shell SIGINT for what it starts in the background: that stays so.
-                if signal.getsignal(number) != signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._take)
-            if signal.SIGINT in self._before:
-                self._watch = _Interrupts()
+            # nohup has SIGHUP ignored, and a shell SIGINT for what it starts in the background: that stays so.
+            taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            if signal.SIGINT in taken:
+                self._watch = _Interrupts()  # before SIGINT is taken: it counts each
+            for number in taken:
+                self._before[number] = signal.signal(number, self._take)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -83,44 +84,43 @@ class Stop:
         name = signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1:
-            _end_at_once()
+            self._watch.thread.join()  # which ends the process
         if not self._deferring:
             raise RunEnded(f"{name}: ended; --resume goes on from the newest checkpoint, if there is one")
         first = self._received is None
         self._received = self._received or number  # before anything else: the next signal may interrupt this
         if first and os.environ.get("RANK", "0") == "0":
-            _say(f"{name}: finishing the update, then saving a checkpoint (a second Ctrl-C ends at once)")
+            # A launcher takes the first Ctrl-C as its own end, and passes no second one on.
+            more = " (a second Ctrl-C ends at once)" if number == signal.SIGINT and self._alone else ""
+            _say(f"{name}: finishing the update, then saving a checkpoint{more}")
 
     def _note(self, problem: str) -> None:
         self._unwritten = self._unwritten or problem
 
 
 class _Interrupts:
-    """Ends the process at the second SIGINT. Python's own handlers run between two of the main thread's instructions, which
-    never comes where that waits, in a library, for a process that has gone."""
+    """Ends the process at the second SIGINT, from a thread: Python's own handlers run between two of the main thread's
+    instructions, which never comes where that waits, in a library, for a process that has gone."""
 
     def __init__(self):
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)
         self._before = signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
-        threading.Thread(target=self._count, daemon=True, name="second interrupt").start()
+        self.thread = threading.Thread(target=self._count, daemon=True, name="second interrupt")
+        self.thread.start()
 
     def _count(self) -> None:
         seen = 0
         while numbers := os.read(self._read, 64):  # nothing where it is closed
             seen += numbers.count(signal.SIGINT)
             if seen > 1:
-                _end_at_once()
+                _say("second SIGINT: ended at once; --resume goes on from the newest checkpoint, if there is one")
+                os._exit(128 + signal.SIGINT)  # threads that write, and GPUs that compute, are not waited for
         os.close(self._read)
 
     def close(self) -> None:
         signal.set_wakeup_fd(self._before)
         os.close(self._write)
-
-
-def _end_at_once() -> None:
-    _say("second SIGINT: ended at once; --resume goes on from the newest checkpoint")
-    os._exit(128 + signal.SIGINT)  # threads that write, and GPUs that compute, are not waited for
 
 
 class _Lasting:

@@ -192,6 +192,7 @@ class Trainer:
             "skipped_in_a_row": dict(self.skipped_in_a_row),
             "attention_times": self.attention_times,
             "prompts": digest_of(self.prompts),
+            "text": self.backbone.text_key,
         }
 
     def restore(self, state: dict) -> None:
@@ -228,7 +229,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         if not world.on_main(starts, folder, config, resumed, resume=resume, overwrite=overwrite):
             return
         if resumed is not None:
-            config, changed = continued(config, resumed, prompts, world)
+            config, changed = continued(config, resumed, prompts, backbone.text_key, world)
             if not all(each.startswith("run.") for each in changed):
                 checkpoints.spare(resumed.path)
         config, plan = plan_run(config, backbone, world)
@@ -236,7 +237,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
         if world.main:
             for doubt in doubts(config):
                 print(f"warning: {doubt}", file=sys.stderr, flush=True)
-        attention_times = agree_on_attention(world, backbone, resumed.state["attention_times"] if resumed else None)
+        attention_times = agree_on_attention(world, backbone, resumed.state.get("attention_times") if resumed else None)
 
         trainer = build(config, world, backbone, prompts)
         trainer.attention_times = attention_times
@@ -361,7 +362,7 @@ def finish(
         raise RunStopped(
             f"the student was never updated, so it is not exported: it is still the teacher. {describe_skipped(trainer)}"
         )
-    if problem := unmoved(trainer):
+    if problem := problem_of_export(trainer):
         raise RunStopped(
             f"after {trainer.networks['student'].updates} updates {problem}, so it is not exported; {describe_rate(config)}"
         )
@@ -401,21 +402,33 @@ def finish(
         print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
 
 
-def unmoved(trainer: Trainer) -> str | None:
-    """How the student that would be exported is still what it began as, or None where it is not; all processes call."""
+def problem_of_export(trainer: Trainer) -> str | None:
+    """Why the student is not one that anybody wants: still what it began as, or broken; None where it is neither. All
+    processes call."""
     networks, world = trainer.networks, trainer.world
+    prompts = trainer.prompts_of_batch(0, world.rank)
+    noise = torch.cat([sampling_noise(0, index, trainer.backbone.latent_shape) for index in range(len(prompts))])
+    noise, cond = noise.to(world.device), trainer.conditioner.cond(prompts)
     with torch.no_grad(), networks["student"].averaged():
-        if trainer.config.lora is None:
-            same = networks["student"].bits() == trainer.initial_bits
-            problem = "the student's weights are to the bit those that it began with"
-        else:  # An adapter's bits change at once; what it adds may be lost in rounding.
-            prompts = trainer.prompts_of_batch(0, world.rank)
-            noise = [sampling_noise(0, index, trainer.backbone.latent_shape) for index in range(len(prompts))]
-            noise, cond = torch.cat(noise).to(world.device), trainer.conditioner.cond(prompts)
-            made = [trainer.distillation.sample(networks[role], noise, cond) for role in ("student", "teacher")]
-            same = torch.equal(*made)
-            problem = "the adapter changes no bit of what the teacher makes in as many steps"
-    return problem if all(world.gather(same)) else None
+        finite = networks["student"].is_finite()
+        moved = networks["student"].bits() != trainer.initial_bits
+        made = trainer.distillation.sample(networks["student"], noise, cond)
+        if trainer.config.lora is not None:  # An adapter's bits change at once; what it adds may be lost in rounding.
+            moved = not torch.equal(made, trainer.distillation.sample(networks["teacher"], noise, cond))
+    size = float(made.double().square().mean().sqrt())
+    finite, moved, sizes = zip(*world.gather((finite, moved, size)), strict=True)
+    if not all(finite):
+        return "the student's weights hold NaN or infinity"
+    if exploded := [size for size in sizes if not size < _LARGEST_LATENTS]:  # NaN is not, either
+        return f"the student makes latents of size {exploded[0]:.3g} (root mean square) of noise of size 1"
+    if any(moved):
+        return None
+    if trainer.config.lora is None:
+        return "the student's weights are to the bit those that it began with"
+    return "the adapter changes no bit of what the teacher makes in as many steps"
+
+
+_LARGEST_LATENTS = 1000.0  # latents of pictures have a root mean square of about 1
 
 
 def describe_rate(config: Config) -> str:
@@ -512,7 +525,9 @@ def problem_of_student(path: Path) -> str | None:
     return None
 
 
-def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: World) -> tuple[Config, list[str]]:
+def continued(
+    config: Config, resumed: Checkpoint, prompts: list[str], text_key: str, world: World
+) -> tuple[Config, list[str]]:
     """`config` for updates of as many samples as the checkpoint's, and what is another than there, which is said: the run
     goes on with what is given. Raises ConfigError where the number of samples cannot be had."""
     given = config.engine.accumulation
@@ -527,6 +542,8 @@ def continued(config: Config, resumed: Checkpoint, prompts: list[str], world: Wo
     changed = changed_settings(resumed.index["config"], config)
     if resumed.state.get("prompts") not in (None, digest_of(prompts)):
         changed.append("the content of prompts.file")
+    if resumed.state.get("text") not in (None, text_key):
+        changed.append("the text encoders' settings, tokenizers or length: prompts are encoded anew")
     if changed and world.main:
         print(f"other settings than the checkpoint's: {', '.join(changed)}", flush=True)
     return config, changed
@@ -541,6 +558,7 @@ def similar(path: Path) -> str:
 
 def check(config: Config, backbone) -> None:
     """Raises ConfigError for what can be told to be impossible before processes meet and weights are read."""
+    _check_places(config)
     engine.check(config)
     check_writers(config)
     try:
@@ -555,6 +573,11 @@ def check(config: Config, backbone) -> None:
                 f"model.resolution = {config.model.resolution} with evaluation.enabled = true: the demo's pictures are measured "
                 f"at {SIZE} pixels; set evaluation.enabled=false or leave model.resolution out"
             )
+
+
+def _check_places(config: Config) -> None:
+    embeddings = config.prompts.cache_dir
+    check_place(Path(config.run.output_dir), None if embeddings is None else Path(embeddings))
 
 
 def plan_run(config: Config, backbone, world: World) -> tuple[Config, Plan]:
@@ -578,6 +601,7 @@ def load_prompts(config: Config) -> list[str]:
 
 def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
+    lora = config.lora
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
         "teacher": world.on_main(backbone.teacher_fingerprint),
@@ -585,7 +609,7 @@ def identity(config: Config, backbone, world: World) -> dict:
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,
         "ema": config.ema is not None,
-        "lora": None if config.lora is None else config.lora.model_dump(),
+        "lora": lora and {**lora.model_dump(), "alpha": lora.alpha or lora.rank},
     }
 
 
@@ -766,7 +790,7 @@ def _main(argv: list[str] | None) -> None:
     args = parser.parse_intermixed_args(argv)  # settings may stand between options
     config = load_config(args.config, args.overrides)
     if args.dry_run:
-        check_place(Path(config.run.output_dir))
+        _check_places(config)
         print(to_yaml(config), end="")
     else:
         train(config, resume=args.resume, overwrite=args.overwrite)

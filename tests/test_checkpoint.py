@@ -4,6 +4,7 @@ an older one is taken, and nothing that was saved is lost."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ from processes import running
 from dpdmd import checkpoint
 from dpdmd.checkpoint import Checkpoints, checkpoint_bytes, global_batch, with_global_batch
 from dpdmd.config import ConfigError, parse_config
-from dpdmd.files import load_tensors, read_json, save_tensors
+from dpdmd.files import load_tensors, read_json, save_tensors, sha256
 from dpdmd.kernels.adamw import Float8State, exp_avg_of, exp_avg_sq_of
 from dpdmd.shards import Layout, SavedRole, pieces
 
@@ -134,7 +135,8 @@ def networks(world, first: int = 0, **options):
 
 
 def state_of(roles):
-    return {"updates": {role: each.updates for role, each in roles.items()}, "note": "any"}
+    skipped = {"skipped": {role: [] for role in roles}, "skipped_in_a_row": dict.fromkeys(roles, 0)}
+    return {"updates": {role: each.updates for role, each in roles.items()}, **skipped, "note": "any"}
 
 
 def save(folder: Path, size: int = 1, iterations=(3, 6), keep: int = 9, background: bool = True, **options):
@@ -261,6 +263,11 @@ def forge_index(folder, **entries):
     edit_index(folder, forge)
 
 
+def forge_state(folder, **entries):
+    index = json.loads((folder / "step_000006" / "index.json").read_text())
+    forge_index(folder, state={**index["state"], **entries})
+
+
 class Pickled:
     def __reduce__(self):
         return os.system, ("touch /tmp/dpdmd-unpickled",)
@@ -326,6 +333,32 @@ DAMAGES = {
     "other files in the index": lambda f: forge_index(f, files={}),
     "another file in the index": lambda f: forge_index(f, files=[{"path": 3}]),
     "no state in the index": lambda f: forge_index(f, state=None),
+    "an empty state in the index": lambda f: forge_index(f, state={}),
+    **{
+        f"{key} = {value!r} in the index": lambda f, key=key, value=value: forge_state(f, **{key: value})
+        for key, value in (
+            ("updates", {"student": -5, "critic": "x"}),
+            ("skipped", None),
+            ("skipped_in_a_row", {"student": "a", "critic": 0}),
+            ("attention_times", "abc"),
+        )
+    },
+    **{
+        f"{key} = {str(value)[:30]} in the index": lambda f, key=key, value=value: forge_index(f, **{key: value})
+        for key, value in (
+            ("parameters", {}),
+            ("parameters", {"student": [[["a", "b"]]], "critic": []}),
+            ("processes", 0),
+            ("processes", 3),
+            ("processes", 10**9),
+            ("global_batch", 0),
+            ("global_batch", -4),
+            ("global_batch", 10**12),
+            ("config", {}),
+            ("files", []),
+            ("files", [{"path": "a\0b", "bytes": 1, "sha256": "a"}]),
+        )
+    },
 }
 
 
@@ -536,6 +569,43 @@ def test_memory_that_a_job_may_use(tmp_path, monkeypatch):
     assert checkpoint.available_memory(tmp_path, "/job_1/step_0") == 210
     assert checkpoint.available_memory(tmp_path, "/") == 1000
     assert checkpoint.available_memory() <= 1000
+
+
+@pytest.mark.parametrize("name", ["master", "exp_avg"])
+def test_numbers_that_are_not_finite(tmp_path, name):
+    """Whoever wrote them: with the digests that they have."""
+    save(tmp_path, 2)
+    rewrite(shard(tmp_path, "critic", 1), lambda tensors: tensors[name].view(-1)[-1:].fill_(math.nan))
+    index = json.loads((tmp_path / "step_000006" / "index.json").read_text())
+    for file in index["files"]:
+        path = tmp_path / "step_000006" / file["path"]
+        file.update(bytes=path.stat().st_size, sha256=sha256(path))
+    forge_index(tmp_path, files=index["files"])
+    with pytest.raises(
+        ConfigError, match=f"step_000006 holds NaN or infinity in {name} of the critic: move that folder"
+    ):
+        resume(tmp_path, 2)
+
+
+def test_what_others_put_into_a_checkpoint_stays(tmp_path, capfd):
+    """Where the checkpoint goes in its turn, and where a new one needs its name."""
+
+    def run(world):
+        checkpoints = Checkpoints(tmp_path, 1, world, {"ema": True}, CONFIG)
+        for iteration in (3, 6, 6):
+            roles = networks(world, iteration)
+            checkpoints.save(iteration, roles, state_of(roles), last=True)
+            (tmp_path / f"step_{iteration:06d}" / "student" / "notes.txt").write_text("mine")
+
+    Processes(1).run(run)
+    left = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path for path in left if path.endswith(".txt")} == {
+        *(f"step_00000{name}/student/notes.txt" for name in ("3.left_out", "6.left_out", "6")),
+    }
+    assert not any(path.startswith("step_000003.left_out") and not path.endswith("notes.txt") for path in left)
+    said = capfd.readouterr().err
+    assert "step_000003 is deleted but for student/notes.txt: see " in said
+    assert "step_000006 holds student/notes.txt, which no run wrote, and stays as step_000006.left_out" in said
 
 
 def test_good_ones(tmp_path):

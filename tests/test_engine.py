@@ -15,6 +15,7 @@ from dpdmd.config import ConfigError, load_config, parse_config
 from dpdmd.engine import (
     _let_segments_grow,
     _load_file_access,
+    _restore_step,
     build_optimizer,
     check,
     deepspeed_settings,
@@ -206,6 +207,26 @@ def test_optimizer_choice(monkeypatch):
         ConfigError, match="optimizer name = 'deepspeed' cannot be used: division by zero; auto or torch"
     ):
         build_optimizer(parameters, config.model_copy(update={"name": "deepspeed"}), "cuda")
+
+
+def test_the_number_of_updates_in_each_kind_of_optimizer(monkeypatch):
+    """A checkpoint may be of another kind's."""
+    master = torch.nn.Parameter(torch.zeros(3))
+    for optimizer in (torch.optim.AdamW([master], fused=True), AdamW([master])):
+        master.grad = torch.ones(3)
+        optimizer.step()
+        kind = type(optimizer.state[master]["step"])
+        _restore_step(optimizer, master, 7)
+        assert type(optimizer.state[master]["step"]) is kind and optimizer.state[master]["step"] == 7
+        optimizer.step()
+        assert optimizer.state[master]["step"] == 8
+
+    class Apex(torch.optim.SGD):
+        __module__ = "apex.optimizers.fused_adam"
+
+    optimizer = Apex([master])
+    _restore_step(optimizer, master, 7)
+    assert optimizer.param_groups[0]["step"] == 7 and not optimizer.state[master]
 
 
 @pytest.fixture(scope="module")

@@ -80,7 +80,7 @@ def test_what_a_command_returns_is_its_status(capsys):
             "Tried to allocate 3 GiB): a smaller",
         ),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "error: out of memory (DefaultCPUAllocator"),
-        (ModuleNotFoundError("no", name="never_there.below"), 1, "'never_there.below' is not installed; pip install"),
+        (ModuleNotFoundError("no", name="never_there.below"), 1, "'never_there.below' is not installed for /"),
         (UnicodeEncodeError("utf-8", "\ud800", 0, 1, "no"), BUG, "this is a bug of dpdmd"),
         (ModuleNotFoundError("no", name="dpdmd.never_there"), BUG, "this is a bug of dpdmd"),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 1, "error: Broken pipe\n"),  # of another pipe than ours
@@ -948,8 +948,17 @@ def test_mutated_prompt_files(tmp_path, suffix):
     assert found[True] > 100 and found[False] > 30, found
 
 
-COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/train_teacher.py", "benchmarks/cycle.py",
-            "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py", "benchmarks/run.py")  # fmt: skip
+COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/train_teacher.py", "dpdmd/demo/curves.py",
+            "benchmarks/cycle.py", "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py", "benchmarks/run.py",
+            "benchmarks/chaos.py")  # fmt: skip
+
+
+def test_the_planner_tries_nothing_that_cannot_be(capsys):
+    from dpdmd import plan
+
+    settings = ["engine.batch_size=65536", "engine.accumulation=65536"]  # whose parts would be of another accumulation
+    assert plan.main(["--gpus", "8", "--gpu-memory", "79", *settings]) == 0
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", COMMANDS)
@@ -967,6 +976,16 @@ def test_a_signal_during_imports(tmp_path, file, name, status, said):
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
     done = run_command([sys.executable, Path(__file__).parents[1] / file], env=environment)
     assert done.returncode == status and done.stderr == said, done.stderr
+
+
+@pytest.mark.parametrize("file", COMMANDS)
+def test_a_package_that_is_not_there(tmp_path, file):
+    """As where the environment of an installation was not activated."""
+    (tmp_path / "torch.py").write_text("import never_there\n")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = run_command([sys.executable, Path(__file__).parents[1] / file], env=environment)
+    said = f"error: the package 'never_there' is not installed for {sys.executable}: activate the environment"
+    assert done.returncode == 1 and done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_local_rank_alone_is_no_launchers(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import pytest
 from processes import running
 
 from dpdmd.config import ConfigError
-from dpdmd.folder import MARK, RunFolder, check_space, delete_own
+from dpdmd.folder import MARK, RunFolder, check_place, check_space, delete_own
 
 
 def written(folder: Path, *names: str) -> Path:
@@ -34,19 +34,64 @@ def test_folder_that_cannot_be_written(tmp_path):
         RunFolder(tmp_path / "file")
 
 
+def test_places_where_runs_delete(tmp_path):
+    """Neither another run nor embeddings belong there."""
+    run = written(tmp_path / "run", MARK)
+    for place in (
+        "checkpoints/step_000003/sub",
+        "student",
+        "student_step_000003/a",
+        ".unfinished-student",
+        "samples/b",
+    ):
+        with pytest.raises(
+            ConfigError, match=f"run.output_dir = .*: it lies in {place.split('/')[0]} of the run {run}"
+        ):
+            check_place(run / place)
+        for folder in (run, tmp_path / "new"):  # which has no mark yet
+            with pytest.raises(
+                ConfigError, match=rf"prompts.cache_dir = .*: it lies in {place.split('/')[0]} of the run"
+            ):
+                check_place(tmp_path / "new", folder / place)
+    (run / "checkpoints").mkdir()
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    with pytest.raises(ConfigError, match=f"it lies in checkpoints of the run {run}"):
+        check_place(tmp_path / "link" / "sub")
+    for place in ("embeddings", "mine", "students", "student_step_3"):
+        check_place(run, run / place)
+        check_place(run / place)
+    check_place(run, run)
+
+
 RUN = (
     *("config.yaml", "metrics.jsonl", "finished.json", "samples/step_000003.png", "evaluation/grid.png"),
-    *("tensorboard/events.out.tfevents.1.host.2.0", "student/dpdmd.json", "student/model.safetensors"),
+    *(
+        "tensorboard/events.out.tfevents.1.host.2.0",
+        "student/dpdmd.json",
+        "student/diffusion_pytorch_model.safetensors",
+    ),
     *("checkpoints/step_000003/index.json", "checkpoints/step_000003/student/rank_00000.safetensors"),
     *("checkpoints/step_000003/confirmed", "checkpoints/.unfinished-step_000006/critic/rank_00001_0002.safetensors"),
     *("student_step_000003/config.json", ".unfinished-student/config.json", "student_step_000003_2/dpdmd.json"),
-    "checkpoints/step_000003.left_out/index.json",
+    *("checkpoints/step_000003.left_out/index.json", "student/diffusion_pytorch_model-00001-of-00002.safetensors"),
+    "student_step_000003/pytorch_lora_weights.safetensors",
 )
 MINE = (
     *("samples/photo.png", "notes.txt", "student/photo.png", "checkpoints/readme", "embeddings/key/shard.safetensors"),
     *("evaluation/mine.json", "other/config.yaml", "checkpoints/step_000003/student/mine.txt"),
     *("samples/step_by_step.png", "student_step_best/config.json", "checkpoints/step_000003_mine/index.json"),
     *("checkpoints/step_000003/student/rank_mine.safetensors", "checkpoints/.unfinished-mine/index.json"),
+    *(
+        "student/my_lora.safetensors",
+        "student_step_3/dpdmd.json",
+        "tensorboard/events.out.tfevents.mine",
+        "samples/step_12.png",
+    ),
+    *(
+        "checkpoints/step_000003/student/rank_1.safetensors",
+        "student/mine.safetensors.index.json",
+        "student_earlier/dpdmd.json",
+    ),
 )
 
 
@@ -74,7 +119,7 @@ def test_finished_run_is_overwritten_only_when_told_and_only_what_it_wrote(tmp_p
     assert names(tmp_path) == sorted([*RUN, *MINE, MARK])  # the new run may yet turn out to be impossible
     taken.clear()
     assert names(tmp_path) == sorted([*MINE, MARK])
-    assert not (tmp_path / "tensorboard").exists()  # empty folders go
+    assert not (tmp_path / "checkpoints/.unfinished-step_000006").exists()  # empty folders go
     taken.close()
     with pytest.raises(ConfigError, match="holds an unfinished run"):  # what is left bears a run's names
         RunFolder(tmp_path)

@@ -54,6 +54,7 @@ ALLOWED = {
             "averaging",
             "compilation",
             "config",
+            "files",
             "kernels",
             "lora",
             "optimizer",

@@ -10,7 +10,7 @@ import shutil
 import pytest
 import torch
 from processes import run_script
-from runs import DRIVER, TRAIN, checked, same_bits, weights
+from runs import DRIVER, TRAIN, checked, distance, same_bits, weights
 from safetensors.torch import load_file, save_file
 
 from dpdmd.demo import TEACHER
@@ -64,6 +64,37 @@ def test_an_adapter_that_changes_nothing_is_not_exported(options, tmp_path):
     # What there is is not lost: with another rate it trains on.
     checked(run_script(0, TRAIN, *mine, "run.iterations=18", "--resume"))
     assert (folder / "student").exists()
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("more", [[], ["lora={rank: 2}"], ["ema={decay: 0.5}"]], ids=["whole", "adapters", "averaged"])
+def test_a_student_that_exploded_at_the_last_update_is_not_exported(options, tmp_path, more):
+    """No update after it tells."""
+    folder = tmp_path / "run"
+    mine = [*options, f"run.output_dir={folder}", "run.iterations=3", "student_optimizer.lr=1e10", *more]
+    done = checked(run_script(0, TRAIN, *mine), 1)
+    assert (
+        "after 1 updates the student " in done.stderr
+        and ", so it is not exported; student_optimizer.lr = 1e+10" in done.stderr
+    )
+    assert not (folder / "student").exists() and list(folder.glob("checkpoints/step_*"))
+
+
+@pytest.mark.distributed
+def test_going_on_with_another_kind_of_optimizer(options, straight, tmp_path):
+    """Which keeps the number of updates in another form."""
+    folder = tmp_path / "run"
+    shutil.copytree(straight, folder)
+    mine = [*options, f"run.output_dir={folder}", "--resume", "run.iterations=12"]
+    first = checked(run_script(0, TRAIN, *mine))
+    expected = weights(folder)
+    shutil.rmtree(folder)
+    shutil.copytree(straight, folder)
+    others = ["student_optimizer.name=torch", "critic_optimizer.name=torch"]
+    done = checked(run_script(0, TRAIN, *mine, *others))
+    assert "student_optimizer.name = torch (was auto)" in done.stdout and "other settings" in first.stdout
+    assert distance(weights(straight), expected) > 0 and distance(weights(folder), expected) < 1e-4
+    checked(run_script(0, TRAIN, *mine, "run.iterations=15"))  # and back
 
 
 @pytest.mark.distributed
@@ -136,7 +167,15 @@ def test_another_teacher_is_refused(options, tmp_path, lora):
     done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=6", "--resume"), 2)
     assert "was saved with teacher.scheduler.shift = " in done.stderr and "and this run has 7.0" in done.stderr
     # Where its folder lies does not matter.
-    checked(run_script(0, TRAIN, *mine, "run.iterations=6", "--resume"))
+    done = checked(run_script(0, TRAIN, *mine, "run.iterations=6", "--resume"))
+    assert "text encoders" not in done.stdout
+    if not lora:  # Other embeddings of the same weights are taken, as other prompts are.
+        shutil.rmtree(teacher)
+        shutil.copytree(TEACHER, teacher)
+        settings = teacher / "text_encoder" / "config.json"
+        settings.write_text(json.dumps(json.loads(settings.read_text()) | {"hidden_act": "relu"}))
+        done = checked(run_script(0, TRAIN, *mine, f"model.pipeline={teacher}", "run.iterations=9", "--resume"))
+        assert "the text encoders' settings, tokenizers or length: prompts are encoded anew" in done.stdout
 
 
 @pytest.mark.distributed

@@ -171,12 +171,14 @@ def test_a_description_of_wrong_kinds(folder, key):
         ({"pipeline": ""}, "has pipeline = ''; "),
         (
             {"times": [1.0, 0.5, -3.0], "num_steps": 2},
-            "has times = [1.0, 0.5, -3.0]; they fall from 1 to 0 at the most",
+            "has times = [1.0, 0.5, -3.0]; they fall from 1, noise, to 0",
         ),
         (
             {"times": [900.0, 0.5, 0.0], "num_steps": 2},
-            "has times = [900.0, 0.5, 0.0]; they fall from 1 to 0 at the most",
+            "has times = [900.0, 0.5, 0.0]; they fall from 1, noise, to 0",
         ),
+        ({"times": [0.2, 0.1, 0.0], "num_steps": 2}, "has times = [0.2, 0.1, 0.0]; they fall from 1, noise, to 0"),
+        ({"times": [1.0, 0.5, 0.1], "num_steps": 2}, "has times = [1.0, 0.5, 0.1]; they fall from 1, noise, to 0"),
         ({"num_steps": 7}, "has num_steps = 7 and times for 4"),
         ({"prediction": "noise"}, "has prediction = 'noise', and the pipeline's is 'velocity'"),
     ],
@@ -256,6 +258,17 @@ def test_another_pipeline(folder, adapter, tiny_pipeline, tiny_flux, tmp_path):
     (moved / "vae/diffusion_pytorch_model.safetensors").write_bytes(b"")
     with pytest.raises(ConfigError, match=r"vae.*it is empty"):
         sample.load_student(folder, device="cpu", pipeline=str(moved))
+
+
+def test_an_adapter_on_other_weights(intact, tiny_pipeline, tmp_path, capsys):
+    sample.load_student(intact[True], device="cpu")
+    assert "warning" not in capsys.readouterr().err
+    other = shutil.copytree(tiny_pipeline, tmp_path / "other")
+    path = other / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({name: -tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
+    sample.load_student(intact[True], device="cpu", pipeline=str(other))
+    said = capsys.readouterr().err
+    assert f"warning: --student {intact[True]} is an adapter of other weights than those of {other}" in said
 
 
 def test_the_command_line_says_it_in_one_line(folder, capsys):

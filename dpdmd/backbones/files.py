@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.config import POINTER_BYTES, ConfigError, refuse_pointer
+from dpdmd.files import is_finite
 from dpdmd.opening import open_file
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
@@ -202,7 +203,7 @@ def check_finite(tensors: Mapping[str, Tensor] | nn.Module, what: str) -> None:
         # What a module has under two names counts once.
         distinct = {id(tensor): (name, tensor) for name, tensor in tensors.state_dict(keep_vars=True).items()}
         tensors = dict(distinct.values())
-    bad = [name for name, tensor in tensors.items() if tensor.is_floating_point() and not _finite(tensor)]
+    bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
     if bad:
         first = tensors[bad[0]]
         count = sum(int((~piece.isfinite()).sum()) for piece in first.flatten().split(1 << 20))
@@ -210,8 +211,3 @@ def check_finite(tensors: Mapping[str, Tensor] | nn.Module, what: str) -> None:
             f"{what}: NaN or infinity in {len(bad)} of {_count(tensors)}, such as {bad[0]} ({count} of {first.numel()} "
             "values): the file is damaged, or what wrote it had broken"
         )
-
-
-def _finite(tensor: Tensor) -> bool:
-    # The smallest and the largest pass NaN on.
-    return tensor.numel() == 0 or all(bool(each.isfinite()) for each in torch.aminmax(tensor.detach()))

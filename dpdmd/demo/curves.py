@@ -10,6 +10,8 @@ student updates, and the verdict is the mean over the last `--last` measurements
 
 from __future__ import annotations
 
+from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
+
 import argparse
 import json
 import math
@@ -24,7 +26,6 @@ from typing import Annotated, Any
 import numpy as np
 import pydantic
 
-from dpdmd import command
 from dpdmd.backbones.files import read_json
 from dpdmd.files import write_json
 
