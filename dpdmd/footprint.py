@@ -209,9 +209,7 @@ def measure(
     fused: its blocks in the fused operations, as `engine.fuse` does on a GPU; lora: a LoraConfig, for adapters on frozen
     weights.
     """
-    with torch.device("meta"):
-        model = backbone._class.from_config(backbone.transformer_config(role))
-    model = _cast(model, dtype).eval()
+    model = _cast(backbone.empty_transformer(role), dtype).eval()
     buffers = sum(buffer.nbytes for buffer in model.buffers())
     largest = max(parameter.numel() for parameter in model.parameters())
     fp8_bytes = _fp8_bytes(model) if fp8 else 0

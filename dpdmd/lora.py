@@ -71,8 +71,8 @@ def add_adapters(
     The adapters are made in the dtype and on the device of the layer that they are for. In bfloat16 they are what the
     products read, and the optimizer is to keep float32 masters, as for any other weight.
 
-    Raises ConfigError for a rank, alpha, role or target that cannot be (naming the nearest targets), for a rank above
-    that of any of the layers' weights, and for a transformer that has adapters.
+    Raises ConfigError for a rank, alpha, role or target that cannot be (naming the nearest targets), and for a
+    transformer that has adapters.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -86,13 +86,6 @@ def add_adapters(
     if not roles or TEACHER in roles or len(set(roles)) < len(roles) or any("." in role for role in roles):
         raise ConfigError(f"roles = {roles!r}: different names without dots are needed, none of them {TEACHER!r}")
     pattern = _pattern(transformer, targets)
-    sides = [
-        min(module.in_features, module.out_features)
-        for path, module in transformer.named_modules()
-        if isinstance(module, nn.Linear) and re.fullmatch(pattern, path)
-    ]
-    if rank > max(sides):
-        raise ConfigError(f"rank = {rank}: the weights that it is for have a rank of at most {max(sides)}; take less")
 
     transformer.requires_grad_(False)
     for role in roles:
@@ -111,6 +104,17 @@ def add_adapters(
     for layer in layers:
         layer._active_adapter = state.active
     transformer._roles = state
+
+
+def largest_rank(transformer: nn.Module, targets: Iterable[str] | None = None) -> int:
+    """Of the weights that adapters would be for; those of a higher rank add nothing that these could not. Raises as
+    `add_adapters`."""
+    pattern = _pattern(transformer, targets)
+    return max(
+        min(module.in_features, module.out_features)
+        for path, module in transformer.named_modules()
+        if isinstance(module, nn.Linear) and re.fullmatch(pattern, path)
+    )
 
 
 def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:

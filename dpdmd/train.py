@@ -41,6 +41,7 @@ from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
 from dpdmd.files import digests, read_json, sha256
 from dpdmd.folder import MARK, RunFolder, check_place, check_space
 from dpdmd.journal import Journal, check_writers
+from dpdmd.lora import largest_rank
 from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
 from dpdmd.sample import decode, sampling_noise, save_grid
@@ -565,6 +566,13 @@ def check(config: Config, backbone) -> None:
         Distillation(backbone.diffusion, config.distill)
     except ValueError as error:  # a time grid that the model's scheduler cannot walk
         raise ConfigError(str(error)) from error
+    if config.lora is not None:
+        most = largest_rank(backbone.empty_transformer("teacher"), config.lora.targets)
+        if config.lora.rank > most:
+            raise ConfigError(
+                f"lora.rank = {config.lora.rank}: the weights that the adapters are for have a rank of at most {most}, and an "
+                f"adapter of rank {most} can be whatever one of a higher rank can"
+            )
     if config.evaluation.enabled:
         from dpdmd.demo.world import SIZE
 

@@ -335,6 +335,10 @@ class Architecture:
     def transformer_config(self, role):
         return self._values
 
+    def empty_transformer(self, role):
+        with torch.device("meta"):
+            return self._class.from_config(self._values)
+
 
 @pytest.fixture(scope="module")
 def networks(tiny):

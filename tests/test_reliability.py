@@ -251,9 +251,15 @@ def test_resume_says_from_where(options, straight, tmp_path):
     assert not same_bits(weights(folder), first)
 
     # Nothing is deleted for a run that turns out to be impossible.
-    impossible = [each for each in mine if each != "--resume"] + ["--overwrite", "lora.targets=['(']"]
-    checked(run_script(0, TRAIN, *impossible), 2)
-    assert (folder / "student" / "dpdmd.json").exists() and (folder / "finished.json").exists()
+    anew = [each for each in mine if each != "--resume"] + ["--overwrite"]
+    for impossible, words in (
+        ("lora.targets=['(']", "target '(' is no linear layer"),
+        ("lora.rank=129", "lora.rank = 129: the weights that the adapters are for have a rank of at most 128"),
+        (f"prompts.cache_dir={TRAIN}", f"prompts.cache_dir: {TRAIN}"),
+    ):
+        done = checked(run_script(0, TRAIN, *anew, impossible), 2)
+        assert words in done.stderr, done.stderr
+        assert (folder / "student" / "dpdmd.json").exists() and (folder / "finished.json").exists()
 
     shutil.rmtree(folder / "checkpoints")
     done = checked(run_script(0, TRAIN, *mine, "run.iterations=12"), 2)

@@ -211,6 +211,10 @@ class Backbone(ABC):
             **{name: pipeline.weights_fingerprint(name)[:24] for name in ("transformer", *self._text_encoders)},
         }
 
+    def empty_transformer(self, role: Role) -> nn.Module:
+        """The role's transformer without memory: on the meta device."""
+        return self._build(self._architectures[role])
+
     def load_transformer(self, role: Role, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The role's transformer on `device`, in eval mode, its parameters requiring gradients.
 
@@ -322,7 +326,7 @@ class Backbone(ABC):
         return architecture
 
     def _build(self, architecture: dict[str, Any]) -> nn.Module:
-        """The transformer without memory: on the meta device."""
+        """`empty_transformer` of any architecture."""
         with torch.device("meta"):
             return self._class.from_config(architecture)
 
