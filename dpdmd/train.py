@@ -609,7 +609,6 @@ def load_prompts(config: Config) -> list[str]:
 
 def identity(config: Config, backbone, world: World) -> dict:
     """What a checkpoint and the run that resumes it must have in common."""
-    lora = config.lora
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
         "teacher": world.on_main(backbone.teacher_fingerprint),
@@ -617,7 +616,7 @@ def identity(config: Config, backbone, world: World) -> dict:
         "state": {"student": config.student_optimizer.state, "critic": config.critic_optimizer.state},
         "offload": config.engine.offload,
         "ema": config.ema is not None,
-        "lora": lora and {**lora.model_dump(), "alpha": lora.alpha or lora.rank},
+        "lora": None if config.lora is None else config.lora.model_dump(),
     }
 
 
