@@ -53,6 +53,7 @@ from dpdmd.files import (
     write_json,
     write_text,
 )
+from dpdmd.folder import OF_A_CHECKPOINT, matching
 from dpdmd.lora import save_adapter
 from dpdmd.optimizer import STATE_BYTES
 from dpdmd.shards import Layout, SavedRole
@@ -240,11 +241,10 @@ class Checkpoints:
         self.remove_unfinished()
         suspect = os.path.exists(final / _SUSPECT)
         left_out = not suspect and (final in self._left_out or not os.path.isfile(final / _INDEX))
-        if os.path.lexists(final) and (left_out or _foreign(final)):
-            kept = _free_name(final.with_name(f"{final.name}.left_out"))
-            with disk_errors(final):
-                os.rename(final, kept)
-            why = "was left out," if left_out else f"holds {_foreign(kept)[0]}, which no run wrote,"
+        foreign = [] if left_out else _foreign(final)  # what was left out may be another user's, and closed
+        if os.path.lexists(final) and (left_out or foreign):
+            kept = _leave_out(final)
+            why = "was left out," if left_out else f"holds {foreign[0]}, which no run wrote,"
             print(f"{final} {why} and stays as {kept.name}", file=sys.stderr, flush=True)
         unfinished = self._unfinished(final)
         with disk_errors(final):
@@ -339,10 +339,10 @@ class Checkpoints:
     def _delete(self, path: Path) -> None:
         """What else lies in it stays, in a folder of another name."""
         if foreign := _foreign(path):
-            kept = _free_name(path.with_name(f"{path.name}.left_out"))
-            os.rename(path, kept)
+            kept = _leave_out(path)
             for each in _own(kept):
-                remove(each)
+                if each.is_symlink() or not each.is_dir():
+                    remove(each)
             print(f"{path} is deleted but for {', '.join(foreign[:3])}: see {kept}", file=sys.stderr, flush=True)
             self._awaited.pop(path, None)
             return
@@ -598,22 +598,25 @@ def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
     return None
 
 
-_OWN = re.compile(r"index\.json|confirmed|suspect|student|critic|(student|critic)/rank_\d{5,}(_\d{4,})?\.safetensors")
-
-
 def _own(folder: Path) -> list[Path]:
-    """What a run has written in a checkpoint's folder, the index first; no folders."""
-    names = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*")}
-    own = [name for name, path in names.items() if _OWN.fullmatch(name) and (path.is_symlink() or not path.is_dir())]
-    return [names[name] for name in sorted(own, key=lambda name: (name != _INDEX, name))]
+    """What has a name that a run gives in a checkpoint's folder, the index first; not the folders of the roles."""
+    return [path for pattern in OF_A_CHECKPOINT for path in matching(folder, pattern)]
 
 
 def _foreign(folder: Path) -> list[str]:
     """What lies in a checkpoint's folder that no run wrote."""
     if not folder.is_dir() or folder.is_symlink():
         return []
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*"))
-    return sorted(name for name in names if not _OWN.fullmatch(name))
+    ours = {*_own(folder), *(folder / role for role in _ROLES)}
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in ours)
+
+
+def _leave_out(path: Path) -> Path:
+    """Gives what lies under a checkpoint's name another one, under which no run takes it or deletes it."""
+    kept = _free_name(path.with_name(f"{path.name}.left_out"))
+    with disk_errors(path):
+        os.rename(path, kept)
+    return kept
 
 
 def _iteration(path: Path) -> int:

@@ -60,8 +60,7 @@ def resolve_dtype(name: str, device: str) -> torch.dtype:
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError, before anything is loaded, for a device, optimizer or arithmetic that is not to
-    be had."""
+    """Raises ConfigError, before anything is loaded, for a device, optimizer or arithmetic that is not to be had."""
     device = resolve_device(config.engine.device)
     if config.model.fp8 != "off" and (device != "cuda" or not converts("cuda", torch.cuda.current_device())):
         raise ConfigError(

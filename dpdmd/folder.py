@@ -27,25 +27,21 @@ _STEP, _RANK = "step_######", "rank_#####"
 _STEPS = (_STEP, *(f".{kind}-{_STEP}" for kind in ("unfinished", "replaced", "deleted")))
 _STEPS += (f"{_STEP}.left_out", f"{_STEP}.left_out_#")
 _STUDENTS = ("student", f"student_{_STEP}", f"student_{_STEP}_#", ".unfinished-student", ".replaced-student")
+# What it writes in a checkpoint's folder; see OWN.
+OF_A_CHECKPOINT = (
+    *("index.json", "confirmed", "suspect"),
+    *(
+        f"{role}/{unfinished}{file}.safetensors"
+        for role in ("student", "critic")
+        for unfinished in ("", ".unfinished-")
+        for file in (_RANK, f"{_RANK}_####")
+    ),
+)
 # What a run writes in its folder, # for a digit (the last of several for one or more), in the order in which it is deleted:
 # a process that is ended meanwhile leaves no checkpoint to go on from, and what says that a run was here last. Embeddings
 # are not among them: they are keyed by content, and stay.
 OWN = (
-    *(
-        f"checkpoints/{folder}/{name}"
-        for name in (
-            "index.json",
-            "confirmed",
-            "suspect",
-            *(
-                f"{role}/{unfinished}{file}.safetensors"
-                for role in ("student", "critic")
-                for unfinished in ("", ".unfinished-")
-                for file in (_RANK, f"{_RANK}_####")
-            ),
-        )
-        for folder in _STEPS
-    ),
+    *(f"checkpoints/{folder}/{name}" for name in OF_A_CHECKPOINT for folder in _STEPS),
     f"samples/{_STEP}.png",
     "evaluation/table.json",
     "evaluation/grid.png",
@@ -68,7 +64,7 @@ _FOLDERS = ("checkpoints", "samples", "evaluation", "tensorboard", "embeddings")
 _TOP = tuple(dict.fromkeys(pattern.split("/")[0] for pattern in OWN))
 
 
-def _found(folder: Path, pattern: str) -> list[Path]:
+def matching(folder: Path, pattern: str) -> list[Path]:
     """What in the folder has such a name."""
     form = _form(pattern)
     found = folder.glob(re.sub("#+", "*", pattern))
@@ -124,7 +120,7 @@ class RunFolder:
                 raise ConfigError(f"{name}: {each} in it is no folder, and a run makes one: move it away")
             if (folder / each).is_dir() and not os.access(folder / each, os.R_OK | os.W_OK | os.X_OK):
                 raise ConfigError(f"{name}: {each} in it cannot be read and written to, as a run does")
-        holds = sorted({path.name for pattern in _TOP for path in _found(folder, pattern)}) if folder.is_dir() else []
+        holds = sorted({path.name for pattern in _TOP for path in matching(folder, pattern)}) if folder.is_dir() else []
         if holds and not marked:
             raise ConfigError(
                 f"{name} holds {_list(holds)}, which a run would write over, and no {MARK}, by which a run marks what is its "
@@ -188,8 +184,8 @@ class RunFolder:
 
 def _links(folder: Path) -> list[str]:
     """Links among the names and folders of a run, by way of which `delete_own` would come to what lies elsewhere."""
-    tops = {path for name in _TOP for path in _found(folder, name)}
-    folders = {parent for pattern in OWN for path in _found(folder, pattern) for parent in path.parents}
+    tops = {path for name in _TOP for path in matching(folder, name)}
+    folders = {parent for pattern in OWN for path in matching(folder, pattern) for parent in path.parents}
     found = (path for path in tops | folders if path != folder and path.is_relative_to(folder) and path.is_symlink())
     return sorted(str(path.relative_to(folder)) for path in found)
 
@@ -209,11 +205,11 @@ def _list(names: list[str]) -> str:
 def delete_own(folder: Path) -> None:
     """Deletes what runs have written in a marked folder, and folders that are empty then; everything else stays."""
     for pattern in OWN:
-        for path in _found(folder, pattern):
+        for path in matching(folder, pattern):
             if path.is_file() or path.is_symlink():
                 path.unlink(missing_ok=True)
     for name in _TOP:
-        for top in _found(folder, name):
+        for top in matching(folder, name):
             if top.is_dir() and not top.is_symlink():
                 for below in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
                     _remove_empty(below)

@@ -39,6 +39,11 @@ def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
     return Draws(seed, index, "sample", 0).noise((1, *shape))
 
 
+def first_noises(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """`sampling_noise` of the first `count` pictures, (count, C, H, W)."""
+    return torch.cat([sampling_noise(seed, index, shape) for index in range(count)])
+
+
 @dataclass(frozen=True)
 class Student:
     """An exported student with what is needed to sample from it."""
@@ -252,7 +257,7 @@ def _main(argv: list[str] | None) -> None:
     embeddings = student.encode(args.prompt)
     decoder = student.backbone.load_decoder(student.device)
     shape = student.backbone.latent_shape
-    noise = torch.cat([sampling_noise(args.seed, index, shape) for index in range(args.num_images)])
+    noise = first_noises(args.seed, args.num_images, shape)
     first = next_number(args.output)
     for number in range(len(args.prompt)):
         cond = {

@@ -44,7 +44,7 @@ from dpdmd.journal import Journal, check_writers
 from dpdmd.lora import largest_rank
 from dpdmd.plan import Plan, gpu_bytes, resolve
 from dpdmd.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
-from dpdmd.sample import decode, sampling_noise, save_grid
+from dpdmd.sample import decode, first_noises, save_grid
 from dpdmd.stopping import Stop
 from dpdmd.world import World
 
@@ -408,8 +408,8 @@ def problem_of_export(trainer: Trainer) -> str | None:
     processes call."""
     networks, world = trainer.networks, trainer.world
     prompts = trainer.prompts_of_batch(0, world.rank)
-    noise = torch.cat([sampling_noise(0, index, trainer.backbone.latent_shape) for index in range(len(prompts))])
-    noise, cond = noise.to(world.device), trainer.conditioner.cond(prompts)
+    noise = first_noises(0, len(prompts), trainer.backbone.latent_shape).to(world.device)
+    cond = trainer.conditioner.cond(prompts)
     with torch.no_grad(), networks["student"].averaged():
         finite = networks["student"].is_finite()
         moved = networks["student"].bits() != trainer.initial_bits
@@ -683,8 +683,7 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
     """A grid with the teacher's pictures beside the student's from the same noise; all processes call."""
     prompts = sample_prompts(trainer.config, trainer.prompts)
     shape, scale = trainer.backbone.latent_shape, trainer.config.distill.guidance_scale
-    noise = torch.cat([sampling_noise(trainer.config.run.seed, index, shape) for index in range(images_a_prompt)])
-    noise = noise.to(trainer.world.device)
+    noise = first_noises(trainer.config.run.seed, images_a_prompt, shape).to(trainer.world.device)
     distillation = trainer.distillation
     rows = []
     with torch.no_grad(), trainer.networks["student"].averaged():

@@ -75,7 +75,7 @@ ALLOWED = {
     "footprint": {"config", "kernels", "lora"},
     "budget": {"config", "footprint", "optimizer", "residency"},
     "plan": {"backbones", "budget", "command", "config"},
-    "checkpoint": {"config", "distill", "engine", "files", "lora", "optimizer", "shards", "world"},
+    "checkpoint": {"config", "distill", "engine", "files", "folder", "lora", "optimizer", "shards", "world"},
     "sample": {"agreement", "backbones", "checkpoint", "command", "config", "diffusion", "distill", "engine", "lora"},
 }
 

@@ -365,9 +365,7 @@ def test_two_blocks_of_a_kind_stand_for_all(networks, family, fused):
     """The whole network, run as it is, keeps what the parts add up to, and does as much."""
     backbone = networks[family]
     measured = measure(backbone, "teacher", 3, torch.bfloat16, fused=fused)
-    with torch.device("meta"):
-        model = backbone._class.from_config(backbone.transformer_config("teacher"))
-    model = footprint._cast(model, torch.bfloat16).eval()
+    model = footprint._cast(backbone.empty_transformer("teacher"), torch.bfloat16).eval()
     assert measured.parameters == measured.trained == sum(p.numel() for p in model.parameters())
     if fused:
         fuse_transformer(model, verbose=False)
