@@ -14,11 +14,11 @@ from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-ROOT = Path(__file__).resolve().parent
+RUNTIME = Path(__file__).resolve().parent / "dpdmd" / "kernels" / "runtime"
 
 
 def _load_build():
-    spec = importlib.util.spec_from_file_location("_build", ROOT / "kernels" / "_build.py")
+    spec = importlib.util.spec_from_file_location("build", RUNTIME / "build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -34,11 +34,11 @@ class BuildWithKernels(build_py):
         if REASON:
             self.announce(f"dpdmd: installing without compiled CUDA kernels: {REASON}", level=3)
             return
-        library = ROOT / "kernels" / BUILD.file_name()
+        library = RUNTIME / BUILD.file_name()
         if not library.exists():
             BUILD.build(library.parent)
         if not self.editable_mode:
-            shutil.copy(library, Path(self.build_lib) / "dpdmd" / "kernels")
+            shutil.copy(library, Path(self.build_lib) / "dpdmd" / "kernels" / "runtime")
 
 
 class AnyPythonWheel(bdist_wheel):

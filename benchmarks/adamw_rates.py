@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels import Float8State, Philox, adamw_step, use_backend
-from dpdmd.kernels.adamw import BLOCK, exp_avg_of, exp_avg_sq_of
+from dpdmd.kernels.optim.adamw import BLOCK, exp_avg_of, exp_avg_sq_of
 
 DTYPE = torch.bfloat16  # of gradient and weight
 SIZES = {

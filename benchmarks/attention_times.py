@@ -1,6 +1,6 @@
 """Measure which attention kernel is the fastest on this GPU, by head dimension and length, for the package to ship.
 
-python benchmarks/attention_times.py [FILE]         kernels/attention_times.json unless given
+python benchmarks/attention_times.py [FILE]         kernels/attention/attention_times.json unless given
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from dpdmd.kernels import attention
-from dpdmd.kernels._attention_choice import HEAD_DIMS, LENGTHS, SHIPPED, measure
+from dpdmd.kernels.attention.choice import HEAD_DIMS, LENGTHS, SHIPPED, measure
 
 SHORT = ("H100", "H200")  # what a device is called in the table, if its full name has it
 

@@ -19,11 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpdmd.kernels.activation import gelu_tanh, swiglu
-from dpdmd.kernels.adaln_modulate import adaln_modulate
-from dpdmd.kernels.fp8 import Quantized, quantize_rows
-from dpdmd.kernels.gated_residual import gated_residual, gated_residual_adaln
-from dpdmd.kernels.qk_norm import TokenStream, qk_norm, qk_norm_rope
+from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu
+from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
+from dpdmd.kernels.blocks.fp8 import Quantized, quantize_rows
+from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
+from dpdmd.kernels.blocks.qk_norm import TokenStream, qk_norm, qk_norm_rope
 
 DTYPE = torch.bfloat16
 EPS = 1e-6

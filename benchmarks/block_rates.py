@@ -20,7 +20,7 @@ from block_operations import BLOCK_OPERATIONS, BlockOperation, Tensors
 from torch import Tensor
 
 from dpdmd.kernels import use_backend
-from dpdmd.kernels.fp8 import Quantized
+from dpdmd.kernels.blocks.fp8 import Quantized
 
 # Ours round once, and gradients besides once where the rounded h is what is normalised. Peers in bfloat16 round after
 # every operation: of them it is only asked whether they compute the same.

@@ -33,7 +33,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dpdmd.files import load_tensors, sha256, write_json
-from dpdmd.provenance import provenance
+from dpdmd.run.provenance import provenance
 
 ITERATIONS = 18
 SETTINGS = (

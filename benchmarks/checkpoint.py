@@ -23,11 +23,11 @@ from cycle import PROMPTS
 
 from dpdmd import train
 from dpdmd.backbones import load_backbone
-from dpdmd.checkpoint import Checkpoints, checkpoint_bytes
 from dpdmd.config import load_config
-from dpdmd.engine import start
+from dpdmd.engine.roles import start
 from dpdmd.files import readable_bytes, write_json
-from dpdmd.provenance import provenance
+from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes
+from dpdmd.run.provenance import provenance
 
 
 class Clock:

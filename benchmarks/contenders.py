@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 
 from dpdmd.config import Config
-from dpdmd.engine import Step
-from dpdmd.world import World
+from dpdmd.engine.roles import Step
+from dpdmd.engine.world import World
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,9 @@ from contenders import CONTENDERS, Peer
 from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
-from dpdmd.engine import start
-from dpdmd.provenance import provenance
-from dpdmd.residency import Traffic
+from dpdmd.engine.residency import Traffic
+from dpdmd.engine.roles import start
+from dpdmd.run.provenance import provenance
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
 

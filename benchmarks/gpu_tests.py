@@ -28,7 +28,7 @@ import torch
 
 from dpdmd.command import ConfigError
 from dpdmd.files import write_json
-from dpdmd.provenance import provenance
+from dpdmd.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results" / "gpu_tests.json"

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpdmd.kernels import selective_checkpoint
-from dpdmd.kernels.attention import DenseGradient
-from dpdmd.kernels.fuse_transformer import fuse_transformer, unfuse_transformer
+from dpdmd.kernels.attention.attention import DenseGradient
+from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, unfuse_transformer
 
 # The last takes minutes to compile: a run that is cut off has the others.
 VARIANTS = ("eager", "fused", "fused_fp8", "fused_selective", "compiled")

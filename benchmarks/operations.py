@@ -200,7 +200,7 @@ def _result(x: Tensor, wide: torch.dtype) -> torch.dtype:
 
 OPERATIONS = {
     "dmd_loss": Operation(
-        module="dmd_loss",
+        module="losses.dmd",
         loss=True,
         make=_make_dmd,
         ours=_dmd_ours,
@@ -209,7 +209,7 @@ OPERATIONS = {
         reads=("teacher", "teacher_uncond", "critic"),
     ),
     "dmd_loss_x0": Operation(
-        module="dmd_loss",
+        module="losses.dmd",
         loss=True,
         make=_make_dmd_x0,
         ours=_dmd_x0_ours,
@@ -217,7 +217,7 @@ OPERATIONS = {
         reads=("teacher", "teacher_uncond", "critic", "x_t"),
     ),
     "v_prediction_loss": Operation(
-        module="v_prediction_loss",
+        module="losses.v_prediction",
         loss=True,
         make=lambda randn, t: (randn(), randn(), randn(), t),
         ours=v_prediction_loss,
@@ -225,7 +225,7 @@ OPERATIONS = {
         reads=("v", "noise", "z"),
     ),
     "flow_matching_loss": Operation(
-        module="flow_matching_loss",
+        module="losses.flow_matching",
         loss=True,
         make=lambda randn, t: (randn(), randn(), randn()),
         ours=flow_matching_loss,
@@ -233,7 +233,7 @@ OPERATIONS = {
         reads=("v", "noise", "x"),
     ),
     "x_prediction_loss": Operation(
-        module="x_prediction_loss",
+        module="losses.x_prediction",
         loss=True,
         make=_make_x_prediction,
         ours=_x_prediction_ours,
@@ -241,7 +241,7 @@ OPERATIONS = {
         reads=("prediction", "x_t", "x0_target"),
     ),
     "renoise": Operation(
-        module="renoise",
+        module="sampling.renoise",
         loss=False,
         make=lambda randn, t: (randn(), randn(), t),
         ours=renoise,
@@ -249,7 +249,7 @@ OPERATIONS = {
         reads=("x", "noise"),
     ),
     "renoise_philox": Operation(  # the noise is made where it is used: read from nowhere, written nowhere
-        module="renoise",
+        module="sampling.renoise",
         loss=False,
         make=lambda randn, t: (randn(), t),
         ours=_philox_ours,
@@ -260,7 +260,7 @@ OPERATIONS = {
         random_peer=True,
     ),
     "guided_euler_step": Operation(
-        module="guided_euler_step",
+        module="sampling.guided_euler_step",
         loss=False,
         make=lambda randn, t: (randn(), randn(), randn(), t, 0.8 * t),
         ours=_euler_ours,

@@ -53,8 +53,9 @@ import transformer
 from block_operations import BLOCK_OPERATIONS
 from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
 
-from dpdmd.kernels import backend, use_backend
-from dpdmd.provenance import provenance
+from dpdmd.kernels import use_backend
+from dpdmd.kernels.runtime import backend
+from dpdmd.run.provenance import provenance
 
 ROOT = Path(__file__).parents[1]
 STORED = ROOT / "benchmarks" / "results" / "kernels.json"

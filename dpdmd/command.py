@@ -30,6 +30,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType, TracebackType
 
+# A file of this folder that is run as a script has the folder first on sys.path, where its modules would hide installed
+# ones of their names (kernels). Every command imports this module first.
+_HERE = str(Path(__file__).parent)
+sys.path[:] = [path for path in sys.path if os.path.abspath(path) != _HERE]
+
 BUG, ENDED = 70, 75  # EX_SOFTWARE and EX_TEMPFAIL of sysexits.h
 
 

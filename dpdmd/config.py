@@ -27,7 +27,7 @@ import yaml
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
 
 from dpdmd.command import ConfigError, expand
-from dpdmd.opening import open_file
+from dpdmd.files import open_file
 
 CONFIG_FOLDER = next(
     (

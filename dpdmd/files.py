@@ -20,6 +20,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -27,8 +28,6 @@ from typing import IO, Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-
-from dpdmd.opening import open_file
 
 UNFINISHED = ".unfinished-"
 _REPLACED = ".replaced-"
@@ -53,6 +52,23 @@ _DTYPES = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+
+
+@contextlib.contextmanager
+def open_file(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
+    """A regular file's bytes. Raises OSError for any other: a pipe or a device can keep its reader waiting for ever."""
+    with open(path, "rb", buffering, opener=_at_once) as file:
+        mode = os.fstat(file.fileno()).st_mode
+        if not stat.S_ISREG(mode):
+            kind = "pipe" if stat.S_ISFIFO(mode) else "device"
+            raise OSError(errno.EINVAL, f"a {kind}, where a file is needed", str(path))
+        yield file
+
+
+def _at_once(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for somebody who writes to it
+
+
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _METADATA = "__metadata__"
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit

@@ -20,19 +20,6 @@ from typing import Any
 import torch
 
 from dpdmd.backbones import load_backbone
-from dpdmd.budget import (
-    ALIKE,
-    GIB,
-    GPUS_A_NODE,
-    PARTS,
-    STATE_BYTES,
-    Footprints,
-    Memory,
-    Plan,
-    block_passes,
-    gib,
-    plan_of,
-)
 from dpdmd.config import (
     LARGEST_SIZE,
     Config,
@@ -44,6 +31,19 @@ from dpdmd.config import (
     parse_config,
     read_overrides,
     to_yaml,
+)
+from dpdmd.planner.budget import (
+    ALIKE,
+    GIB,
+    GPUS_A_NODE,
+    PARTS,
+    STATE_BYTES,
+    Footprints,
+    Memory,
+    Plan,
+    block_passes,
+    gib,
+    plan_of,
 )
 
 WORTH = 0.05  # so much faster is what makes a change of settings one to recommend

@@ -22,14 +22,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from dpdmd.agreement import check_kernels
 from dpdmd.backbones.files import read_json, reading
-from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import EARLIEST_START, LATEST
 from dpdmd.distill import Draws, rollout
-from dpdmd.engine import resolve_device, resolve_dtype
-from dpdmd.lora import WEIGHTS_FILE, check_adapter
+from dpdmd.engine.lora import WEIGHTS_FILE, check_adapter
+from dpdmd.engine.roles import resolve_device, resolve_dtype
+from dpdmd.run.agreement import check_kernels
+from dpdmd.run.checkpoint import STUDENT_FILE
 
 _FORMAT = 1  # of dpdmd.json
 

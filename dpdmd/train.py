@@ -22,10 +22,18 @@ from pathlib import Path
 
 import torch
 
-from dpdmd import engine
-from dpdmd.agreement import agree_on_attention, check_alike, check_kernels, check_settings
 from dpdmd.backbones import load_backbone
-from dpdmd.checkpoint import (
+from dpdmd.command import RunEnded, RunStopped
+from dpdmd.config import Config, ConfigError, load_config, to_yaml
+from dpdmd.distill import Distillation, Draws, rollout
+from dpdmd.engine import roles as engine
+from dpdmd.engine.lora import largest_rank
+from dpdmd.engine.roles import Later, Network, Phases, Step, resolve_dtype, start
+from dpdmd.engine.world import World
+from dpdmd.files import digests, read_json, sha256
+from dpdmd.plan import Plan, gpu_bytes, resolve
+from dpdmd.run.agreement import agree_on_attention, check_alike, check_kernels, check_settings
+from dpdmd.run.checkpoint import (
     STUDENT_FILE,
     Checkpoint,
     Checkpoints,
@@ -34,19 +42,11 @@ from dpdmd.checkpoint import (
     export_student,
     with_global_batch,
 )
-from dpdmd.command import RunEnded, RunStopped
-from dpdmd.config import Config, ConfigError, load_config, to_yaml
-from dpdmd.distill import Distillation, Draws, rollout
-from dpdmd.engine import Later, Network, Phases, Step, resolve_dtype, start
-from dpdmd.files import digests, read_json, sha256
-from dpdmd.folder import MARK, RunFolder, check_place, check_space
-from dpdmd.journal import Journal, check_writers
-from dpdmd.lora import largest_rank
-from dpdmd.plan import Plan, gpu_bytes, resolve
-from dpdmd.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
+from dpdmd.run.folder import MARK, RunFolder, check_place, check_space
+from dpdmd.run.journal import Journal, check_writers
+from dpdmd.run.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
+from dpdmd.run.stopping import Stop
 from dpdmd.sample import decode, first_noises, save_grid
-from dpdmd.stopping import Stop
-from dpdmd.world import World
 
 ROLES = ("teacher", "student", "critic")
 
@@ -391,7 +391,7 @@ def finish(
         if world.main:
             print(f"communication: each process received {summary['received_bytes_a_cycle'] / 1e9:.3g} GB a cycle")
     if config.evaluation.enabled:
-        from dpdmd.demo.report import report
+        from dpdmd.worlds.demo.report import report
 
         with trainer.networks["student"].averaged():
             summary["evaluation"] = report(trainer, folder)
@@ -574,7 +574,7 @@ def check(config: Config, backbone) -> None:
                 f"adapter of rank {most} can be whatever one of a higher rank can"
             )
     if config.evaluation.enabled:
-        from dpdmd.demo.world import SIZE
+        from dpdmd.worlds.demo.world import SIZE
 
         if config.model.resolution != SIZE:
             raise ConfigError(
@@ -602,7 +602,7 @@ def due(count: int, every: int) -> bool:
 def load_prompts(config: Config) -> list[str]:
     if config.prompts.file is not None:
         return read_prompts(config.prompts.file, config.prompts.field)
-    from dpdmd.demo import PROMPTS
+    from dpdmd.worlds.demo import PROMPTS
 
     return read_prompts(PROMPTS)
 
@@ -669,7 +669,7 @@ def extra_prompts(config: Config, prompts: list[str]) -> list[str]:
     """Prompts beyond the training ones that need embeddings: those of sample grids and of the evaluation."""
     extra = sample_prompts(config, prompts) if config.run.sample_every else []
     if config.evaluation.enabled:
-        from dpdmd.demo.report import evaluation_texts
+        from dpdmd.worlds.demo.report import evaluation_texts
 
         extra = [*extra, *evaluation_texts(config)]
     return extra
@@ -710,7 +710,7 @@ def draw_samples(trainer: Trainer, path: Path, images_a_prompt: int = 4) -> None
 
 
 def evaluate_student(trainer: Trainer) -> dict[str, float] | None:
-    from dpdmd.demo.report import measure_student
+    from dpdmd.worlds.demo.report import measure_student
 
     with trainer.networks["student"].averaged():
         return measure_student(trainer)

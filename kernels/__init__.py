@@ -1,25 +1,25 @@
 """The operations of distribution matching distillation, on torch (and Triton where there is one) and nothing else."""
 
-from dpdmd.kernels.activation import gelu_tanh, swiglu
-from dpdmd.kernels.adaln_modulate import adaln_modulate
-from dpdmd.kernels.adamw import Float8State, adamw_step
-from dpdmd.kernels.attention import attention
-from dpdmd.kernels.backend import use_backend
-from dpdmd.kernels.dmd_loss import dmd_loss
-from dpdmd.kernels.flow_matching_loss import flow_matching_loss
-from dpdmd.kernels.fp8 import Quantized, fp8_linear, quantize_rows
-from dpdmd.kernels.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
-from dpdmd.kernels.gated_residual import gated_residual, gated_residual_adaln
-from dpdmd.kernels.gelu_mlp import gelu_mlp
-from dpdmd.kernels.guided_euler_step import guided_euler_step
-from dpdmd.kernels.linear_gelu import linear_gelu
-from dpdmd.kernels.packed_linear import packed_linear
-from dpdmd.kernels.philox import Philox
-from dpdmd.kernels.qk_norm import TokenStream, qk_norm, qk_norm_rope
-from dpdmd.kernels.renoise import renoise
-from dpdmd.kernels.selective_checkpoint import selective_checkpoint
-from dpdmd.kernels.v_prediction_loss import v_prediction_loss
-from dpdmd.kernels.x_prediction_loss import x_prediction_loss
+from dpdmd.kernels.attention.attention import attention
+from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu
+from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
+from dpdmd.kernels.blocks.fp8 import Quantized, fp8_linear, quantize_rows
+from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
+from dpdmd.kernels.blocks.gelu_mlp import gelu_mlp
+from dpdmd.kernels.blocks.linear_gelu import linear_gelu
+from dpdmd.kernels.blocks.packed_linear import packed_linear
+from dpdmd.kernels.blocks.qk_norm import TokenStream, qk_norm, qk_norm_rope
+from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
+from dpdmd.kernels.fusion.selective_checkpoint import selective_checkpoint
+from dpdmd.kernels.losses.dmd import dmd_loss
+from dpdmd.kernels.losses.flow_matching import flow_matching_loss
+from dpdmd.kernels.losses.v_prediction import v_prediction_loss
+from dpdmd.kernels.losses.x_prediction import x_prediction_loss
+from dpdmd.kernels.optim.adamw import Float8State, adamw_step
+from dpdmd.kernels.runtime.backend import use_backend
+from dpdmd.kernels.runtime.philox import Philox
+from dpdmd.kernels.sampling.guided_euler_step import guided_euler_step
+from dpdmd.kernels.sampling.renoise import renoise
 
 __all__ = [
     "Float8State",

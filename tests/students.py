@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from dpdmd.backbones import load_backbone
 from dpdmd.backbones.base import Backbone
-from dpdmd.checkpoint import export_student
 from dpdmd.config import Config
 from dpdmd.distill import Distillation
-from dpdmd.lora import adapter_parameters, add_adapters, use
+from dpdmd.engine.lora import adapter_parameters, add_adapters, use
+from dpdmd.run.checkpoint import export_student
 
 _WORLD = SimpleNamespace(main=True, barrier=lambda: None)
 

@@ -24,7 +24,7 @@ from processes import run_command
 from dpdmd import command
 from dpdmd.command import BUG, ConfigError, RunStopped, run
 from dpdmd.config import Config, known_keys, load_config, parse_config, to_yaml
-from dpdmd.prompts import read_prompts
+from dpdmd.run.prompts import read_prompts
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +285,7 @@ def test_what_options_accept(kind, good, bad):
 
 def mains():
     from dpdmd import plan, sample, train
-    from dpdmd.demo import curves, train_teacher
+    from dpdmd.worlds.demo import curves, train_teacher
 
     return {
         "train": (train.main, ["--config", "{tmp}/none.yaml"]),
@@ -373,7 +373,7 @@ def test_options_have_ranges(arguments, monkeypatch, capsys):
         monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         package = ""
     else:
-        package = "dpdmd.demo." if name in ("curves", "train_teacher") else "dpdmd."
+        package = "dpdmd.worlds.demo." if name in ("curves", "train_teacher") else "dpdmd."
     before = set(sys.modules)
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(f"{package}{name}").main(arguments)
@@ -948,9 +948,9 @@ def test_mutated_prompt_files(tmp_path, suffix):
     assert found[True] > 100 and found[False] > 30, found
 
 
-COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/demo/train_teacher.py", "dpdmd/demo/curves.py",
-            "benchmarks/cycle.py", "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py", "benchmarks/run.py",
-            "benchmarks/chaos.py")  # fmt: skip
+COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/worlds/demo/train_teacher.py",
+            "dpdmd/worlds/demo/curves.py", "benchmarks/cycle.py", "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py",
+            "benchmarks/run.py", "benchmarks/chaos.py")  # fmt: skip
 
 
 def test_the_planner_tries_nothing_that_cannot_be(capsys):

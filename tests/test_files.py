@@ -21,6 +21,7 @@ from processes import run_command
 from dpdmd import files
 from dpdmd.backbones.sd3 import SD3
 from dpdmd.config import ModelConfig
+from dpdmd.engine.lora import add_adapters, save_adapter
 from dpdmd.files import (
     DamagedFile,
     disk_errors,
@@ -38,7 +39,6 @@ from dpdmd.files import (
     write_text,
     writing,
 )
-from dpdmd.lora import add_adapters, save_adapter
 
 
 @contextlib.contextmanager

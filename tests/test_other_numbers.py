@@ -13,7 +13,7 @@ from runs import DRIVER, TRAIN, checked, distance, weights
 from safetensors.torch import load_file
 
 from dpdmd import command
-from dpdmd.demo import TEACHER
+from dpdmd.worlds.demo import TEACHER
 
 
 def through_other_numbers(options, folder: Path, expected: Path, numbers: tuple[int, ...], gpu: bool = False) -> None:

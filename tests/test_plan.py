@@ -12,13 +12,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpdmd import budget, footprint, plan, train
+from dpdmd import plan, train
 from dpdmd.backbones import flux, load_backbone
-from dpdmd.budget import GIB, Chain, Footprints, Memory, gathers, in_parts, plan_of, seconds, traffic
 from dpdmd.config import CONFIG_FOLDER, ConfigError, KeptPassesConfig, LoraConfig, load_config, parse_config
-from dpdmd.footprint import Block, Footprint, Meter, Pass, Work, measure
 from dpdmd.kernels import fuse_transformer
-from dpdmd.kernels.backend import shapes_only, use_backend
+from dpdmd.kernels.runtime.backend import shapes_only, use_backend
+from dpdmd.planner import budget, footprint
+from dpdmd.planner.budget import GIB, Chain, Footprints, Memory, gathers, in_parts, plan_of, seconds, traffic
+from dpdmd.planner.footprint import Block, Footprint, Meter, Pass, Work, measure
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -427,7 +428,7 @@ def test_meta_tensors_keep_what_the_kernels_keep(networks, family, monkeypatch):
 
 
 def footprint_runs_no_triton():
-    from dpdmd.kernels.backend import why_not
+    from dpdmd.kernels.runtime.backend import why_not
 
     return bool(why_not("triton", "cpu", None))
 

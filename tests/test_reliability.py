@@ -13,7 +13,7 @@ from processes import run_script
 from runs import DRIVER, TRAIN, checked, distance, same_bits, weights
 from safetensors.torch import load_file, save_file
 
-from dpdmd.demo import TEACHER
+from dpdmd.worlds.demo import TEACHER
 
 
 @pytest.mark.distributed
@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_falls_back_in_a_run(options, straight, tmp_path):
 @pytest.mark.distributed
 def test_a_norm_is_exact_on_the_cpu():
     """vector_norm in float32 was 4e-4 off at 10 million elements, and sets the clipping."""
-    from dpdmd.engine import sum_of_squares
+    from dpdmd.engine.roles import sum_of_squares
 
     x = torch.rand(10_000_000, generator=torch.Generator().manual_seed(0))
     exact = float(x.double().norm())

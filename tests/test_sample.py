@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from students import exported
 
 from dpdmd import sample
-from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import Config, ConfigError, parse_config
-from dpdmd.lora import WEIGHTS_FILE
+from dpdmd.engine.lora import WEIGHTS_FILE
+from dpdmd.run.checkpoint import STUDENT_FILE
 
 FAMILIES = {"sd3": "tiny_pipeline", "flux": "tiny_flux"}
 RANK, ALPHA = 3, 5.0

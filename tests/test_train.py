@@ -17,8 +17,8 @@ from runs import DRIVER, TRAIN, checked, distance, same_bits, weights
 from safetensors.torch import load_file
 
 from dpdmd import train
-from dpdmd.checkpoint import STUDENT_FILE
 from dpdmd.config import load_config
+from dpdmd.run.checkpoint import STUDENT_FILE
 
 
 @pytest.fixture(scope="module")

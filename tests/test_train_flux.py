@@ -11,7 +11,7 @@ from processes import run_script
 from runs import TRAIN
 from safetensors.torch import load_file
 
-from dpdmd.checkpoint import STUDENT_FILE
+from dpdmd.run.checkpoint import STUDENT_FILE
 
 
 @pytest.fixture(scope="module")

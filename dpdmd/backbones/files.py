@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpdmd.config import POINTER_BYTES, ConfigError, refuse_pointer
-from dpdmd.files import is_finite
-from dpdmd.opening import open_file
+from dpdmd.files import is_finite, open_file
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.

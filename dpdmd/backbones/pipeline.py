@@ -22,10 +22,12 @@ from dpdmd.backbones.files import (
     reading,
 )
 from dpdmd.config import ConfigError
-from dpdmd.opening import open_file
+from dpdmd.files import open_file
 
 # By model.family.
 PIPELINE_CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
+
+WORLDS = Path(__file__).parents[1] / "worlds"  # each a teacher, which its folder's name stands for
 
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
 _COPIES = [f"*.{variant}*" for variant in VARIANTS]  # stand beside the weights under names of their own
@@ -36,7 +38,7 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 class PipelineFolder:
     """The folder of a diffusers pipeline of one class.
 
-    key: the setting that named it, for messages. name: a folder, a hub id, or "demo". revision: of a hub id.
+    key: the setting that named it, for messages. name: a folder, a hub id, or a world that ships ("demo"). revision: of a hub id.
     path: the folder; of a hub id the local snapshot, which holds the configuration and such weights as were fetched.
 
     Raises ConfigError where there is no such folder or repository, and where it is no pipeline or one of another class.
@@ -45,10 +47,8 @@ class PipelineFolder:
     def __init__(self, key: str, name: str, pipeline_class: str, revision: str | None = None):
         self.key, self.name = key, name
         self._is_remote = False
-        if name == "demo":
-            from dpdmd.demo import TEACHER
-
-            self.path = Path(TEACHER)
+        if name.isidentifier() and (WORLDS / name / "teacher").is_dir():
+            self.path = WORLDS / name / "teacher"
         elif name and os.path.isdir(name):  # of any string: Path.is_dir raises for one that is too long
             self.path = Path(name)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not _is_file_name(name):

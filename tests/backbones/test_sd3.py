@@ -548,8 +548,10 @@ def test_hub_downloads_weights_only_when_they_are_wanted(tiny_pipeline, tmp_path
     assert torch.equal(ours.encode(PROMPTS)["prompt_embeds"], theirs.encode(PROMPTS)["prompt_embeds"])
 
 
-def test_demo_is_the_teacher_that_ships(tiny_pipeline, monkeypatch):
-    import dpdmd.demo
+def test_the_demo_is_the_teacher_that_ships(tmp_path, tiny_pipeline, monkeypatch):
+    from dpdmd.backbones import pipeline
 
-    monkeypatch.setattr(dpdmd.demo, "TEACHER", tiny_pipeline, raising=False)
-    assert SD3(config("demo")).folder == tiny_pipeline
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "teacher").symlink_to(tiny_pipeline)
+    monkeypatch.setattr(pipeline, "WORLDS", tmp_path)
+    assert SD3(config("demo")).folder == tmp_path / "demo" / "teacher"

@@ -12,11 +12,11 @@ from types import SimpleNamespace
 
 import torch
 
-from dpdmd import engine
-from dpdmd.agreement import agree_on_attention
 from dpdmd.config import parse_config
-from dpdmd.kernels import _attention_choice as choice
+from dpdmd.engine import roles as engine
 from dpdmd.kernels import attention
+from dpdmd.kernels.attention import choice
+from dpdmd.run.agreement import agree_on_attention
 
 SHAPES = [(64, 1024), (64, 4429), (128, 4429)]
 backbone = SimpleNamespace(attention_shapes=lambda: SHAPES[:2])

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, weight_norm
 
-from dpdmd import engine
 from dpdmd.config import parse_config
+from dpdmd.engine import roles as engine
 from dpdmd.kernels import selective_checkpoint
 
 WIDTH = 8

@@ -17,11 +17,8 @@ from dpdmd.kernels import (
     Float8State,
     Philox,
     TokenStream,
-    _attention,
-    _triton,
     adaln_modulate,
     adamw_step,
-    backend,
     dmd_loss,
     flow_matching_loss,
     gated_residual_adaln,
@@ -35,7 +32,9 @@ from dpdmd.kernels import (
     v_prediction_loss,
     x_prediction_loss,
 )
-from dpdmd.kernels._rows import sum_rows
+from dpdmd.kernels.attention import flash
+from dpdmd.kernels.runtime import backend, launch
+from dpdmd.kernels.runtime.rows import sum_rows
 
 TYPES = {
     torch.float32: "fp32",
@@ -124,8 +123,8 @@ def qk_norm():
 def attention():
     for D in (64, 96, 128):
         q, k = zeros(1, 200, 2, D).detach(), zeros(1, 77, 2, D).detach()
-        o, lse = _attention.forward(q, k, k, 0.125)
-        _attention.backward(o, q, k, k, o, lse, 0.125)
+        o, lse = flash.forward(q, k, k, 0.125)
+        flash.backward(o, q, k, k, o, lse, 0.125)
 
 
 def adamw():
@@ -137,7 +136,7 @@ def adamw():
         adamw_step(torch.zeros(size), *states, zeros(size).detach(), **options, **settings)
 
 
-_triton.Kernel.__call__ = compile_as_called
+launch.Kernel.__call__ = compile_as_called
 backend.MISSING = dict.fromkeys(backend.MISSING, lambda *device: "")
 with use_backend("triton"):
     groups = {"losses": losses, "blocks": blocks, "qk_norm": qk_norm, "attention": attention, "adamw": adamw}

@@ -16,8 +16,8 @@ import torch
 from diffusers.models.attention import JointTransformerBlock
 from gradients import full_gradient
 
-from dpdmd import engine
 from dpdmd.config import parse_config
+from dpdmd.engine import roles as engine
 
 
 class Backbone:

@@ -20,9 +20,9 @@ from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from gradients import full_gradient, report
 
-from dpdmd import engine
 from dpdmd.config import parse_config
-from dpdmd.kernels.fuse_transformer import fuse_transformer
+from dpdmd.engine import roles as engine
+from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer
 
 LEARNING_RATE = 0.1
 ZERO = {

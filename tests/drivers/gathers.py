@@ -10,10 +10,11 @@ from collections import OrderedDict, defaultdict
 
 import torch.distributed as dist
 
-from dpdmd import engine, train
+from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import parse_config
-from dpdmd.residency import Traffic, Unit
+from dpdmd.engine import roles as engine
+from dpdmd.engine.residency import Traffic, Unit
 
 PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
 

@@ -14,9 +14,9 @@ import torch
 from fuse_zero3 import Backbone, distance, inputs, make
 from gradients import full_gradient, report
 
-from dpdmd import engine
 from dpdmd.config import parse_config
-from dpdmd.lora import adapter_parameters, load_adapter, save_adapter, use
+from dpdmd.engine import roles as engine
+from dpdmd.engine.lora import adapter_parameters, load_adapter, save_adapter, use
 
 LEARNING_RATE = 0.1
 

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from deepspeed.runtime.swap_tensor import optimizer_utils
 
-from dpdmd import checkpoint, distill, train
+from dpdmd import distill, train
+from dpdmd.run import checkpoint
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 what, folder, *arguments = arguments

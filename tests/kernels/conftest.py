@@ -8,7 +8,8 @@ there is one, otherwise Triton's kernels in its interpreter, and CUDA's not at a
 import pytest
 import torch
 
-from dpdmd.kernels import _triton, backend, use_backend
+from dpdmd.kernels import use_backend
+from dpdmd.kernels.runtime import backend, launch
 
 ON_GPU = torch.cuda.is_available()
 
@@ -52,7 +53,7 @@ def implementation(request):
 def triton_interprets():
     """What Triton reads besides, when it runs a kernel that tests/conftest.py had made for its interpreter."""
     with pytest.MonkeyPatch.context() as patch:
-        if _triton.INTERPRETED:
+        if launch.INTERPRETED:
             patch.setenv("TRITON_INTERPRET", "1")
         yield
 
@@ -61,7 +62,7 @@ def triton_interprets():
 def interpreter_does_as_a_gpu():
     """Triton's interpreter cuts the low bits off where it makes bfloat16 or e4m3 of float32, and cannot multiply
     matrices of bfloat16."""
-    if not _triton.INTERPRETED:
+    if not launch.INTERPRETED:
         yield
         return
     from triton import language

@@ -1,0 +1,184 @@
+"""AdamW as an optimizer of PyTorch's kind, on `dpdmd.kernels.adamw_step`: which state each parameter has, what is saved of
+it, and which random bits it is rounded with.
+
+State of a parameter of n elements, in its shape, beside `step`, an int:
+
+    float32    exp_avg, exp_avg_sq                                        8 bytes an element
+    bfloat16   the same, stochastically rounded                           4
+    float8     exp_avg, exp_avg_sq in uint8, and exp_avg_scale,           2 + 8 / 256
+               exp_avg_sq_scale (ceil(n / 256),) in float32
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels import Float8State, Philox, adamw_step
+from dpdmd.kernels.optim.adamw import check_hyperparameters
+
+STATE_BYTES = {"float32": 8.0, "bfloat16": 4.0, "float8": 2 + 8 / 256}  # of both moments, an element
+STATE_DTYPES = tuple(STATE_BYTES)
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) that goes over memory once a step, with moments in 4, 2 or 1 bytes.
+
+    params: tensors, or groups of them, as every torch optimizer takes them; float32 by the time they are updated.
+    lr, betas, eps, weight_decay: as in torch.optim.AdamW, whose float32 arithmetic this is.
+    state_dtype: of the moments, "float32", "bfloat16" or "float8"; the latter two are stochastically rounded.
+    seed: of the rounding, with the parameter's place among all and the step. Processes and roles that hold different
+        parameters should have different ones.
+
+    Raises ValueError for a number out of range or an unknown state_dtype, TypeError for a setting of another type.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        state_dtype: str = "float32",
+        seed: int = 0,
+    ):
+        # In the groups, as what torch saves, copies and pickles of an optimizer is its groups.
+        settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, settings | {"state_dtype": state_dtype, "seed": seed})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        _check_group(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """An update of every parameter that has a gradient. Returns what the closure returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for index, group, parameter in self._parameters():
+            if parameter.grad is not None:
+                self._update(index, group, parameter, parameter.grad)
+        return loss
+
+    @torch.no_grad()
+    def update(
+        self,
+        parameter: Tensor,
+        gradient: Tensor,
+        *,
+        weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        apply: Tensor | None = None,
+    ) -> None:
+        """An update of one parameter by a gradient that stands elsewhere than in parameter.grad.
+
+        parameter: one of the optimizer's, such as the flat float32 master of a shard.
+        gradient: of its number of elements, in float32, bfloat16 or float16.
+        weight: contiguous, of its number of elements; receives the new parameter in its own dtype.
+        scale: float32 (), a factor for the gradient. apply: bool (); where it is False nothing but `step` changes.
+
+        The host does not learn what `apply` was, so `step` counts the call. Who learns of it later and wants the bias
+        correction exact takes the step back: `state[parameter]["step"] -= 1`.
+
+        Raises ValueError for a parameter that the optimizer does not have, and what `adamw_step` raises.
+        """
+        index, group = self._place(parameter)
+        self._update(index, group, parameter, gradient, weight, scale, apply)
+
+    def create_state(self, parameter: Tensor) -> dict[str, Any]:
+        """The parameter's state, made now if there is none yet, as its first update would."""
+        _, group = self._place(parameter)
+        return self._state(group, parameter)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores what `state_dict()` gave, each tensor in its own dtype, on the device of its parameter: Optimizer's
+        own would make all of them float32.
+
+        Raises ValueError where the groups differ, in number, size or state_dtype.
+        """
+        saved_groups = state_dict["param_groups"]
+        for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
+            if saved.get("state_dtype") != group["state_dtype"]:
+                raise ValueError(
+                    f"param_groups[{index}] of the state_dict has state_dtype {saved.get('state_dtype')!r}; "
+                    f"this optimizer's has {group['state_dtype']!r}"
+                )
+        super().load_state_dict({**state_dict, "state": {}})
+        saved_ids = itertools.chain.from_iterable(group["params"] for group in saved_groups)
+        for (_, _, parameter), saved_id in zip(self._parameters(), saved_ids, strict=True):
+            if saved_id in state_dict["state"]:
+                self.state[parameter] = {
+                    name: value.to(parameter.device, copy=True) if isinstance(value, Tensor) else value
+                    for name, value in state_dict["state"][saved_id].items()
+                }
+
+    def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
+        """Every parameter with its place among all and its group. Looked up each time, as DeepSpeed puts flat shards in
+        the place of parameters."""
+        index = itertools.count()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                yield next(index), group, parameter
+
+    def _place(self, parameter: Tensor) -> tuple[int, dict[str, Any]]:
+        for index, group, each in self._parameters():
+            if each is parameter:
+                return index, group
+        raise ValueError(f"a tensor of shape {tuple(parameter.shape)} is none of the optimizer's parameters")
+
+    def _state(self, group: dict[str, Any], parameter: Tensor) -> dict[str, Any]:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                if group["state_dtype"] == "float8":
+                    zeros = Float8State.zeros(parameter.numel(), parameter.device)
+                    state |= {name: zeros.values.view(parameter.shape), f"{name}_scale": zeros.scales}
+                else:
+                    dtype = getattr(torch, group["state_dtype"])
+                    state[name] = torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+        return state
+
+    def _update(
+        self,
+        index: int,
+        group: dict[str, Any],
+        parameter: Tensor,
+        gradient: Tensor,
+        weight: Tensor | None = None,
+        scale: Tensor | None = None,
+        apply: Tensor | None = None,
+    ) -> None:
+        state = self._state(group, parameter)
+        moments = [state[name].view(-1) for name in ("exp_avg", "exp_avg_sq")]
+        if "exp_avg_scale" in state:
+            scales = state["exp_avg_scale"], state["exp_avg_sq_scale"]
+            moments = [Float8State(*moment) for moment in zip(moments, scales, strict=True)]
+        flat = parameter.detach().reshape(-1)  # a copy where the parameter has strides of its own
+        state["step"] += 1
+        adamw_step(
+            *(flat, *moments, gradient.detach().reshape(-1)),
+            weight=None if weight is None else weight.detach().view(-1),
+            **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
+            step=state["step"],
+            scale=scale,
+            apply=apply,
+            key=Philox.of("adamw", group["seed"], index, state["step"]),
+        )
+        if not parameter.is_contiguous():
+            parameter.detach().copy_(flat.view(parameter.shape))
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(f"state_dtype is {group['state_dtype']!r}; it needs to be one of {', '.join(STATE_DTYPES)}")
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+        raise TypeError(f"seed is a {type(group['seed']).__name__}; it needs to be an int")
+    check_hyperparameters(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))

@@ -1,0 +1,147 @@
+"""How the state of a sharded network lies on disk, and how it is read back by another number of processes.
+
+A parameter of n elements is cut into N equal pieces, the last filled up with zeros: process r has elements r p to (r + 1) p,
+p = ceil(n / N). Its pieces of all parameters of a group, one behind the other, are one flat tensor: of the float32 masters,
+of each moment, of the average. (One group, but for offload, which works through several.)
+
+    file of a role, process and group    master, average (group's size); exp_avg, exp_avg_sq and whatever else the optimizer
+                                         keeps; numbers such as step, 0-dimensional
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpdmd.files import TensorFile, open_tensors
+from dpdmd.kernels.optim.adamw import BLOCK, Moments
+
+_NEAREST = 1 << 15  # of 16 random bits: those that round to the nearest
+
+
+@dataclass(frozen=True)
+class Layout:
+    """groups: the parameters of each, in order, as (name, number of elements)."""
+
+    processes: int
+    groups: tuple[tuple[tuple[str, int], ...], ...]
+
+    @staticmethod
+    def from_json(processes: int, groups: list[list[list[Any]]]) -> Layout:
+        return Layout(processes, tuple(tuple((name, size) for name, size in group) for group in groups))
+
+    def piece(self, size: int) -> int:
+        """Elements of a parameter of so many that each process has."""
+        return -(-size // self.processes)
+
+    def size(self, group: int) -> int:
+        """Elements of a group that each process has."""
+        return sum(self.piece(size) for _, size in self.groups[group])
+
+    @cached_property
+    def places(self) -> dict[str, tuple[int, int]]:
+        """Of each parameter its group, and where in that group's flat tensor it begins."""
+        places = {}
+        for group, parameters in enumerate(self.groups):
+            offset = 0
+            for name, size in parameters:
+                places[name] = group, offset
+                offset += self.piece(size)
+        return places
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: size for parameters in self.groups for name, size in parameters}
+
+    def name(self, rank: int, group: int) -> str:
+        """Of the file of one process and group."""
+        return f"rank_{rank:05d}.safetensors" if len(self.groups) == 1 else f"rank_{rank:05d}_{group:04d}.safetensors"
+
+
+def pieces(old: Layout, new: Layout, rank: int, group: int) -> Iterator[tuple[int, int, int, int, int]]:
+    """What a new process's group is put together from: (place in the new flat tensor, old rank, old group, first and last
+    element there)."""
+    offset = 0
+    for name, size in new.groups[group]:
+        piece, old_piece = new.piece(size), old.piece(size)
+        old_group, old_offset = old.places[name]
+        at, end = rank * piece, min((rank + 1) * piece, size)
+        while at < end:
+            old_rank = at // old_piece
+            until = min(end, (old_rank + 1) * old_piece)
+            begin = old_offset + at - old_rank * old_piece
+            yield offset + at - rank * piece, old_rank, old_group, begin, begin + until - at
+            at = until
+        offset += piece
+
+
+class SavedRole:
+    """A role's files in a checkpoint. Raises DamagedFile for one that cannot be read."""
+
+    def __init__(self, folder: Path, layout: Layout):
+        self._folder = folder
+        self._layout = layout
+        self._opened: dict[tuple[int, int], TensorFile] = {}
+
+    def group(self, layout: Layout, rank: int, group: int) -> dict[str, Tensor]:
+        """The tensors of one process and group, cut as `layout` has it: bit for bit where that is how they were saved;
+        moments in 8 bits are rounded anew where not."""
+        if layout == self._layout:
+            file = self._file(rank, group)
+            return {name: file.read(name) for name in file.layout}
+        first = self._file(0, 0)
+        names = set(first.layout)
+        tensors = {name: first.read(name) for name, (_, shape) in first.layout.items() if not shape}
+        float8 = {"exp_avg_scale", "exp_avg_sq_scale"} <= names
+        if float8:
+            moments = {name: self._cut(layout, rank, group, self._moment(name)) for name in ("exp_avg", "exp_avg_sq")}
+            tensors |= _float8(**moments)
+        for name in names - tensors.keys():
+            tensors[name] = self._cut(layout, rank, group, self._slice(name))
+        return tensors
+
+    def _file(self, rank: int, group: int) -> TensorFile:
+        if (rank, group) not in self._opened:
+            self._opened[rank, group] = open_tensors(self._folder / self._layout.name(rank, group))
+        return self._opened[rank, group]
+
+    def _cut(self, layout: Layout, rank: int, group: int, read: Callable[[int, int, int, int], Tensor]) -> Tensor:
+        found = [(place, read(*piece)) for place, *piece in pieces(self._layout, layout, rank, group)]
+        dtype = found[0][1].dtype if found else read(0, 0, 0, 0).dtype
+        flat = torch.zeros(layout.size(group), dtype=dtype)
+        for place, values in found:
+            flat[place : place + len(values)] = values
+        return flat
+
+    def _slice(self, name: str) -> Callable[[int, int, int, int], Tensor]:
+        return lambda rank, group, begin, end: self._file(rank, group).read(name, begin, end)
+
+    def _moment(self, name: str) -> Callable[[int, int, int, int], Tensor]:
+        """Of moments in 8 bits: the float32 values."""
+
+        def read(rank: int, group: int, begin: int, end: int) -> Tensor:
+            file = self._file(rank, group)
+            first = begin // BLOCK * BLOCK
+            codes = file.read(name, first, end)
+            scales = file.read(f"{name}_scale", first // BLOCK, -(-end // BLOCK))
+            return Moments(codes, scales, codes, scales).read()[name == "exp_avg_sq"][begin - first :]
+
+        return read
+
+
+def _float8(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
+    """Moments (n,), float32, in 8 bits, rounded to the nearest."""
+    size, blocks = len(exp_avg), -(-len(exp_avg) // BLOCK)
+    codes = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
+    scales = [torch.empty(blocks) for _ in range(2)]
+    nearest = torch.full((size,), _NEAREST, dtype=torch.int32)
+    written = Moments(codes[0], scales[0], codes[1], scales[1])
+    written.write(exp_avg, exp_avg_sq, exp_avg_sq.sqrt(), None, (nearest, nearest))
+    names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
+    return dict(zip(names, written, strict=True))

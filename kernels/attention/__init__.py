@@ -1,0 +1,1 @@
+"""Attention: the public function, its Triton kernels, and which implementation is fastest where."""

@@ -1,0 +1,240 @@
+"""Which attention kernel is the fastest for a shape on this GPU: measured, not guessed.
+
+Times for the H100 and the H200 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such
+a machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
+cache. A time is of one forward pass ("forward"), or of a forward and a backward pass ("training").
+
+Two measurements of near equals may choose differently, and kernels do not give the same bits. So the processes of a run
+`agree_on` one table of `known_times`, and no time is taken from anywhere else from then on.
+"""
+
+import contextlib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import uuid
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpdmd.kernels.runtime.csrc import cache_folder
+
+ENVIRONMENT_VARIABLE = "DPDMD_ATTENTION"
+SHIPPED = Path(__file__).with_name("attention_times.json")
+CANDIDATES = ("triton", "triton+cudnn", "cudnn", "flash")
+REPEATABLE = ("triton", "flash")  # flash: torch takes its deterministic backward pass then
+TORCHS = ("cudnn", "flash")
+# A kernel whose gradients repeat is taken where another is not faster by more, and torch's own not by more than a tie.
+REPEATING = 1.05
+TIE = 1.03
+HEAD_DIMS = (16, 32, 64, 96, 128)
+LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
+
+Times = dict[str, dict[str, float]]  # "forward" or "training" -> backend -> us
+NOTHING_KNOWN: Times = {"forward": {}, "training": {}}
+
+
+def overridden(allowed: tuple[str, ...]) -> str:
+    """What "auto" stands for by the environment: "auto" itself, unless DPDMD_ATTENTION says otherwise."""
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in allowed:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} in the environment; it takes one of {', '.join(allowed)}")
+    return name
+
+
+_chosen: dict[tuple, str] = {}
+_agreed: dict[str, Times] | None = None
+
+
+def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, num_keys: int, training: bool) -> str:
+    """The backend for `attention` to take on CUDA device `index`: one of CANDIDATES, or "auto" for torch's kernels in
+    the usual order where nothing is known and nothing can be measured now."""
+    key = index, head_dim, num_queries, num_keys, training, torch.are_deterministic_algorithms_enabled()
+    if key not in _chosen:
+        times = times_for(attention, index, head_dim, math.sqrt(num_queries * num_keys))
+        if times is NOTHING_KNOWN:  # yet
+            return "auto"
+        _chosen[key] = pick(times["training" if training else "forward"], key[-1])
+    return _chosen[key]
+
+
+# torch.compile runs it while tracing.
+fastest._dynamo_marked_constant = True
+
+
+def pick(times: dict[str, float], deterministic: bool) -> str:
+    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs little."""
+    if not times:
+        return "auto"
+    repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
+    winner = min(times, key=times.get)
+    if not repeatable:
+        return winner
+    best = min(repeatable, key=repeatable.get)
+    limits = [REPEATING * times[winner], *(TIE * times[backend] for backend in TORCHS if backend in times)]
+    return best if deterministic or repeatable[best] <= min(limits) else winner
+
+
+def known_times(attention: Callable, index: int, shapes: Iterable[tuple[int, int]]) -> dict[str, Any]:
+    """What a process may choose by, for `agree_on`, as JSON takes it: {"gpu": the name of CUDA device `index`, "times":
+    {"head dimension,length": Times}}. The shipped table of this GPU, or the entries that the shapes need, from the
+    user's cache or measured now.
+
+    shapes: (head dimension, length) of each attention, the length sqrt(queries * keys).
+    """
+    times = dict(_shipped(gpu_name(index)))
+    if not times:
+        for head_dim, length in shapes:
+            head_dim, length = _head_dim(head_dim), _length(length)
+            times[f"{head_dim},{length}"] = _measured(attention, index, head_dim, length)
+    return {"gpu": gpu_name(index), "times": times}
+
+
+def agree_on(table: dict[str, Any] | None) -> None:
+    """Every choice on every CUDA device of this process follows this table of `known_times` from now on: its nearest
+    entry, torch's usual order for a head dimension of which it has none. None: this process's own times again.
+
+    Raises ValueError for a table that `known_times` does not give.
+    """
+    global _agreed
+    if table is not None and not is_table(table):
+        raise ValueError('table is none that known_times gives; it needs to be {"gpu": name, "times": {"D,S": times}}')
+    _agreed = None if table is None else table["times"]
+    _chosen.clear()
+
+
+def is_table(table: object) -> bool:
+    """Whether it is one of `known_times`, by its types."""
+    if not isinstance(table, dict) or table.keys() != {"gpu", "times"} or not isinstance(table["gpu"], str):
+        return False
+    return isinstance(table["times"], dict) and all(_is_entry(*entry) for entry in table["times"].items())
+
+
+def _is_entry(key: object, times: object) -> bool:
+    if not isinstance(key, str) or not re.fullmatch(r"[1-9]\d{0,8},[1-9]\d{0,8}", key, re.ASCII):
+        return False
+    if not isinstance(times, dict) or times.keys() != NOTHING_KNOWN.keys():
+        return False
+    return all(isinstance(each, dict) and all(_is_time(*one) for one in each.items()) for each in times.values())
+
+
+def _is_time(backend: str, us: object) -> bool:
+    return backend in CANDIDATES and type(us) in (int, float) and 0 < us < math.inf
+
+
+def times_for(attention: Callable, index: int, head_dim: int, length: float) -> Times:
+    """The times known for this head dimension, rounded up, and the nearest length, after measuring where that is due."""
+    if _agreed is not None:
+        return nearest(_agreed, head_dim, length)
+    shipped = _shipped(gpu_name(index))
+    if shipped:
+        return nearest(shipped, head_dim, length)
+    if torch.cuda.is_current_stream_capturing():
+        return NOTHING_KNOWN
+    return _measured(attention, index, _head_dim(head_dim), _length(length))
+
+
+def nearest(table: dict[str, Times], head_dim: int, length: float) -> Times:
+    """The entry of the table ("D,S" -> times) for this head dimension, rounded up, and the nearest length."""
+    lengths = [int(key.split(",")[1]) for key in table if key.startswith(f"{_head_dim(head_dim)},")]
+    if not lengths:
+        return NOTHING_KNOWN
+    return table[f"{_head_dim(head_dim)},{_length(length, lengths)}"]
+
+
+def _head_dim(head_dim: int) -> int:
+    return next((known for known in HEAD_DIMS if known >= head_dim), HEAD_DIMS[-1])
+
+
+def _length(length: float, lengths: Iterable[int] = LENGTHS) -> int:
+    return min(lengths, key=lambda known: abs(math.log(known / length)))
+
+
+@functools.cache
+def gpu_name(index: int) -> str:
+    """As the table has it ("H100"), or the device's full name."""
+    name = torch.cuda.get_device_name(index)
+    return next((known for known in json.loads(SHIPPED.read_text()) if known in name), name)
+
+
+@functools.cache
+def _shipped(gpu: str) -> dict[str, Times]:
+    return json.loads(SHIPPED.read_text()).get(gpu, {})
+
+
+@functools.cache
+def _measured(attention: Callable, index: int, head_dim: int, length: int) -> Times:
+    """From the user's cache, or measured now and kept there."""
+    name = re.sub(r"[^\w.+-]", "_", f"{gpu_name(index)}-torch{torch.__version__}")
+    file = cache_folder() / "attention" / f"{name}.json"
+    key = f"{head_dim},{length}"
+    times = _read(file).get(key)
+    if times is None:
+        times = measure(attention, index, head_dim, length)
+        with contextlib.suppress(OSError):  # a home that cannot be written to: the next process measures again
+            _write(file, _read(file) | {key: times})  # another process may have written since
+    return times
+
+
+def _read(file: Path) -> dict[str, Times]:
+    """What can be used of it; what cannot, since a write broke off or something else wrote it, is measured anew."""
+    try:
+        table = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return {key: times for key, times in table.items() if _is_entry(key, times)} if isinstance(table, dict) else {}
+
+
+def _write(file: Path, table: dict[str, Times]) -> None:
+    """Under another name first: another process must never read half a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    whole = file.with_name(f"{uuid.uuid4().hex}.tmp")
+    try:
+        whole.write_text(json.dumps(table, indent=1), encoding="utf-8")
+        os.replace(whole, file)
+    finally:
+        whole.unlink(missing_ok=True)
+
+
+def measure(attention: Callable, index: int, head_dim: int, length: int) -> Times:
+    """us of each candidate that serves, in bfloat16, with about as many tokens as a training batch has."""
+    with torch.cuda.device(index), torch.enable_grad():
+        shape = (max(1, min(16, 16384 // length)), length, 24, head_dim)
+        q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+        upstream = torch.randn_like(q)
+        times = {"forward": {}, "training": {}}
+        for backend in CANDIDATES:
+
+            def forward(backend=backend):
+                with torch.no_grad():
+                    attention(q, k, v, backend=backend)
+
+            def training(backend=backend):
+                torch.autograd.grad(attention(q, k, v, backend=backend), (q, k, v), upstream)
+
+            for name, run in (("forward", forward), ("training", training)):
+                if name == "forward" and backend == "triton+cudnn":
+                    continue
+                try:
+                    times[name][backend] = _time(run)
+                except Exception:  # it does not serve this GPU, for instance for want of shared memory
+                    torch.cuda.synchronize()
+        return times
+
+
+def _time(run, repeats: int = 7) -> float:
+    for _ in range(2):
+        run()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    events[0].record()
+    for event in events[1:]:
+        run()
+        event.record()
+    torch.cuda.synchronize()
+    return round(1e3 * statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events)), 1)

@@ -1,0 +1,427 @@
+"""The activations of a transformer's feed-forward layers, with the bias of the matrix product before them.
+
+    u = x + bias
+    gelu_tanh:  u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2
+    swiglu:     (first half of u) SiLU(second half of u),   SiLU(g) = g / (1 + exp(-g))
+
+Sources: arXiv 1606.08415 (GELU, its tanh form), arXiv 2002.05202 (SwiGLU).
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpdmd.kernels.blocks.fp8 import (
+    WARPS,
+    Quantized,
+    converts,
+    empty_quantized,
+    no_gradient,
+    quantize_rows_reference,
+    quantized,
+    whole_rows,
+)
+from dpdmd.kernels.runtime import checks
+from dpdmd.kernels.runtime.backend import choose
+from dpdmd.kernels.runtime.formula import widen
+from dpdmd.kernels.runtime.launch import by_warps, jit, tl
+from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.rows import column_sums, row_starts, rows
+from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
+
+
+def _swiglu(u: Tensor) -> Tensor:
+    first, second = u.chunk(2, dim=-1)
+    return first * F.silu(second)
+
+
+def _swiglu_gate_first(u: Tensor) -> Tensor:
+    first, second = u.chunk(2, dim=-1)
+    return F.silu(first) * second
+
+
+FORMULAS = {
+    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
+    "swiglu": _swiglu,
+    "swiglu_gate_first": _swiglu_gate_first,
+}
+
+
+def activation_reference(
+    x: Tensor, bias: Tensor | None, form: str, quantize: bool, arithmetic: torch.dtype
+) -> Tensor | Quantized:
+    """The definition. The result has x's dtype, or is quantised before any rounding to it."""
+    wide_x, wide_bias = widen(arithmetic, x, bias)
+    y = FORMULAS[form](wide_x if bias is None else wide_x + wide_bias)
+    return quantize_rows_reference(y) if quantize else y.to(x.dtype)
+
+
+@jit
+def _biased(x_ptr, bias_ptr, offsets, lanes, in_row, mask):
+    """x + bias (ROWS, COLUMNS); 0 in lanes past the row's end."""
+    u = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        u += tl.load(bias_ptr + lanes, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    return u
+
+
+@jit
+def _gelu_exponent(u):
+    """2 log2(e) sqrt(2 / pi) (u + 0.044715 u^3): (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)), which loses nothing to
+    cancellation, and is 0 or 1 where the exponential overflows."""
+    return u * (2.302208198144325 + 0.1029432395800235 * (u * u))
+
+
+@jit
+def _sigmoid(exponent):
+    """1 / (1 + 2^-exponent), and 1 less that, both to float32's rounding; no exponential overflows."""
+    power = tl.exp2(-tl.abs(exponent))
+    larger = 1 / (1 + power)
+    smaller = power * larger
+    return tl.where(exponent >= 0, larger, smaller), tl.where(exponent >= 0, smaller, larger)
+
+
+@jit
+def _gelu_slope(u):
+    sigmoid, rest = _sigmoid(_gelu_exponent(u))
+    # From u^2 = 10^4 on the factor before it is 0: the minimum keeps infinity away from it.
+    inner = 1.5957691216057308 + 0.21406444881780076 * tl.minimum(u * u, 1e4)
+    return sigmoid + sigmoid * rest * inner * u
+
+
+@jit
+def _activated(x_ptr, bias_ptr, offsets, lanes, columns, in_row, mask, FORM: tl.constexpr):
+    first = _biased(x_ptr, bias_ptr, offsets, lanes, in_row, mask)
+    if FORM == "gelu_tanh":
+        y = first / (1 + tl.exp2(-_gelu_exponent(first)))
+    else:
+        second = _biased(x_ptr, bias_ptr, offsets + columns, lanes + columns, in_row, mask)
+        if FORM == "swiglu":
+            y = first * (second / (1 + tl.exp2(-1.4426950408889634 * second)))
+        else:
+            y = second * (first / (1 + tl.exp2(-1.4426950408889634 * first)))
+    return y
+
+
+def _activation_kernel(
+    x_ptr,
+    bias_ptr,
+    out_ptr,
+    scale_ptr,
+    count: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    stride: tl.int64,
+    columns: tl.int64,
+    tiles: tl.int64,
+    FORM: tl.constexpr,
+    NESTED: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program takes ROWS rows of COLUMNS columns of the result; whole rows where they are quantised."""
+    index = tl.program_id(0).to(tl.int64)
+    rows = index // tiles * ROWS + tl.arange(0, ROWS)
+    lanes = index % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    columns = multiple(columns, DIVISIBLE)
+    in_row = lanes < columns
+    mask = (rows < count)[:, None] & in_row[None, :]
+    starts = row_starts(rows, inner, outer_stride, stride, NESTED, DIVISIBLE)
+    y = _activated(x_ptr, bias_ptr, starts[:, None] + lanes[None, :], lanes, columns, in_row, mask, FORM)
+    out_ptrs = out_ptr + (rows * columns)[:, None] + lanes[None, :]
+    if scale_ptr is None:
+        tl.store(out_ptrs, y.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        values, scale = quantized(y)
+        tl.store(out_ptrs, values, mask=mask)
+        tl.store(scale_ptr + rows[:, None], scale, mask=(rows < count)[:, None])
+
+
+def _activation_backward_kernel(
+    x_ptr,
+    bias_ptr,
+    upstream_ptr,
+    dx_ptr,
+    partial_ptr,
+    count: tl.int64,
+    inner: tl.int64,
+    outer_stride: tl.int64,
+    stride: tl.int64,
+    upstream_inner: tl.int64,
+    upstream_outer_stride: tl.int64,
+    upstream_stride: tl.int64,
+    columns: tl.int64,
+    tiles: tl.int64,
+    FORM: tl.constexpr,
+    NESTED: tl.constexpr,
+    UPSTREAM_NESTED: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program takes CHUNK rows, ROWS at a time, of COLUMNS columns of the result; its partial sums are those of its
+    chunk. dx and the partial sums are left out where their pointers are None."""
+    index = tl.program_id(0).to(tl.int64)
+    chunk = index // tiles
+    lanes = index % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    columns = multiple(columns, DIVISIBLE)
+    in_row = lanes < columns
+    width = columns
+    if FORM != "gelu_tanh":
+        width = 2 * columns
+    sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    second_sums = tl.zeros([ROWS, COLUMNS], tl.float32)
+    for start in range(0, CHUNK, ROWS):
+        rows = chunk * CHUNK + start + tl.arange(0, ROWS)
+        mask = (rows < count)[:, None] & in_row[None, :]
+        offsets = row_starts(rows, inner, outer_stride, stride, NESTED, DIVISIBLE)[:, None] + lanes[None, :]
+        dx_ptrs = (rows * width)[:, None] + lanes[None, :]
+        upstream_starts = row_starts(
+            rows, upstream_inner, upstream_outer_stride, upstream_stride, UPSTREAM_NESTED, DIVISIBLE
+        )
+        upstream = tl.load(upstream_ptr + upstream_starts[:, None] + lanes[None, :], mask=mask, other=0.0)
+        upstream = upstream.to(tl.float32)
+        first = _biased(x_ptr, bias_ptr, offsets, lanes, in_row, mask)
+        if FORM == "gelu_tanh":
+            first_gradient = upstream * _gelu_slope(first)
+        else:
+            second = _biased(x_ptr, bias_ptr, offsets + columns, lanes + columns, in_row, mask)
+            gate, factor = second, first
+            if FORM == "swiglu_gate_first":
+                gate, factor = first, second
+            sigmoid, rest = _sigmoid(1.4426950408889634 * gate)
+            factor_gradient = upstream * (gate * sigmoid)
+            gate_gradient = upstream * factor * (sigmoid + sigmoid * rest * gate)
+            first_gradient, second_gradient = factor_gradient, gate_gradient
+            if FORM == "swiglu_gate_first":
+                first_gradient, second_gradient = gate_gradient, factor_gradient
+            if dx_ptr is not None:
+                tl.store(dx_ptr + dx_ptrs + columns, second_gradient.to(dx_ptr.dtype.element_ty), mask=mask)
+            second_sums += second_gradient
+        if dx_ptr is not None:
+            tl.store(dx_ptr + dx_ptrs, first_gradient.to(dx_ptr.dtype.element_ty), mask=mask)
+        sums += first_gradient
+    if partial_ptr is not None:
+        tl.store(partial_ptr + chunk * width + lanes, tl.sum(sums, 0), mask=in_row)
+        if FORM != "gelu_tanh":
+            tl.store(partial_ptr + chunk * width + columns + lanes, tl.sum(second_sums, 0), mask=in_row)
+
+
+def _shape(x: Tensor, form: str) -> tuple[int, ...]:
+    return x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
+
+
+_activation_kernels = by_warps(_activation_kernel, *WARPS)
+_activation_backward_kernels = by_warps(_activation_backward_kernel, *WARPS)
+
+
+def _tile(columns: int, num_warps: int, elements: int) -> tuple[int, int, int]:
+    """(ROWS, COLUMNS, warps) of a program's tile with so many elements a thread. 512 columns divide the widths of most
+    networks; no more rows than the least that `_chunk` gives."""
+    padded = min(power_of_two(columns), 512)
+    return min(32 * num_warps * elements // padded, 32), padded, num_warps
+
+
+def _launch(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    out = torch.empty(_shape(x, form), dtype=x.dtype, device=x.device)
+    if out.numel():
+        _run(x, bias, out, None, form, *_tile(out.shape[-1], NUM_WARPS, 16))
+    return out
+
+
+def _launch_quantized(x: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
+    values, scale = empty_quantized(_shape(x, form), x.device)
+    if values.numel() == 0:
+        return values, scale.fill_(1.0)
+    _run(x, bias, values, scale, form, *whole_rows(values.shape[-1]))
+    return values, scale
+
+
+def _run(
+    x: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    scale: Tensor | None,
+    form: str,
+    ROWS: int,
+    COLUMNS: int,
+    num_warps: int,
+) -> None:
+    columns = out.shape[-1]
+    walk = rows(x)
+    tiles = -(-columns // COLUMNS)
+    _activation_kernels[num_warps](
+        -(-walk.count // ROWS) * tiles,
+        *(walk.tensor, _dense(bias), out, scale, *walk[1:], columns, tiles),
+        *(form, walk.nested, walk.divisible and columns % 16 == 0, ROWS, COLUMNS),
+    )
+
+
+def _dense(bias: Tensor | None) -> Tensor | None:
+    return None if bias is None else bias.contiguous()
+
+
+def _chunk(count: int, tiles: int) -> int:
+    """Rows for a program that sums them up: as many as leave some eight programs a multiprocessor. Writing and reading
+    the partial sums of 128 rows takes 1 % of the bytes."""
+    for chunk in (128, 64):
+        if -(-count // chunk) * tiles >= 1024:
+            return chunk
+    return 32
+
+
+def _launch_backward(
+    x: Tensor, bias: Tensor | None, upstream: Tensor, form: str, for_x: bool, for_bias: bool
+) -> list[Tensor]:
+    """The gradients of x and of bias, those of the two that are wanted."""
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
+    if upstream.numel() == 0:
+        return _wanted(dx, torch.zeros_like(bias) if for_bias else None)
+    columns = upstream.shape[-1]
+    walk, upstream_walk = rows(x), rows(upstream)
+    # A thread's sums take registers: with them 48 (GELU) and 80 (SwiGLU) at these sizes, so that 40 and 24 warps fit on
+    # a multiprocessor and have 40 KB on their way; twice the elements would leave 16 and 8.
+    if form == "gelu_tanh":
+        ROWS, COLUMNS, num_warps = _tile(columns, 8, 8 if for_bias else 16)
+    else:
+        ROWS, COLUMNS, num_warps = _tile(columns, 4 if for_bias else 8, 8)
+    tiles = -(-columns // COLUMNS)
+    chunk = _chunk(walk.count, tiles) if for_bias else ROWS
+    chunks = -(-walk.count // chunk)
+    partial = torch.empty((chunks, x.shape[-1]), dtype=torch.float32, device=x.device) if for_bias else None
+    _activation_backward_kernels[num_warps](
+        chunks * tiles,
+        *(walk.tensor, _dense(bias), upstream_walk.tensor, dx, partial, *walk[1:], *upstream_walk[2:], columns, tiles),
+        *(form, walk.nested, upstream_walk.nested),
+        *(walk.divisible and upstream_walk.divisible and columns % 16 == 0, chunk, ROWS, COLUMNS),
+    )
+    return _wanted(dx, column_sums(partial, bias.dtype) if for_bias else None)
+
+
+def _wanted(*tensors: Tensor | None) -> list[Tensor]:
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _fake_backward(
+    x: Tensor, bias: Tensor | None, upstream: Tensor, form: str, for_x: bool, for_bias: bool
+) -> list[Tensor]:
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
+    return _wanted(dx, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if for_bias else None)
+
+
+_activation = register(
+    "activation_triton(Tensor x, Tensor? bias, str form) -> Tensor",
+    _launch,
+    lambda x, bias, form: torch.empty(_shape(x, form), dtype=x.dtype, device=x.device),
+)
+_activation_quantized = register(
+    "activation_quantized_triton(Tensor x, Tensor? bias, str form) -> (Tensor, Tensor)",
+    _launch_quantized,
+    lambda x, bias, form: empty_quantized(_shape(x, form), x.device),
+)
+_activation_backward = register(
+    "activation_backward_triton(Tensor x, Tensor? bias, Tensor upstream, str form, bool for_x, bool for_bias) "
+    "-> Tensor[]",
+    _launch_backward,
+    _fake_backward,
+)
+
+
+class _Activation(torch.autograd.Function):
+    # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
+    @staticmethod
+    def forward(ctx, x, bias, form):
+        save(ctx, x, bias)
+        ctx.form = form
+        return _activation(x, bias, form)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        x, bias = saved(ctx)
+        for_x, for_bias, _ = ctx.needs_input_grad
+        gradients = _activation_backward(x, bias, upstream, ctx.form, for_x, for_bias)
+        return gradients[0] if for_x else None, gradients[-1] if for_bias else None, None
+
+
+def activation_triton(
+    x: Tensor, bias: Tensor | None, form: str, quantize: bool, arithmetic: torch.dtype
+) -> Tensor | Quantized:
+    if quantize:
+        if not converts(x.device.type, x.device.index):
+            return activation_reference(x, bias, form, quantize, arithmetic)
+        return Quantized(*_activation_quantized(x, bias, form))
+    if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+        return _Activation.apply(x, bias, form)
+    return _activation(x, bias, form)
+
+
+IMPLEMENTATIONS = {"reference": activation_reference, "triton": activation_triton}
+
+
+def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, quantize: bool = False) -> Tensor | Quantized:
+    """GELU of x + bias, in its tanh form. The result has x's shape and dtype.
+
+    x (..., N): what a matrix product without bias made.  bias (N,): the product's; both receive gradients, bias's a
+        by-product of the pass that makes x's.
+    quantize: return a `Quantized` of whole rows instead, for an FP8 matrix product, made of the float32 results.
+        No gradient.
+
+    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any size; arithmetic is float32,
+    or float64 where any tensor is. Saved for backward: x and bias, as many bytes as eager keeps; its pass over x's
+    gradient for that of the bias, 2 bytes an element in bfloat16, is saved.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize where a tensor would get a
+    gradient.
+    """
+    arithmetic = _check(x, bias, quantize)
+    run = choose("gelu_tanh", IMPLEMENTATIONS, x.device, arithmetic)
+    return run(x, bias, "gelu_tanh", quantize, arithmetic)
+
+
+def swiglu(
+    x: Tensor, bias: Tensor | None = None, *, gate_first: bool = False, quantize: bool = False
+) -> Tensor | Quantized:
+    """One half of x + bias times SiLU of the other. x (..., 2 N) makes a result (..., N) of x's dtype.
+
+    x (..., 2 N): what a matrix product without bias made.  bias (2 N,): the product's; both receive gradients, bias's
+        a by-product of the pass that makes x's.
+    gate_first: SiLU of the first half times the second, as FLUX.2 and LLaMA have it; the default is the first half
+        times SiLU of the second, as diffusers' SwiGLU does.
+    quantize: return a `Quantized` of whole rows instead, for an FP8 matrix product, made of the float32 results.
+        No gradient.
+
+    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any size; arithmetic is float32,
+    or float64 where any tensor is. Saved for backward: x and bias; eager keeps SiLU's result besides, 2 N bytes a
+    row in bfloat16.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize where a tensor would get a
+    gradient.
+    """
+    arithmetic = _check(x, bias, quantize)
+    if x.shape[-1] % 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}; it needs two halves: (..., 2 N)")
+    run = choose("swiglu", IMPLEMENTATIONS, x.device, arithmetic)
+    return run(x, bias, "swiglu_gate_first" if gate_first else "swiglu", quantize, arithmetic)
+
+
+def _check(x: Tensor, bias: Tensor | None, quantize: bool) -> torch.dtype:
+    """Returns the dtype of the arithmetic."""
+    checks.floating("x", x)
+    if x.ndim == 0:
+        raise ValueError("x has shape (); it needs a dimension of channels: (..., N)")
+    wide = x.dtype == torch.float64
+    if bias is not None:
+        checks.floating("bias", bias)
+        wide = wide or bias.dtype == torch.float64
+        if bias.shape != x.shape[-1:]:
+            raise ValueError(f"bias has shape {tuple(bias.shape)}; with x {tuple(x.shape)} it needs ({x.shape[-1]},)")
+        if bias.device != x.device:
+            raise ValueError(f"bias is on {bias.device}; it needs to be on x's device {x.device}")
+    if quantize:
+        no_gradient(x=x, bias=bias)
+    return torch.float64 if wide else torch.float32

@@ -1,0 +1,774 @@
+"""The kernels behind adaln_modulate, gated_residual and gated_residual_adaln, which are cases of one form:
+
+    h = residual [+ gate_1 (y_1 + bias_1)] [+ gate_2 (y_2 + bias_2)]
+    n = norm(h);   out_j = n (1 + scale_j) + shift_j,   j up to 2
+
+and of its gradients, for upstream gradients dh_out and dout_j:
+
+    dn = sum_j dout_j (1 + scale_j);   dh = dh_out + rstd (dn - mean dn - n mean(dn n)), for "rms" without mean dn
+    dresidual = dh;   dy_k = gate_k dh
+    dgate_k = sum_S dh (y_k + bias_k);   dbias_k = sum_B gate_k sum_S dh
+    dscale_j = sum_S dout_j n;   dshift_j = sum_S dout_j
+
+    residual, y, h, out (B, S, C); gate, scale, shift (B, C); bias (C,)
+
+h is rounded to residual's dtype before it is normalised: that is what the backward pass has. It finds mean and rstd
+again, and reads h, the upstream gradients and, where a gate needs a gradient, y, each once.
+"""
+
+import functools
+import itertools
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpdmd.kernels.blocks.fp8 import Quantized, empty_quantized, no_gradient, quantized
+from dpdmd.kernels.runtime import checks
+from dpdmd.kernels.runtime.launch import by_warps, jit, kernel, tl
+from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
+
+NORMS = ("layer", "rms")
+WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
+
+# A program of the forward pass takes so many tokens at once, so that its sample's vectors are read for all of them, and
+# fewer where they are wide: of so many elements in all, 32 a thread, in small programs, which wait for fewer warps.
+ROWS, TILE = 4, 8192
+# Programs of the backward pass, where they have 8 warps: as many as 132 multiprocessors hold at once (their
+# registers end at 512 threads of 128). The sums of a program cost as much as 8 tokens: more of them would cost more.
+PROGRAMS = 264
+MIN_CHUNK = 4
+# Tokens that are on their way into shared memory while one is worked on: as many as fit in so many bytes a warp.
+SHARED = 6 * 1024
+MAX_AHEAD = 4
+# The sums of so many chunks, for so many channels (128 bytes, the least that is read at once), are added at once.
+SUM_ROWS, SUM_COLUMNS = 64, 32
+
+
+def _columns_and_warps(C: int) -> tuple[int, int]:
+    """C padded to a power of two, and the warps for which that is 8 elements a thread, 16 bytes of bfloat16."""
+    columns = max(power_of_two(C), 16)
+    return columns, min(max(columns // 256, 1), 16)
+
+
+def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
+    """(ROWS, COLUMNS, warps) of the forward pass. Quantised, half the tokens in half the warps: the maxima of rows are
+    one more thing that warps wait for."""
+    columns, _ = _columns_and_warps(C)
+    rows = min(ROWS, max(TILE // columns, 1))
+    rows = max(rows // 2, 1) if quantize else rows
+    return rows, columns, min(max(rows * columns // 1024, 1), 16)
+
+
+@jit
+def _sample_and_tile(tiles):
+    """Of this program. Counted in 32 bits, in which a division is short: a grid ends at 2^31."""
+    index, tiles = tl.program_id(0), tiles.to(tl.int32)
+    return (index // tiles).to(tl.int64), (index % tiles).to(tl.int64)
+
+
+@jit
+def _read(ptr, offsets, mask):
+    return tl.load(ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def _plus_gated(h, gate_ptr, y_ptr, bias_ptr, y_at, vector_at, columns, mask, inside):
+    """h + gate (y + bias), and h where there is no gate."""
+    if gate_ptr is not None:
+        y = _read(y_ptr, y_at, mask)
+        if bias_ptr is not None:
+            y += _read(bias_ptr, columns, inside)
+        h += _read(gate_ptr, vector_at, inside) * y
+    return h
+
+
+@jit
+def _store_modulated(n, scale_ptr, shift_ptr, out_ptr, row_scale_ptr, out_at, row_at, vector_at, mask, token, inside):
+    """n (1 + scale) + shift, quantised where there is a place for the scales of the rows."""
+    if out_ptr is not None:
+        out = n * (1 + _read(scale_ptr, vector_at, inside)) + _read(shift_ptr, vector_at, inside)
+        if row_scale_ptr is not None:
+            out, row_scale = quantized(out)
+            tl.store(row_scale_ptr + row_at, row_scale, mask=token)
+        tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _forward(
+    residual_ptr,
+    gate_1_ptr,
+    gate_2_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    shift_1_ptr,
+    shift_2_ptr,
+    h_ptr,
+    out_1_ptr,
+    out_2_ptr,
+    row_scale_1_ptr,
+    row_scale_2_ptr,
+    residual_stride: tl.int64,
+    residual_row: tl.int64,
+    y_stride: tl.int64,
+    y_row: tl.int64,
+    vector_stride: tl.int64,
+    S: tl.int64,
+    C: tl.int64,
+    eps,
+    RMS: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program takes ROWS tokens of a sample. What is None is not there."""
+    sample, tile = _sample_and_tile(tl.cdiv(S, ROWS))
+    C = multiple(C, DIVISIBLE)
+    residual_row = multiple(residual_row, DIVISIBLE)
+    y_row = multiple(y_row, DIVISIBLE)
+    first = tile * ROWS
+    rows = tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, COLUMNS)[None, :]
+    token, inside = rows < S - first, columns < C
+    mask = token & inside
+    residual_at = sample * multiple(residual_stride, DIVISIBLE) + first * residual_row + (rows * residual_row + columns)
+    y_at = sample * multiple(y_stride, DIVISIBLE) + first * y_row + (rows * y_row + columns)
+    vector_at = sample * multiple(vector_stride, DIVISIBLE) + columns
+    row_at = sample * S + first + rows
+    out_at = (sample * S + first) * C + (rows * C + columns)
+    h = _read(residual_ptr, residual_at, mask)
+    h = _plus_gated(h, gate_1_ptr, y_1_ptr, bias_1_ptr, y_at, vector_at, columns, mask, inside)
+    h = _plus_gated(h, gate_2_ptr, y_2_ptr, bias_2_ptr, y_at, vector_at, columns, mask, inside)
+    if h_ptr is not None:
+        rounded = h.to(h_ptr.dtype.element_ty)
+        tl.store(h_ptr + out_at, rounded, mask=mask)
+        h = rounded.to(tl.float32)
+    if out_1_ptr is not None:
+        share = 1 / C.to(tl.float32)
+        if not RMS:  # the mean first, then deviations from it: nothing cancels
+            h = tl.where(inside, h - tl.sum(h, 1, keep_dims=True) * share, 0.0)
+        n = h * tl.rsqrt(tl.sum(h * h, 1, keep_dims=True) * share + eps)
+        at = out_at, row_at, vector_at, mask, token, inside
+        _store_modulated(n, scale_1_ptr, shift_1_ptr, out_1_ptr, row_scale_1_ptr, *at)
+        _store_modulated(n, scale_2_ptr, shift_2_ptr, out_2_ptr, row_scale_2_ptr, *at)
+
+
+_forward_kernels = by_warps(_forward, *WARPS)
+
+
+@jit
+def _two_sums(a, b):
+    """Of the rows of both (ROWS, COLUMNS), at the cost of one: what takes time is that warps wait for one another."""
+    first, second = tl.split(tl.sum(tl.join(a, b), 1))
+    return first[:, None], second[:, None]
+
+
+def _backward(
+    h_ptr,
+    scale_1_ptr,
+    scale_2_ptr,
+    dh_ptr,
+    dout_1_ptr,
+    dout_2_ptr,
+    gate_1_ptr,
+    gate_2_ptr,
+    y_1_ptr,
+    y_2_ptr,
+    dresidual_ptr,
+    dy_1_ptr,
+    dy_2_ptr,
+    partial_ptr,
+    h_stride: tl.int64,
+    h_row: tl.int64,
+    upstream_stride: tl.int64,
+    upstream_row: tl.int64,
+    y_stride: tl.int64,
+    y_row: tl.int64,
+    vector_stride: tl.int64,
+    S: tl.int64,
+    C: tl.int64,
+    chunk: tl.int64,
+    eps,
+    SUM_OUT: tl.constexpr,
+    SUM_H: tl.constexpr,
+    RMS: tl.constexpr,
+    DIVISIBLE: tl.constexpr,
+    STAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """A program walks `chunk` tokens of a sample, ROWS at a time, and sums over them for each channel: dout n and dout
+    where SUM_OUT, dh y where there is a y, dh where SUM_H. Those sums go to partial (sums, B, chunks of a sample, C),
+    in that order. What is None is not there, or not wanted."""
+    sample, tile = _sample_and_tile(tl.cdiv(S, chunk))
+    C = multiple(C, DIVISIBLE)
+    columns = tl.arange(0, COLUMNS)[None, :]
+    inside = columns < C
+    vector_at = sample * multiple(vector_stride, DIVISIBLE) + columns
+    if dout_1_ptr is not None:
+        plus_1 = 1 + _read(scale_1_ptr, vector_at, inside)
+    if dout_2_ptr is not None:
+        plus_2 = 1 + _read(scale_2_ptr, vector_at, inside)
+    if dy_1_ptr is not None:
+        gate_1 = _read(gate_1_ptr, vector_at, inside)
+    if dy_2_ptr is not None:
+        gate_2 = _read(gate_2_ptr, vector_at, inside)
+    scale_1_sum = tl.zeros([1, COLUMNS], tl.float32)
+    scale_2_sum = tl.zeros([1, COLUMNS], tl.float32)
+    shift_1_sum = tl.zeros([1, COLUMNS], tl.float32)
+    shift_2_sum = tl.zeros([1, COLUMNS], tl.float32)
+    y_1_sum = tl.zeros([1, COLUMNS], tl.float32)
+    y_2_sum = tl.zeros([1, COLUMNS], tl.float32)
+    h_sum = tl.zeros([1, COLUMNS], tl.float32)
+    h_row = multiple(h_row, DIVISIBLE)
+    upstream_row = multiple(upstream_row, DIVISIBLE)
+    y_row = multiple(y_row, DIVISIBLE)
+    h_first = sample * multiple(h_stride, DIVISIBLE) + columns
+    upstream_first = sample * multiple(upstream_stride, DIVISIBLE) + columns
+    y_first = sample * multiple(y_stride, DIVISIBLE) + columns
+    share = 1 / C.to(tl.float32)
+    first = tile * chunk
+    last = tl.minimum(first + chunk, S)
+    # Not through _read, which the interpreter enters slowly.
+    for row in tl.range(first, last, ROWS, num_stages=STAGES):
+        rows = row + tl.arange(0, ROWS)[:, None]
+        token = rows < last
+        mask = token & inside
+        upstream_at = upstream_first + rows * upstream_row
+        y_at = y_first + rows * y_row
+        out_at = (sample * S + rows) * C + columns
+        if dout_1_ptr is not None:
+            h = tl.load(h_ptr + h_first + rows * h_row, mask=mask, other=0.0).to(tl.float32)
+            dout_1 = tl.load(dout_1_ptr + upstream_at, mask=mask, other=0.0).to(tl.float32)
+            dn = dout_1 * plus_1
+            if dout_2_ptr is not None:
+                dout_2 = tl.load(dout_2_ptr + upstream_at, mask=mask, other=0.0).to(tl.float32)
+                dn += dout_2 * plus_2
+            if not RMS:
+                h_total, dn_total = _two_sums(h, dn)
+                h = tl.where(inside, h - h_total * share, 0.0)
+                dn -= dn_total * share
+            squares, products = _two_sums(h * h, dn * h)
+            rstd = tl.where(token, tl.rsqrt(squares * share + eps), 0.0)
+            n = h * rstd
+            dh = rstd * (dn - n * (rstd * share * products))
+            if SUM_OUT:
+                scale_1_sum += tl.sum(dout_1 * n, 0, keep_dims=True)
+                shift_1_sum += tl.sum(dout_1, 0, keep_dims=True)
+                if dout_2_ptr is not None:
+                    scale_2_sum += tl.sum(dout_2 * n, 0, keep_dims=True)
+                    shift_2_sum += tl.sum(dout_2, 0, keep_dims=True)
+            if dh_ptr is not None:
+                dh += tl.load(dh_ptr + upstream_at, mask=mask, other=0.0).to(tl.float32)
+        else:
+            dh = tl.load(dh_ptr + upstream_at, mask=mask, other=0.0).to(tl.float32)
+        if y_1_ptr is not None:
+            y_1 = tl.load(y_1_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
+            y_1_sum += tl.sum(dh * y_1, 0, keep_dims=True)
+        if y_2_ptr is not None:
+            y_2 = tl.load(y_2_ptr + y_at, mask=mask, other=0.0).to(tl.float32)
+            y_2_sum += tl.sum(dh * y_2, 0, keep_dims=True)
+        if SUM_H:
+            h_sum += tl.sum(dh, 0, keep_dims=True)
+        if dresidual_ptr is not None:
+            tl.store(dresidual_ptr + out_at, dh.to(dresidual_ptr.dtype.element_ty), mask=mask)
+        if dy_1_ptr is not None:
+            tl.store(dy_1_ptr + out_at, (gate_1 * dh).to(dy_1_ptr.dtype.element_ty), mask=mask)
+        if dy_2_ptr is not None:
+            tl.store(dy_2_ptr + out_at, (gate_2 * dh).to(dy_2_ptr.dtype.element_ty), mask=mask)
+    if partial_ptr is not None:
+        plane = tl.num_programs(0).to(tl.int64) * C
+        partial = partial_ptr + tl.program_id(0).to(tl.int64) * C + columns
+        if SUM_OUT:
+            tl.store(partial, scale_1_sum, mask=inside)
+            tl.store(partial + plane, shift_1_sum, mask=inside)
+            partial += 2 * plane
+            if dout_2_ptr is not None:
+                tl.store(partial, scale_2_sum, mask=inside)
+                tl.store(partial + plane, shift_2_sum, mask=inside)
+                partial += 2 * plane
+        if y_1_ptr is not None:
+            tl.store(partial, y_1_sum, mask=inside)
+            partial += plane
+        if y_2_ptr is not None:
+            tl.store(partial, y_2_sum, mask=inside)
+            partial += plane
+        if SUM_H:
+            tl.store(partial, h_sum, mask=inside)
+
+
+_backward_kernels = by_warps(_backward, *WARPS)
+
+
+@jit
+def _store_plane(ptr, at, sums, plane, bias_ptr, last, columns, inside, PLANES: tl.constexpr):
+    """One of the sums (PLANES, COLUMNS), plus bias times the last of them where there is a bias."""
+    if ptr is not None:
+        planes = tl.arange(0, PLANES)[:, None]
+        values = tl.sum(tl.where(planes == plane, sums, 0.0), 0)
+        if bias_ptr is not None:
+            bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+            values += bias * tl.sum(tl.where(planes == last, sums, 0.0), 0)
+        tl.store(ptr + at, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@jit
+def _store_bias_gradient(
+    dbias_ptr,
+    gate_ptr,
+    vector_stride,
+    partial_ptr,
+    tiles,
+    count,
+    C,
+    columns,
+    inside,
+    ROWS: tl.constexpr,
+):
+    """The `count` partial sums of dh added up, each times its sample's gate."""
+    if dbias_ptr is not None:
+        lanes = tl.arange(0, ROWS)[:, None]
+        products = tl.zeros([ROWS, columns.shape[0]], tl.float32)
+        for start in range(0, count, ROWS):
+            rows = start + lanes
+            mask = (rows < count) & inside[None, :]
+            gate = _read(gate_ptr, rows // tiles * vector_stride + columns[None, :], mask)
+            products += gate * _read(partial_ptr, rows * C + columns[None, :], mask)
+        tl.store(dbias_ptr + columns, tl.sum(products, 0).to(dbias_ptr.dtype.element_ty), mask=inside)
+
+
+@kernel(NUM_WARPS)
+def _sum_partials_kernel(
+    partial_ptr,
+    gate_1_ptr,
+    gate_2_ptr,
+    bias_1_ptr,
+    bias_2_ptr,
+    dgate_1_ptr,
+    dgate_2_ptr,
+    dbias_1_ptr,
+    dbias_2_ptr,
+    dscale_1_ptr,
+    dscale_2_ptr,
+    dshift_1_ptr,
+    dshift_2_ptr,
+    vector_stride: tl.int64,
+    B: tl.int64,
+    tiles: tl.int64,
+    C: tl.int64,
+    DIVISIBLE: tl.constexpr,
+    COUNT: tl.constexpr,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Adds up what the programs of `_backward` left in partial (COUNT, B, tiles, C). A program takes COLUMNS channels
+    of a sample; past the last sample come the programs for the gradients of the biases, which are sums over samples."""
+    sample, block = _sample_and_tile(tl.cdiv(C, COLUMNS))
+    C = multiple(C, DIVISIBLE)
+    vector_stride = multiple(vector_stride, DIVISIBLE)
+    columns = block * COLUMNS + tl.arange(0, COLUMNS)
+    inside = columns < C
+    if sample < B:
+        planes = tl.arange(0, PLANES)[:, None, None]
+        lanes = tl.arange(0, ROWS)[None, :, None]
+        sums = tl.zeros([PLANES, ROWS, COLUMNS], tl.float32)
+        for start in range(0, tiles, ROWS):
+            rows = start + lanes
+            mask = (planes < COUNT) & (rows < tiles) & inside[None, None, :]
+            sums += _read(partial_ptr, planes * (B * tiles * C) + (sample * tiles + rows) * C + columns, mask)
+        sums = tl.sum(sums, 1)
+        at = sample * C + columns
+        rest = COUNT - 1, columns, inside
+        _store_plane(dscale_1_ptr, at, sums, 0, None, *rest, PLANES)
+        _store_plane(dshift_1_ptr, at, sums, 1, None, *rest, PLANES)
+        _store_plane(dscale_2_ptr, at, sums, 2, None, *rest, PLANES)
+        _store_plane(dshift_2_ptr, at, sums, 3, None, *rest, PLANES)
+        plane = 0
+        if dscale_1_ptr is not None:
+            plane += 2
+        if dscale_2_ptr is not None:
+            plane += 2
+        _store_plane(dgate_1_ptr, at, sums, plane, bias_1_ptr, *rest, PLANES)
+        _store_plane(dgate_2_ptr, at, sums, plane + 1, bias_2_ptr, *rest, PLANES)
+    else:
+        last = partial_ptr + (COUNT - 1) * B * tiles * C
+        where = last, tiles, B * tiles, C, columns, inside
+        _store_bias_gradient(dbias_1_ptr, gate_1_ptr, vector_stride, *where, ROWS)
+        _store_bias_gradient(dbias_2_ptr, gate_2_ptr, vector_stride, *where, ROWS)
+
+
+def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
+    """The tensors, (B, S, C) or (B, C), as the kernels walk them: channels dense, and one stride for all from sample
+    to sample and from token to token. Those are returned, too. Where strides disagree, what is not contiguous is
+    copied. None stays None."""
+    like = strides = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if like is None:
+            like, strides = tensor, tensor.stride()
+        elif tensor.stride() != strides:
+            break
+    else:
+        if like is None:
+            return tensors, 0, 0
+        if strides[-1] == 1 and not like.is_contiguous():
+            return tensors, strides[0], strides[1]
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    return tensors, like.shape[1:].numel(), like.shape[2:].numel()  # a dimension of size 1 may have any stride
+
+
+def _divisible(C: int, *strides: int) -> bool:
+    """Whether every token starts at a multiple of 16 elements, so that accesses can be 16 bytes wide."""
+    return all(number % 16 == 0 for number in (C, *strides))
+
+
+def _two(tensors: list) -> list:
+    return [*tensors, None, None][:2]
+
+
+def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised and contiguous. (torch.empty with shape, dtype and device takes 3 us longer.)"""
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def _empty_results(residual, gates, ys, biases, scales, shifts, rms, eps, quantize) -> list[Tensor]:
+    """h where there are gates; every out, or its values in e4m3; the scales of those values."""
+    results = [_like(residual)] if gates else []
+    if not quantize:
+        return results + [_like(residual) for _ in scales]
+    values, row_scales = zip(*[empty_quantized(residual.shape, residual.device) for _ in scales], strict=True)
+    return [*results, *values, *row_scales]
+
+
+def _launch(
+    residual: Tensor,
+    gates: list[Tensor],
+    ys: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[Tensor],
+    shifts: list[Tensor],
+    rms: bool,
+    eps: float,
+    quantize: bool,
+) -> list[Tensor]:
+    results = _empty_results(residual, gates, ys, biases, scales, shifts, rms, eps, quantize)
+    if residual.numel() == 0:
+        return [result.fill_(1) if result.numel() else result for result in results]  # scales of rows of no channels
+    B, S, C = residual.shape
+    (residual,), residual_stride, residual_row = _walk([residual])
+    ys, y_stride, y_row = _walk(_two(ys))
+    vectors, vector_stride, _ = _walk([*_two(gates), *_two(scales), *_two(shifts)])
+    biases = [None if bias is None else bias.contiguous() for bias in _two(biases)]
+    h, *outs = results if gates else [None, *results]
+    rows, columns, num_warps = _forward_tile(C, quantize)
+    _forward_kernels[num_warps](
+        B * -(-S // rows),
+        *(residual, *vectors[:2], *ys, *biases, *vectors[2:]),
+        *(h, *_two(outs[: len(scales)]), *_two(outs[len(scales) :])),
+        *(residual_stride, residual_row, y_stride, y_row, vector_stride, S, C, eps),
+        *(rms, _divisible(C, residual_stride, residual_row, y_stride, y_row, vector_stride), rows, columns),
+    )
+    return results
+
+
+def _empty_gradients(
+    h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, residual, gate, y, bias, modulation
+) -> list[Tensor]:
+    """What is wanted of the gradients of residual, gates, ys, biases, scales and shifts."""
+    like = dh if h is None else h
+    gradients = [_like(like)] if residual else []
+    if gate:
+        gradients += [_like(tensor) for tensor in gates]
+    if y:
+        gradients += [_like(like, y_dtype) for _ in gates]
+    if bias:
+        gradients += [_like(tensor) for tensor in biases if tensor is not None]
+    if modulation:
+        gradients += [_like(tensor, vector_dtype) for tensor in (*scales, *scales)]
+    return gradients
+
+
+def _by_input(gradients, gates, biases, scales, residual, gate, y, bias, modulation) -> tuple:
+    """The gradients of `_empty_gradients` by what they are for, None for what is not wanted."""
+    rest = iter(gradients)
+
+    def take(wanted, entries):
+        return [next(rest) if wanted and entry is not None else None for entry in entries]
+
+    return (
+        *take(residual, [True]),
+        *(take(gate, gates), take(y, gates), take(bias, biases)),
+        *(take(modulation, scales), take(modulation, scales)),
+    )
+
+
+def _launch_backward(
+    h: Tensor | None,
+    gates: list[Tensor],
+    ys: list[Tensor],
+    biases: list[Tensor | None],
+    scales: list[Tensor],
+    dh: Tensor | None,
+    douts: list[Tensor],
+    y_dtype: torch.dtype | None,
+    vector_dtype: torch.dtype | None,
+    rms: bool,
+    eps: float,
+    residual: bool,
+    gate: bool,
+    y: bool,
+    bias: bool,
+    modulation: bool,
+) -> list[Tensor]:
+    """ys for the gates' gradients alone. Without scales the gradient of h is dh, and h is None. Gradients of ys are made
+    in y_dtype, those of scales and shifts in vector_dtype."""
+    wanted = residual, gate, y, bias, modulation
+    gradients = _empty_gradients(h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, *wanted)
+    like = dh if h is None else h
+    if like.numel() == 0 or not gradients:
+        return [gradient.zero_() for gradient in gradients]
+    dresidual, *pairs = _by_input(gradients, gates, biases, scales, *wanted)
+    dgates, dys, dbiases, dscales, dshifts = map(_two, pairs)
+    B, S, C = like.shape
+    K, J = len(gates), len(scales)
+    (h,), h_stride, h_row = _walk([h])
+    upstream, upstream_stride, upstream_row = _walk([dh, *_two(douts)])
+    ys, y_stride, y_row = _walk(_two(ys))
+    vectors, vector_stride, _ = _walk([*_two(gates), *_two(scales)])
+    gates, scales = vectors[:2], vectors[2:]
+    biases = [None if tensor is None else tensor.contiguous() for tensor in _two(biases)]
+    sum_h = bias or (gate and any(tensor is not None for tensor in biases))
+    count = 2 * J * modulation + K * gate + sum_h
+    columns, num_warps = _columns_and_warps(C)
+    chunk = max(-(-S // max(PROGRAMS * 8 // num_warps // B, 1)), MIN_CHUNK)
+    tiles = -(-S // chunk)
+    partial = torch.empty(count, B, tiles, C, dtype=torch.float32, device=like.device) if count else None
+    # Two tokens at a time where their registers allow: the program then waits for sums half as often.
+    rows = 2 if K + J == 1 else 1
+    token = columns * sum(tensor.element_size() for tensor in (h, *upstream, *ys) if tensor is not None)
+    ahead = min(SHARED * num_warps // (rows * token), MAX_AHEAD)
+    strides = h_stride, h_row, upstream_stride, upstream_row, y_stride, y_row, vector_stride
+    _backward_kernels[num_warps](
+        B * tiles,
+        *(h, *scales, *upstream, *gates, *ys, dresidual, *dys, partial),
+        *(*strides, S, C, chunk, eps),
+        *(modulation, sum_h, rms, _divisible(C, *strides), 1 + ahead, rows, columns),
+    )
+    if count:
+        _sum_partials_kernel(
+            (B + bias) * -(-C // SUM_COLUMNS),
+            *(partial, *gates, *biases, *dgates, *dbiases, *dscales, *dshifts),
+            *(vector_stride, B, tiles, C, _divisible(C, vector_stride)),
+            *(count, power_of_two(count), SUM_ROWS, SUM_COLUMNS),
+        )
+    return gradients
+
+
+_forward_operation = register(
+    "adaln_triton(Tensor residual, Tensor[] gates, Tensor[] ys, Tensor?[] biases, Tensor[] scales, Tensor[] shifts, "
+    "bool rms, float eps, bool quantize) -> Tensor[]",
+    _launch,
+    _empty_results,
+)
+_backward_operation = register(
+    "adaln_backward_triton(Tensor? h, Tensor[] gates, Tensor[] ys, Tensor?[] biases, Tensor[] scales, "
+    "Tensor? dh, Tensor[] douts, ScalarType? y_dtype, ScalarType? vector_dtype, bool rms, float eps, "
+    "bool residual, bool gate, bool y, bool bias, bool modulation) -> Tensor[]",
+    _launch_backward,
+    _empty_gradients,
+)
+
+
+class _Adaln(torch.autograd.Function):
+    # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
+    @staticmethod
+    def forward(ctx, rms, eps, K, J, fork, residual, *rest):
+        gates, ys, biases, scales, shifts = _split(rest, K, K, K, J, J)
+        results = _forward_operation(residual, gates, ys, biases, scales, shifts, rms, eps, False)
+        if fork:
+            results = [residual.view_as(residual), *results]
+        ctx.set_materialize_grads(False)
+        ctx.rms, ctx.eps, ctx.K, ctx.J, ctx.fork = rms, eps, K, J, fork
+        # One dtype for all of a kind, which holds what each needs: autograd rounds further where they differ.
+        ctx.y_dtype, ctx.vector_dtype = _promoted(*ys), _promoted(*scales, *shifts)
+        if K and not any(ctx.needs_input_grad[5 : 6 + 3 * K]):
+            ctx.mark_non_differentiable(results[0])
+        h = None if J == 0 else results[0] if K else residual
+        save(ctx, h, *gates, *biases, *scales, *(ys if any(ctx.needs_input_grad[6 : 6 + K]) else ()))
+        return tuple(results)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        K, J = ctx.K, ctx.J
+        h, *rest = saved(ctx)
+        gates, biases, scales, ys = _split(rest, K, K, J, K)
+        has_dh = K > 0 or ctx.fork
+        dh, douts = upstream[0] if has_dh else None, upstream[has_dh:]
+        used = [j for j in range(J) if douts[j] is not None]  # not a result that nothing came of
+        if dh is None and not used:
+            return (None,) * len(ctx.needs_input_grad)
+        residual = ctx.needs_input_grad[5]
+        gate, y, bias, scale, shift = (any(part) for part in _split(ctx.needs_input_grad[6:], K, K, K, J, J))
+        scales, douts = ([entries[j] for j in used] for entries in (scales, douts))
+        wanted = residual and bool(used), gate, y, bias, (scale or shift) and bool(used)
+        gradients = _backward_operation(
+            *(h if used else None, gates, ys, biases, scales, dh, douts, ctx.y_dtype, ctx.vector_dtype),
+            *(ctx.rms, ctx.eps, *wanted),
+        )
+        dresidual, dgates, dys, dbiases, dscales, dshifts = _by_input(gradients, gates, biases, scales, *wanted)
+        if residual and not used:
+            dresidual = dh
+        spread_out = [
+            [entries[used.index(j)] if j in used else None for j in range(J)] for entries in (dscales, dshifts)
+        ]
+        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
+
+
+def _promoted(*tensors: Tensor) -> torch.dtype | None:
+    """The dtype that holds what each of them does; None of nothing."""
+    dtypes = {tensor.dtype for tensor in tensors}
+    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+
+
+def _split(entries: tuple, *counts: int) -> list[tuple]:
+    """The first counts[0] entries, the next counts[1], ...; fewer at the end where there are fewer."""
+    ends = list(itertools.accumulate(counts))
+    return [entries[end - count : end] for count, end in zip(counts, ends, strict=True)]
+
+
+def fused(
+    residual: Tensor,
+    gates: tuple[Tensor, ...],
+    ys: tuple[Tensor, ...],
+    biases: tuple[Tensor | None, ...],
+    scales: tuple[Tensor, ...],
+    shifts: tuple[Tensor, ...],
+    norm: str,
+    eps: float,
+    quantize: bool,
+    fork: bool = False,
+) -> list[Tensor | Quantized]:
+    """h where there are gates, and an out for each scale, through the Triton kernels. With `fork`, which goes without
+    gates, residual is h: the gradient that comes back through it is added where that of the outs is made."""
+    tensors = residual, *gates, *ys, *biases, *scales, *shifts
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                forked = fork and residual.requires_grad
+                results = _Adaln.apply(norm == "rms", eps, len(gates), len(scales), forked, *tensors)
+                return [residual, *results] if fork and not forked else list(results)
+    results = _forward_operation(residual, gates, ys, biases, scales, shifts, norm == "rms", eps, quantize)
+    if quantize:
+        h, values, row_scales = _split(results, len(gates) > 0, len(scales), len(scales))
+        results = [*h, *map(Quantized, values, row_scales)]
+    return [residual, *results] if fork else results
+
+
+Vectors = Tensor | tuple[Tensor, Tensor]
+
+
+def _entries(name: str, value: Vectors, like: str = "", count: int = 0) -> dict[str, Tensor]:
+    """A tensor, or the two of a pair, by the name that errors give them; as many as `like` has."""
+    pair = isinstance(value, (tuple, list))
+    if pair and len(value) != 2:
+        raise ValueError(f"{name} has {len(value)} entries; it needs to be a tensor or a pair of tensors")
+    if count and pair != (count == 2):
+        kinds = ("a tensor", "a pair")
+        raise ValueError(f"{name} is {kinds[pair]} and {like} is {kinds[count - 1]}; both need to be the same")
+    return {f"{name}[{i}]": entry for i, entry in enumerate(value)} if pair else {name: value}
+
+
+def _check_vectors(
+    vectors: dict[str, Tensor], shape: tuple[int, ...], name: str, like: Tensor, arithmetic: torch.dtype
+) -> torch.dtype:
+    """Of shape (B, C), or (C,), for tokens `like`, which the operation calls `name`. Returns the arithmetic."""
+    if checks.alike(shape, like.device, *vectors.values()):
+        return arithmetic
+    for vector, value in vectors.items():
+        checks.floating(vector, value)
+        if value.dtype == torch.float64:
+            arithmetic = torch.float64
+        if value.shape != shape:
+            hint = ", without a dimension for tokens" if value.ndim > len(shape) else ""
+            raise ValueError(
+                f"{vector} has shape {tuple(value.shape)}; with {name} {tuple(like.shape)} it needs {shape}{hint}"
+            )
+        if value.device != like.device:
+            raise ValueError(f"{vector} is on {value.device}; it needs to be on {name}'s device {like.device}")
+    return arithmetic
+
+
+def check_tokens(**tokens: Tensor) -> torch.dtype:
+    """Tensors (B, S, C) of one shape. Returns the dtype of the arithmetic."""
+    arithmetic = checks.tensors(**tokens)
+    name, first = next(iter(tokens.items()))
+    if first.ndim != 3:
+        raise ValueError(f"{name} has shape {tuple(first.shape)}; it needs three dimensions: (B, S, C)")
+    return arithmetic
+
+
+def _one_gated(residual: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
+    for tensor in (residual, gate, y):
+        if not isinstance(tensor, Tensor):
+            return False
+    if residual.ndim != 3 or isinstance(bias, (tuple, list)):
+        return False
+    shape, device = residual.shape, residual.device
+    vectors = checks.alike(shape[::2], device, gate) and checks.alike(shape[2:], device, bias)
+    return vectors and checks.alike(shape, device, residual, y)
+
+
+def check_gated(
+    residual: Tensor,
+    gate: Vectors,
+    y: Vectors,
+    bias: Tensor | tuple[Tensor | None, Tensor | None] | None,
+    quantize: bool = False,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
+    """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
+    if not quantize and _one_gated(residual, gate, y, bias):
+        return (gate,), (y,), (bias,), torch.float32
+    ys = _entries("y", y)
+    gates = _entries("gate", gate, "y", len(ys))
+    biases = _entries("bias", bias, "y", len(ys)) if bias is not None else {}
+    arithmetic = check_tokens(residual=residual, **ys)
+    B, _, C = residual.shape
+    arithmetic = _check_vectors(gates, (B, C), "residual", residual, arithmetic)
+    there = {name: value for name, value in biases.items() if value is not None}
+    arithmetic = _check_vectors(there, (C,), "residual", residual, arithmetic)
+    if quantize:
+        no_gradient(residual=residual, **gates, **ys, **there)
+    return tuple(gates.values()), tuple(ys.values()), tuple(biases.values()) or (None,) * len(ys), arithmetic
+
+
+def check_modulated(
+    name: str,
+    like: Tensor,
+    scale: Vectors,
+    shift: Vectors,
+    norm: str,
+    eps: float,
+    quantize: bool,
+    arithmetic: torch.dtype,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.dtype]:
+    """Scales and shifts, one each or two, for tokens `like`, which the operation calls `name`, and the dtype of the
+    arithmetic."""
+    scales = _entries("scale", scale)
+    shifts = _entries("shift", shift, "scale", len(scales))
+    B, _, C = like.shape
+    for vectors in (scales, shifts):
+        arithmetic = _check_vectors(vectors, (B, C), name, like, arithmetic)
+    checks.one_of("norm", norm, NORMS)
+    checks.number("eps", eps)
+    if quantize:
+        no_gradient(**{name: like}, **scales, **shifts)
+    return tuple(scales.values()), tuple(shifts.values()), arithmetic

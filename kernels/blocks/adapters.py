@@ -1,0 +1,155 @@
+"""What a LoRA adapter adds to the product of a linear layer, around a base product of any kind.
+
+    y = x W^T + scale (x A^T) B^T       A (r, K), B (N, r), of a small rank r
+
+In two steps, with the base product between them: packed, in FP8, of rows apart in memory. `lowered` makes h = x A^T, of
+several layers of one input at once; `raised` adds scale h B^T to y where y is, so that y is not written again by a sum.
+
+Source: arXiv 2106.09685.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpdmd.kernels.runtime.rows import rows_product, rows_weight_gradient
+from dpdmd.kernels.runtime.saved import save, saved
+
+
+class Adapter(NamedTuple):
+    down: Tensor  # A (r, K)
+    up: Tensor  # B (N, r)
+    scale: float
+    column: int = 0  # of y, where its N begin
+
+
+def lowered(xs: tuple[Tensor, ...], adapters: list[Adapter]) -> tuple[tuple[Tensor, ...], Tensor]:
+    """(xs, h): h (..., r_1 + r_2 + ...) of the tensors xs (..., K_1), (..., K_2), taken side by side.
+
+    The base product is to be made of the xs that come back: its gradient of x then passes here, where that of h is added
+    to it by the product that makes it.
+    """
+    tensors = *xs, *[adapter.down for adapter in adapters]
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
+        return xs, _lower(xs, tensors[len(xs) :])
+    *passed, h = _Lowered.apply(len(xs), *tensors)
+    # All that an autograd function returns has a gradient; where x has none, the base product is to make none.
+    return tuple(new if x.requires_grad else x for new, x in zip(passed, xs, strict=True)), h
+
+
+def raised(y: Tensor, h: Tensor, adapters: list[Adapter]) -> Tensor:
+    """y (..., N) with scale h B^T added to the columns of each adapter, in place."""
+    ups = [adapter.up for adapter in adapters]
+    places = [(adapter.column, adapter.scale) for adapter in adapters]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h, *ups)):
+        return _Raised.apply(y, h, places, *ups)
+    return _raise(y, h, places, ups)
+
+
+def _lower(xs: tuple[Tensor, ...], downs: tuple[Tensor, ...]) -> Tensor:
+    down = _stacked(downs)
+    if len(xs) == 1:
+        (x,) = xs
+        return F.linear(x, down) if x.is_contiguous() or x.ndim != 3 else rows_product(x, down.t())
+    h = None
+    for x, part in zip(xs, _columns(down, xs), strict=True):
+        rows = x.flatten(0, -2)
+        h = rows @ part.t() if h is None else h.addmm_(rows, part.t())
+    return h.unflatten(0, xs[0].shape[:-1])
+
+
+def _stacked(downs: tuple[Tensor, ...]) -> Tensor:
+    return downs[0] if len(downs) == 1 else torch.cat(downs)
+
+
+def _columns(down: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (down,) if len(xs) == 1 else down.split([x.shape[-1] for x in xs], dim=1)
+
+
+class _Lowered(torch.autograd.Function):
+    # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
+    @staticmethod
+    def forward(ctx, count, *tensors):
+        xs, downs = tensors[:count], tensors[count:]
+        ctx.count, ctx.sizes = count, [x.shape[-1] for x in xs]
+        ctx.set_materialize_grads(False)
+        for_downs = any(ctx.needs_input_grad[1 + count :])
+        save(ctx, *(xs if for_downs else [None] * count), *downs)
+        return *xs, _lower(xs, downs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *upstream):
+        tensors = saved(ctx)
+        xs, downs = tensors[: ctx.count], tensors[ctx.count :]
+        *dxs, dh = upstream
+        _, *needed = ctx.needs_input_grad
+        for_xs, for_downs = needed[: ctx.count], needed[ctx.count :]
+        if dh is None:
+            return None, *dxs, *[None] * len(downs)
+        parts = _stacked(downs).split(ctx.sizes, dim=1)
+        dxs = [_added(dx, dh, part) if wanted else None for dx, part, wanted in zip(dxs, parts, for_xs, strict=True)]
+        ddowns = [None] * len(downs)
+        if any(for_downs):
+            # Slices of one tensor, each dense: as with packed_linear's, nothing clones them.
+            gradient = torch.cat([_gradient(dh, x) for x in xs], dim=1) if len(xs) > 1 else _gradient(dh, xs[0])
+            slices = gradient.split([len(down) for down in downs])
+            ddowns = [each if wanted else None for each, wanted in zip(slices, for_downs, strict=True)]
+        return None, *dxs, *ddowns
+
+
+def _added(dx: Tensor | None, dh: Tensor, down: Tensor) -> Tensor:
+    """dx + dh A (..., K)"""
+    if dx is None:
+        return dh @ down
+    # Not in place: hooks may hold what the base product's backward pass gave.
+    return torch.addmm(dx.reshape(-1, dx.shape[-1]), dh.reshape(-1, dh.shape[-1]), down).view(dx.shape)
+
+
+def _gradient(dh: Tensor, x: Tensor) -> Tensor:
+    """dh^T x (r, K)"""
+    if x.is_contiguous() or x.ndim != 3:
+        return dh.reshape(-1, dh.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    return rows_weight_gradient(dh, x)
+
+
+def _raise(y: Tensor, h: Tensor, places: list[tuple[int, float]], ups: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    rows = y.view(-1, y.shape[-1])
+    parts = h.reshape(-1, h.shape[-1]).split([up.shape[1] for up in ups], dim=1)
+    for (column, scale), up, part in zip(places, ups, parts, strict=True):
+        rows[:, column : column + len(up)].addmm_(part, up.t(), alpha=scale)
+    return y
+
+
+class _Raised(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y, h, places, *ups):
+        ctx.mark_dirty(y)
+        ctx.places = places
+        save(ctx, h if any(ctx.needs_input_grad[3:]) else None, *ups)
+        return _raise(y, h, places, ups)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        h, *ups = saved(ctx)
+        _, for_h, _, *for_ups = ctx.needs_input_grad
+        rows = dy.reshape(-1, dy.shape[-1])
+        ranks = [up.shape[1] for up in ups]
+        dh = dy.new_empty(*dy.shape[:-1], sum(ranks)) if for_h else None
+        dups, rank = [], 0
+        for (column, scale), up, wanted in zip(ctx.places, ups, for_ups, strict=True):
+            part, lanes = rows[:, column : column + len(up)], slice(rank, rank + up.shape[1])
+            rank = lanes.stop
+            if for_h:
+                dh.view(-1, sum(ranks))[:, lanes].addmm_(part, up, beta=0, alpha=scale)
+            dup = None
+            if wanted:
+                columns = h.reshape(-1, sum(ranks))[:, lanes]
+                dup = torch.empty_like(up, memory_format=torch.contiguous_format)
+                dup.addmm_(part.t(), columns, beta=0, alpha=scale)
+            dups.append(dup)
+        return dy if ctx.needs_input_grad[0] else None, dh, None, *dups

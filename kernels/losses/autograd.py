@@ -1,0 +1,84 @@
+"""A loss whose gradient was computed along with it.
+
+Every implementation of a loss takes `reduction` last and returns three things: the reduced loss; a tensor of the
+input's shape and dtype; and `rest`, a float, so that the tensor times `rest` is the loss's gradient. One that folds
+the reduction's factor into its kernel returns 1, so that a backward pass whose upstream gradient is 1 has nothing to
+do; float16 keeps the factor for later, as 1 / numel would push its gradients below its smallest number.
+"""
+
+import functools
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dpdmd.kernels.losses.scale import scaled, scaled_in_place
+from dpdmd.kernels.runtime.formula import sample_size
+
+Loss = tuple[Tensor, Tensor, float]
+
+
+def factor(x: Tensor, reduction: str) -> float:
+    """What the sum of the elements' losses is multiplied by. An empty batch's mean is 0."""
+    if reduction == "mean":
+        return 1 / max(x.numel(), 1)
+    return 1 / sample_size(x) if reduction == "none" else 1.0
+
+
+def factor_now(x: Tensor, reduction: str) -> tuple[float, float]:
+    """The part of `factor` that a fused kernel applies to the gradient it writes, and the rest."""
+    whole = factor(x, reduction)
+    return (1.0, whole) if x.dtype == torch.float16 else (whole, 1.0)
+
+
+def from_reference(reference: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Loss]:
+    """Makes an implementation of a definition, which returns `sums` (B,), each sample's sum of the elements' losses,
+    and `direction` (B, ...), the gradient of `sums.sum()`, both in the arithmetic's dtype."""
+
+    @functools.wraps(reference)
+    def implementation(x: Tensor, *arguments, reduction: str) -> Loss:
+        with torch.no_grad():
+            sums, direction = reference(x, *arguments)
+            whole = factor(x, reduction)
+            loss = (sums if reduction == "none" else sums.sum()) * whole
+            return loss, direction.to(x.dtype), whole
+
+    return implementation
+
+
+def attach(x: Tensor, computed: Loss) -> Tensor:
+    """The loss, (), or (B,) for "none", whose gradient goes to `x`."""
+    if not (x.requires_grad and torch.is_grad_enabled()):
+        return computed[0]
+    return _Attach.apply(x, computed)
+
+
+class _Attach(torch.autograd.Function):
+    # `computed` is a tuple so that autograd sees no input but x. The older form of forward, with ctx: the newer one
+    # binds its arguments by inspection, 20 us a call.
+    @staticmethod
+    def forward(ctx, x, computed):
+        loss, gradient, ctx.rest = computed
+        ctx.save_for_backward(gradient)
+        return loss
+
+    @staticmethod
+    def backward(ctx, upstream):
+        if torch.is_grad_enabled():  # create_graph=True
+            return _constant_gradient(ctx, upstream), None
+        (gradient,) = ctx.saved_tensors
+        if torch.compiler.is_compiling() or not _graph_ends_here():
+            return scaled(gradient, upstream, ctx.rest), None
+        return scaled_in_place(gradient, upstream, ctx.rest), None
+
+
+@once_differentiable  # the gradient is a constant: a second derivative would be silently wrong
+def _constant_gradient(ctx, upstream: Tensor) -> Tensor:
+    (gradient,) = ctx.saved_tensors
+    return scaled(gradient, upstream, ctx.rest)
+
+
+def _graph_ends_here() -> bool:
+    """Whether this backward pass frees the graph, so that what it saved is nobody's afterwards."""
+    return not torch._C._autograd._get_current_graph_task_keep_graph()

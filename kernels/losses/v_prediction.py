@@ -1,0 +1,104 @@
+"""The diversity loss of a flow model: the student's first velocity against the one that leads to the teacher's
+anchor.
+
+    L = mean |v - (noise - z) / (1 - t)|^2
+
+The straight line from the noise at time 1 to the teacher's z at time t has the velocity (noise - z) / (1 - t).
+
+Source: arXiv 2602.03139, the student's first step (L_div), with z = z_K and t = t_K after K steps of the teacher.
+"""
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels.losses import squared
+from dpdmd.kernels.losses.autograd import Loss, attach, factor_now, from_reference
+from dpdmd.kernels.runtime import checks
+from dpdmd.kernels.runtime.backend import choose
+from dpdmd.kernels.runtime.formula import column, sample_sum, widen
+from dpdmd.kernels.runtime.launch import jit, tl
+from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.tile import joined, split
+
+
+def v_prediction_loss_reference(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The definition: the sum of squares a sample, (B,), and its gradient in v, (B, ...)."""
+    v, noise, z = widen(arithmetic, v, noise, z)
+    residual = v - (noise - z) / (1 - column(t, v))
+    return sample_sum(residual * residual), 2 * residual
+
+
+@jit
+def _residual(v, noise, z, start, t):
+    return v - tl.div_rn(noise - z, start - t), 1.0
+
+
+def _launch(
+    v: Tensor, noise: Tensor, z: Tensor, t: Tensor | None, remaining: float, reduction: str
+) -> tuple[Tensor, Tensor]:
+    # start - t in the kernel: 1 - t for a tensor; for a float it was computed in float64.
+    start, t = (remaining, 0.0) if t is None else (1.0, t)
+    return squared.squared_loss(_residual, v, noise, z, (start, 0), joined(*split(t)), reduction)
+
+
+_v_prediction_loss = register(
+    "v_prediction_loss_triton(Tensor v, Tensor noise, Tensor z, Tensor? t, float remaining, str reduction) "
+    "-> (Tensor, Tensor)",
+    _launch,
+    lambda v, noise, z, t, remaining, reduction: squared.fake(v, reduction),
+)
+
+
+def v_prediction_loss_triton(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    t, remaining = (t, 1.0) if isinstance(t, Tensor) else (None, float(1 - t))
+    return *_v_prediction_loss(v, noise, z, t, remaining, reduction), factor_now(v, reduction)[1]
+
+
+def v_prediction_loss_cuda(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
+    return squared.velocity_loss_cuda(v, noise, z, t, reduction)
+
+
+IMPLEMENTATIONS = {
+    "reference": from_reference(v_prediction_loss_reference),
+    "triton": v_prediction_loss_triton,
+    "cuda": v_prediction_loss_cuda,
+}
+
+
+def _in_range(t: float | Tensor) -> bool:
+    if not isinstance(t, Tensor):
+        return 0 <= t < 1
+    if t.device.type != "cpu" or torch.compiler.is_compiling():
+        return True
+    return bool(((t >= 0) & (t < 1)).all())
+
+
+def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *, reduction: str = "mean") -> Tensor:
+    """mean |v - (noise - z) / (1 - t)|^2.
+
+    v (B, ...): the student's velocity at time 1, the only input that receives a gradient.
+    noise (B, ...): the initial noise.  z (B, ...): where the teacher's rollout from that noise stands at time t.
+    t: a float or (B,) float32, in [0, 1). Checked on the CPU; on a GPU that would mean waiting for it, and a time of
+        1 gives a loss that is not finite.
+    reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
+
+    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
+    are float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a t outside
+    [0, 1).
+    """
+    arithmetic = checks.tensors(v=v, noise=noise, z=z)
+    checks.per_sample("t", t, v, arithmetic)
+    if not _in_range(t):
+        raise ValueError(f"t is {t}; it needs to be in [0, 1), as the target divides by 1 - t")
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+
+    run = choose("v_prediction_loss", IMPLEMENTATIONS, v.device, arithmetic)
+    return attach(v, run(v, noise, z, t, arithmetic, reduction=reduction))

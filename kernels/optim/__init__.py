@@ -1,0 +1,1 @@
+"""Optimizer steps that go over memory once."""

@@ -1,0 +1,1 @@
+"""What every operation stands on: the choice of implementation, launches, registration with torch, csrc's library, checks."""

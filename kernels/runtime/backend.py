@@ -1,0 +1,115 @@
+"""Which implementation of an operation runs: `reference` (plain PyTorch, any device), `triton` or `cuda` (fused).
+
+`auto`, the default, takes the fastest one there is for the tensors at hand: the reference on CPU and for float64,
+else `cuda` where csrc/ is built for the device, then `triton`, then the reference. Two things override it: the
+environment variable DPDMD_KERNELS for the process, and `use_backend` for a block of code, which wins over the
+variable. Asking for one that is not to be had is an error that says how to get it. Under torch.compile the choice is
+made at tracing: a later `use_backend` recompiles, a later change of the environment does not.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+
+from dpdmd.kernels.runtime import csrc, launch, registration
+
+ENVIRONMENT_VARIABLE = "DPDMD_KERNELS"
+CHOICES = ("auto", "reference", "triton", "cuda")
+FASTEST_FIRST = ("cuda", "triton")
+MISSING = {"cuda": csrc.missing, "triton": launch.missing}
+
+# A plain global rather than a ContextVar: torch.compile guards on globals and cannot trace ContextVar.get.
+_forced: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run the block's operations with implementation `name`: "auto", "reference", "triton" or "cuda". Not per
+    thread: the process's.
+
+    Raises ValueError for another name; an operation that lacks the implementation raises RuntimeError when it is
+    called.
+    """
+    global _forced
+    if name not in CHOICES:
+        raise ValueError(f"use_backend got {name!r}; it takes one of {', '.join(CHOICES)}")
+    before, _forced = _forced, name
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+@contextlib.contextmanager
+def shapes_only() -> Iterator[None]:
+    """Inside the block operations on meta tensors, which have shapes and no values, take the way of the Triton kernels, of
+    which none runs: autograd keeps what it keeps on a GPU. Outside of it, and without Triton's kernels, meta tensors take
+    the references, which keep more. Needs neither Triton nor a GPU. Not per thread: the process's."""
+    before, registration.shapes_only = registration.shapes_only, True
+    try:
+        yield
+    finally:
+        registration.shapes_only = before
+
+
+def requested() -> str:
+    """The implementation asked for: by `use_backend`, else by DPDMD_KERNELS, else "auto"."""
+    if _forced is not None:
+        return _forced
+    name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if name not in CHOICES:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} in the environment; it takes one of {', '.join(CHOICES)}")
+    return name
+
+
+def choose(
+    operation: str, implementations: Mapping[str, Callable], device: torch.device, arithmetic: torch.dtype
+) -> Callable:
+    """The callable in `implementations` (by name, "reference" always there) to run for this device and arithmetic."""
+    name = requested()
+    if registration.shapes_only and device.type == "meta" and "triton" in implementations:
+        return implementations["triton"]
+    if name == "auto":
+        if device.type != "cuda" or arithmetic == torch.float64:
+            return implementations["reference"]
+        for name in served(device.index):
+            if name in implementations:
+                return implementations[name]
+    if name == "reference":
+        return implementations["reference"]
+    reason = why_not(name, device.type, device.index)
+    if name not in implementations:
+        reason = f"this operation has only {', '.join(implementations)}"
+    elif arithmetic == torch.float64:
+        reason = "float64 tensors are for the reference"
+    if reason:
+        raise RuntimeError(
+            f"{operation} has no {name!r} implementation here: {reason}. {ENVIRONMENT_VARIABLE}=auto, or "
+            f"dpdmd.kernels.use_backend('auto') around the call, takes one that serves"
+        )
+    return implementations[name]
+
+
+_served: dict[int | None, tuple[str, ...]] = {}
+
+
+def served(index: int | None) -> tuple[str, ...]:
+    """The implementations that run on CUDA device `index`, the fastest first."""
+    if index not in _served:
+        fused = [name for name in FASTEST_FIRST if not MISSING[name]("cuda", index)]
+        _served[index] = (*fused, "reference")
+    return _served[index]
+
+
+def why_not(name: str, device_type: str, index: int | None) -> str:
+    """What keeps implementation `name` from running on a device, and how to get it; "" where it runs."""
+    if name == "triton" and device_type == "meta" and registration.shapes_only:
+        return ""
+    return MISSING[name](device_type, index)
+
+
+# torch.compile runs these two while tracing. torch.compiler.assume_constant_result says so, too, but imports
+# torch._dynamo: a second of everybody's time.
+served._dynamo_marked_constant = why_not._dynamo_marked_constant = True

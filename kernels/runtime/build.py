@@ -1,0 +1,97 @@
+"""Compiles csrc/ into one shared library, with nvcc and ninja: `python -m dpdmd.kernels.runtime.build`, or setup.py, or the
+first call on a GPU.
+
+It is built against LibTorch's stable ABI, so it needs torch's headers but no CUDA build of torch, no GPU, and no
+particular Python; one library serves torch 2.11 and newer. Nothing is imported here but the standard library, as
+setup.py loads this file by its path.
+"""
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import uuid
+from pathlib import Path
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+ARCHITECTURES = ("compute_80,code=sm_80", "compute_90a,code=sm_90a", "compute_90,code=compute_90")
+COMPILE = "-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"
+
+
+def file_name() -> str:
+    """The library's name, which changes with the sources, so that a stale one is never loaded."""
+    digest = hashlib.sha256(COMPILE.encode() + repr(ARCHITECTURES).encode())
+    for source in sorted(SOURCES.glob("*.*")):
+        digest.update(source.name.encode() + source.read_bytes())
+    return f"_ops_{digest.hexdigest()[:12]}.so"
+
+
+def unable() -> str:
+    """What is missing to compile; "" if nothing is."""
+    if not _nvcc():
+        return "nvcc, CUDA's compiler, is not on PATH"
+    if not _ninja():
+        return "ninja is not installed (pip install ninja)"
+    if importlib.util.find_spec("torch") is None:
+        return "torch, whose headers it needs, is not installed in the environment that builds (--no-build-isolation)"
+    return ""
+
+
+def build(folder: Path) -> Path:
+    """Compiles into `folder` and returns the library's path. Raises RuntimeError with the compiler's last lines."""
+    if reason := unable():
+        raise RuntimeError(f"the CUDA kernels cannot be compiled: {reason}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / file_name()
+    with tempfile.TemporaryDirectory(prefix="dpdmd-") as work:
+        Path(work, "build.ninja").write_text(_rules())
+        done = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True)
+        if done.returncode:
+            last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
+            raise RuntimeError(f"the CUDA kernels do not compile with {_nvcc()}:\n{last}")
+        # Under another name first: another process must never see half a file.
+        half = folder / f"{uuid.uuid4().hex}.tmp"
+        try:
+            shutil.copy(Path(work, "ops.so"), half)
+            os.replace(half, target)
+        finally:
+            half.unlink(missing_ok=True)
+    return target
+
+
+def _nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or "/usr/local/cuda"
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def _ninja() -> str | None:
+    return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
+
+
+def _rules() -> str:
+    torch = Path(importlib.util.find_spec("torch").origin).parent
+    codes = " ".join(f"-gencode=arch={code}" for code in ARCHITECTURES)
+    sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.cu"))]
+    objects = " ".join(f"{source.stem}.o" for source in sources)
+    # nvcc for the host's part too, as it knows where its headers and its static runtime are.
+    lines = [
+        "rule compile",
+        f"  command = {_nvcc()} {COMPILE} {codes} --threads 0 -Xcompiler -fPIC -I{torch}/include -c $in -o $out",
+        "rule link",
+        f"  command = {_nvcc()} -shared -o $out $in -L{torch}/lib -ltorch_cpu",
+        *(f"build {source.stem}.o: compile {source}" for source in sources),
+        f"build ops.so: link {objects}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    here = Path(__file__).resolve().parent
+    built = build(here)
+    for stale in set(here.glob("_ops_*.so")) - {built}:
+        stale.unlink()
+    print(built)

@@ -1,0 +1,100 @@
+"""The pieces that the Triton kernels are written with.
+
+A program works on one sample: `tiles` programs a sample, each on `blocks` blocks of BLOCK elements. Programs are
+counted along the grid's first axis only, as the others end at 65535, and in int64, as samples times stride may pass
+2^31.
+"""
+
+from torch import Tensor
+
+from dpdmd.kernels.runtime.launch import jit, tl
+
+# 4096 elements over 256 threads: two 16-byte accesses a thread and tensor in bfloat16, which is enough in flight.
+BLOCK = 4096
+NUM_WARPS = 8
+# A sum over a sample leaves at most so many partial sums, which every program of the next pass reads again.
+MAX_TILES = 1024
+
+
+def tiles(size: int) -> int:
+    """Blocks, and so programs, for the `size` elements of a sample."""
+    return -(-size // BLOCK)
+
+
+def tiles_and_blocks(size: int) -> tuple[int, int]:
+    """Programs for a sample of `size` elements, MAX_TILES at most, and blocks for each."""
+    num_blocks = tiles(size)
+    blocks = -(-num_blocks // MAX_TILES)
+    return -(-num_blocks // blocks), blocks
+
+
+def divisible(size: int, *tensors: Tensor | None) -> bool:
+    """Whether every sample starts at a multiple of 16 elements, so that accesses can be 16 bytes wide."""
+    return size % 16 == 0 and all(tensor is None or tensor.stride(0) % 16 == 0 for tensor in tensors)
+
+
+def power_of_two(number: int) -> int:
+    """The least that is no smaller; 1 for 0."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def stride(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.stride(0)
+
+
+def split(coefficient: float | Tensor) -> tuple[Tensor | None, float]:
+    """A coefficient as an operation's schema takes it: a tensor, or a float."""
+    return (coefficient, 0.0) if isinstance(coefficient, Tensor) else (None, float(coefficient))
+
+
+def joined(tensor: Tensor | None, value: float | None) -> tuple[Tensor | float | None, int]:
+    """A coefficient as a kernel takes it: a pointer or a float, and the stride."""
+    return (value, 0) if tensor is None else (tensor, tensor.stride(0))
+
+
+@jit
+def program(tiles):
+    """(sample, tile) of this program."""
+    index = tl.program_id(0).to(tl.int64)
+    return index // tiles, index % tiles
+
+
+@jit
+def multiple(number, DIVISIBLE: tl.constexpr):
+    """The number, which the compiler then knows to be a multiple of 16 where DIVISIBLE."""
+    if DIVISIBLE:
+        number = number // 16 * 16
+    return number
+
+
+@jit
+def load(ptr, stride, sample, offsets, mask, DIVISIBLE: tl.constexpr):
+    row = ptr + sample * multiple(stride, DIVISIBLE)
+    return tl.load(row + offsets, mask=mask, other=0.0).to(tl.float32)
+
+
+@jit
+def store(ptr, stride, sample, offsets, values, mask, DIVISIBLE: tl.constexpr):
+    row = ptr + sample * multiple(stride, DIVISIBLE)
+    tl.store(row + offsets, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@jit
+def coefficient(value, stride, sample):
+    """A float, or a pointer to one for each sample."""
+    value = value  # the interpreter makes a tensor of a float where it is assigned
+    if value.dtype.is_ptr():
+        value = tl.load(value + sample * stride)
+    return value
+
+
+@jit
+def total(ptr, count, BLOCK: tl.constexpr):
+    """The sum of `count` float32, in an order that depends on nothing but `count`. Past the first-level cache, as
+    other programs of the same launch may have written them."""
+    lanes = tl.arange(0, BLOCK)
+    sums = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, count, BLOCK):
+        offsets = start + lanes
+        sums += tl.load(ptr + offsets, mask=offsets < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(sums, 0)

@@ -1,0 +1,186 @@
+"""Classifier-free guidance and one Euler step of a flow.
+
+    z_{t'} = z_t + (t' - t) v,   v = v_uncond + s (v_cond - v_uncond)
+
+Source: arXiv 2602.03139, the teacher's rollout (with guidance) and the student's (without).
+"""
+
+import torch
+from torch import Tensor
+
+from dpdmd.kernels.runtime import checks, csrc, layout, tile
+from dpdmd.kernels.runtime.backend import choose
+from dpdmd.kernels.runtime.formula import column, guided, widen
+from dpdmd.kernels.runtime.launch import kernel, tl
+from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.tile import (
+    BLOCK,
+    NUM_WARPS,
+    coefficient,
+    joined,
+    load,
+    multiple,
+    program,
+    split,
+    store,
+    stride,
+)
+from dpdmd.kernels.sampling.linear import linear
+
+
+def guided_euler_step_reference(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    """The definition. The result has x's dtype."""
+    wide_x, v, v_uncond = widen(arithmetic, x, v, v_uncond)
+    return (wide_x + column(t_next - t, x) * guided(v, v_uncond, guidance_scale)).to(x.dtype)
+
+
+@kernel(NUM_WARPS)
+def _guided_euler_step_kernel(
+    x_ptr,
+    v_ptr,
+    uncond_ptr,
+    out_ptr,
+    x_stride: tl.int64,
+    v_stride: tl.int64,
+    uncond_stride: tl.int64,
+    t,
+    t_stride: tl.int64,
+    t_next,
+    t_next_stride: tl.int64,
+    guidance_scale,
+    size: tl.int64,
+    tiles: tl.int64,
+    DIVISIBLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    sample, tile = program(tiles)
+    size = multiple(size, DIVISIBLE)
+    step = coefficient(t_next, t_next_stride, sample) - coefficient(t, t_stride, sample)
+    offsets = tile * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < size
+    x = load(x_ptr, x_stride, sample, offsets, mask, DIVISIBLE)
+    v = load(v_ptr, v_stride, sample, offsets, mask, DIVISIBLE)
+    if uncond_ptr is not None:
+        uncond = load(uncond_ptr, uncond_stride, sample, offsets, mask, DIVISIBLE)
+        v = uncond + guidance_scale * (v - uncond)
+    store(out_ptr, size, sample, offsets, x + step * v, mask, DIVISIBLE)
+
+
+def _launch(
+    x: Tensor,
+    v: Tensor,
+    uncond: Tensor | None,
+    t: Tensor | None,
+    t_value: float,
+    t_next: Tensor | None,
+    t_next_value: float,
+    guidance_scale: float,
+) -> Tensor:
+    out = layout.empty_like(x, x.dtype)
+    if x.numel() == 0:
+        return out
+    x, v, uncond = layout.align(x, v, uncond)
+    size = x.shape[1:].numel()
+    tiles = tile.tiles(size)
+    _guided_euler_step_kernel(
+        x.shape[0] * tiles,
+        *(x, v, uncond, out, stride(x), stride(v), stride(uncond)),
+        *(*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
+        *(size, tiles, tile.divisible(size, x, v, uncond), BLOCK),
+    )
+    return out
+
+
+_guided_euler_step = register(
+    "guided_euler_step_triton(Tensor x, Tensor v, Tensor? uncond, Tensor? t, float t_value, Tensor? t_next, "
+    "float t_next_value, float guidance_scale) -> Tensor",
+    _launch,
+    lambda x, *arguments: layout.empty_like(x, x.dtype),
+)
+
+
+def guided_euler_step_triton(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    if not isinstance(t, Tensor) and not isinstance(t_next, Tensor):
+        t, t_next = 0.0, t_next - t  # in float64
+    options = *split(t), *split(t_next), float(guidance_scale)
+    if guidance_scale == 1:
+        return linear(lambda x, v: _guided_euler_step(x, v, None, *options), (x, v), (None, (t_next, t, 1.0)))
+    return linear(
+        lambda *inputs: _guided_euler_step(*inputs, *options),
+        (x, v, v_uncond),
+        (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)),
+    )
+
+
+def guided_euler_step_cuda(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    v_uncond: Tensor | None,
+    guidance_scale: float,
+    arithmetic: torch.dtype,
+) -> Tensor:
+    def run(x, v, v_uncond=None):
+        x, v, v_uncond = layout.align(x, v, v_uncond)
+        v, v_uncond = csrc.same_dtype(v, v_uncond)
+        return torch.ops.dpdmd.guided_euler_step.default(
+            x, v, v_uncond, float(guidance_scale), *split(t), *split(t_next)
+        )
+
+    if guidance_scale == 1:
+        return linear(run, (x, v), (None, (t_next, t, 1.0)))
+    return linear(run, (x, v, v_uncond), (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)))
+
+
+IMPLEMENTATIONS = {
+    "reference": guided_euler_step_reference,
+    "triton": guided_euler_step_triton,
+    "cuda": guided_euler_step_cuda,
+}
+
+
+def guided_euler_step(
+    x: Tensor,
+    v: Tensor,
+    t: float | Tensor,
+    t_next: float | Tensor,
+    *,
+    v_uncond: Tensor | None = None,
+    guidance_scale: float = 1.0,
+) -> Tensor:
+    """x + (t_next - t) (v_uncond + guidance_scale (v - v_uncond)). The result has x's shape and dtype.
+
+    x (B, ...): the sample at time t.  v (B, ...): the velocity there.  Both receive gradients.
+    v_uncond (B, ...): the unconditional velocity; it receives a gradient too. Not read, nor given one, where
+        guidance_scale is 1.
+    t, t_next: floats or (B,) float32, 1 for noise and 0 for data. They receive no gradient.
+
+    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
+    float32, or float64 where any tensor is. A rollout that keeps x in float32 and v in bfloat16 rounds nothing but
+    the network's output.
+
+    Raises TypeError for a dtype or type, ValueError for a shape, a device and guidance without v_uncond.
+    """
+    arithmetic = checks.tensors(x=x, v=v, v_uncond=v_uncond)
+    checks.per_sample("t", t, x, arithmetic)
+    checks.per_sample("t_next", t_next, x, arithmetic)
+    checks.guidance(guidance_scale, "v_uncond", v_uncond)
+    run = choose("guided_euler_step", IMPLEMENTATIONS, x.device, arithmetic)
+    return run(x, v, t, t_next, v_uncond, guidance_scale, arithmetic)
