@@ -24,7 +24,7 @@ from cycle import PROMPTS
 from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
-from dpdmd.engine.roles import start
+from dpdmd.engine.start import start
 from dpdmd.files import readable_bytes, write_json
 from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes
 from dpdmd.run.provenance import provenance
@@ -65,7 +65,7 @@ def deepspeeds(trainer, folder: Path) -> None:
     for role in train.TRAINED:
         network = trainer.networks[role]
         network.release()
-        network.engine.save_checkpoint(str(folder), tag=role, save_latest=False)
+        network._partition.engine.save_checkpoint(str(folder), tag=role, save_latest=False)
 
 
 def measure(trainer, folder: Path, peer: bool) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from dpdmd.config import Config
-from dpdmd.engine.roles import Step
+from dpdmd.engine.step import Step
 from dpdmd.engine.world import World
 
 
@@ -35,7 +35,7 @@ CONTENDERS = {
 
 
 class Peer:
-    """A role as `dpdmd.engine.Network` has it: called as (x, t, cond) -> prediction, backward, step."""
+    """A role as `dpdmd.engine.role.Role` has it: called as (x, t, cond) -> prediction, backward, step."""
 
     differentiates_in_parts = False
     traffic = None

@@ -34,7 +34,7 @@ from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
 from dpdmd.engine.residency import Traffic
-from dpdmd.engine.roles import start
+from dpdmd.engine.start import start
 from dpdmd.run.provenance import provenance
 
 PROMPTS = Path(__file__).with_name("prompts.txt")
@@ -186,14 +186,14 @@ def build(name: str, config, world, backbone) -> train.Trainer:
     if kind is None:
         return train.build(config, world, backbone, train.load_prompts(config))
 
-    def make(role, module, backbone, config, world, phases):
+    def make(role, module, backbone, config, world, *_):
         return Peer(kind, role, module, backbone, config, world)
 
-    ours, train.Network = train.Network, make
+    ours, train.make = train.make, make
     try:
         return train.build(config, world, backbone, train.load_prompts(config))
     finally:
-        train.Network = ours
+        train.make = ours
 
 
 def run_one(args) -> int:

@@ -29,6 +29,9 @@ from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Plai
 from dpdmd.command import ConfigError, expand
 from dpdmd.files import open_file
 
+ROLES = ("teacher", "student", "critic")
+TRAINED = ("student", "critic")
+
 CONFIG_FOLDER = next(
     (
         folder
@@ -473,6 +476,10 @@ class Config(_Section):
                 "(only model.pipeline=demo has a list of its own)"
             )
         return self
+
+    def optimizer(self, role: str) -> OptimizerConfig:
+        """The student's or the critic's."""
+        return self.student_optimizer if role == "student" else self.critic_optimizer
 
     def num_updates(self, role: Literal["student", "critic"]) -> int:
         """Of a role in the whole run: `distill.critic_updates` of the critic come before each of the student."""

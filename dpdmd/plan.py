@@ -2,8 +2,7 @@
 
     python -m dpdmd.plan --config FILE [--gpus N ...] [--gpu-memory GIB] [section.key=value ...] [--output FILE.yaml]
 
-`resolve` is what train.py calls: it replaces `auto` by the fastest that fits, and refuses what cannot fit. Nothing is
-read but configuration files, and no GPU is needed. What a configuration takes is counted in budget.py.
+Nothing is read but configuration files, and no GPU is needed. What a configuration takes is counted in planner/.
 """
 
 from __future__ import annotations
@@ -13,222 +12,15 @@ from dpdmd import command  # isort: skip  first: the others take seconds, in whi
 import argparse
 import itertools
 import sys
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
-import torch
 
 from dpdmd.backbones import load_backbone
-from dpdmd.config import (
-    LARGEST_SIZE,
-    Config,
-    ConfigError,
-    KeptPassesConfig,
-    LoraConfig,
-    load_config,
-    merged,
-    parse_config,
-    read_overrides,
-    to_yaml,
-)
-from dpdmd.planner.budget import (
-    ALIKE,
-    GIB,
-    GPUS_A_NODE,
-    PARTS,
-    STATE_BYTES,
-    Footprints,
-    Memory,
-    Plan,
-    block_passes,
-    gib,
-    plan_of,
-)
+from dpdmd.config import Config, ConfigError, KeptPassesConfig, load_config, to_yaml
+from dpdmd.planner.footprint import Footprints
+from dpdmd.planner.memory import GIB, GPUS_A_NODE, PARTS
+from dpdmd.planner.plan import Plan, gib
+from dpdmd.planner.search import Alternative, Planner, alternatives, gpu_bytes, recommend, refusal, with_engine
 
-WORTH = 0.05  # so much faster is what makes a change of settings one to recommend
 MOST_GPUS = 2**16
-
-
-class Planner:
-    """Plans of configurations that share model and method. What was measured is kept for the next one."""
-
-    def __init__(self, footprints: Footprints, num_gpus: int, gpu_memory: float | None):
-        self.footprints, self.num_gpus, self.gpu_memory = footprints, num_gpus, gpu_memory
-
-    def with_gpus(self, num_gpus: int) -> Planner:
-        return Planner(self.footprints, num_gpus, self.gpu_memory)
-
-    def plan(self, config: Config) -> Plan:
-        """Of a configuration without `auto`."""
-        return plan_of(config, self.footprints, self.num_gpus, self.gpu_memory)
-
-    def resolve(self, config: Config) -> Plan:
-        """The fastest that fits of what `auto` leaves open; the one that needs least where nothing fits."""
-        engine = config.engine
-        residencies = [engine.residency]
-        if engine.residency == "auto":
-            residencies = ["whole", "phase", "block"] if self.num_gpus > 1 else ["whole"]
-        ways = ["none", "selective", "full"] if engine.checkpointing == "auto" else [engine.checkpointing]
-        if not config.model.fuse and engine.checkpointing == "auto":
-            ways.remove("selective")  # which is as full there
-        plans = []
-        for residency, how in itertools.product(residencies, ways):
-            settled = _with(config, residency=residency, checkpointing=how)
-            plans.append(self.plan(self._with_kept_passes(settled)))
-        fitting = [plan for plan in plans if plan.fits]
-        if fitting:
-            shortest = min(plan.cycle for plan in fitting)
-            return next(plan for plan in fitting if plan.cycle <= (1 + ALIKE) * shortest)
-        return min(plans, key=lambda plan: plan.needed)
-
-    def _with_kept_passes(self, config: Config) -> Config:
-        """null replaced by the largest number with which the role's updates fit, else 0; the roles do not meet."""
-        for role in ("critic", "student"):
-            if getattr(config.engine.kept_passes, role) is None:
-                most = block_passes(config, self.footprints, role)
-                if config.engine.checkpointing != "none":
-                    most = _largest(partial(self._fits_with, config, role), most)
-                config = _with_kept(config, role, most)
-        return config
-
-    def _fits_with(self, config: Config, role: str, kept: int) -> bool:
-        memory = Memory(_with_kept(config, role, kept), self.footprints, self.num_gpus)
-        phases = memory.critic_phases() if role == "critic" else memory.student_phases()
-        return self.gpu_memory is None or max(phase.total for phase in phases) <= self.gpu_memory
-
-
-def _with_kept(config: Config, role: str, number: int) -> Config:
-    return _with(config, kept_passes=config.engine.kept_passes.model_copy(update={role: number}))
-
-
-def _largest(fits, most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits does so with fewer too."""
-    if fits(most):
-        return most
-    low, high = 0, most  # high does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _with(config: Config, **engine: Any) -> Config:
-    return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
-
-
-# What train.py calls
-
-
-def resolve(config: Config, backbone, num_gpus: int, gpu_memory: float | None) -> tuple[Config, Plan]:
-    """`config` with engine.residency, engine.checkpointing and engine.kept_passes decided, and its plan.
-
-    gpu_memory: bytes of the smallest GPU; None without GPUs, where weights are gathered by phase, activations kept, and
-    nothing is judged. Raises ConfigError for what cannot fit, naming the cheapest changes that would.
-    """
-    if gpu_memory is None:
-        engine = config.engine
-        settled = _with(
-            config,
-            residency=("phase" if num_gpus > 1 else "whole") if engine.residency == "auto" else engine.residency,
-            checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
-            kept_passes=KeptPassesConfig(
-                student=engine.kept_passes.student or 0, critic=engine.kept_passes.critic or 0
-            ),
-        )
-        return settled, Plan(settled, num_gpus, None)
-    planner = Planner(Footprints(backbone), num_gpus, gpu_memory)
-    plan = planner.resolve(config)
-    if not plan.possible:
-        raise ConfigError(refusal(config, plan, planner))
-    return plan.config, plan
-
-
-def refusal(config: Config, plan: Plan, planner: Planner) -> str:
-    """Why it does not fit, and the cheapest changes that would."""
-    gpus = f"{plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}"
-    text = (
-        f"this needs {gib(plan.needed)} GiB a GPU ({plan.fullest.name}, with {plan.choice}), and there are {gpus} of "
-        f"{gib(plan.gpu_memory)} GiB"
-    )
-    fitting = [each for each in alternatives(config, planner) if each.plan.fits]
-    if fitting:
-        fewest = min(each.moves for each in fitting)
-        cheapest = [each for each in fitting if each.moves == fewest][:3]
-        named = [f"{' '.join(each.changes)} would fit ({gib(each.plan.needed)} GiB)" for each in cheapest]
-        return f"{text}; {', or '.join(named)}"
-    for factor in (2, 4, 8, 16, 32, 64):
-        if planner.with_gpus(factor * plan.num_gpus).resolve(config).fits:
-            return f"{text}; {factor * plan.num_gpus} such GPUs would do"
-    return f"{text}; no change that is known here would fit, nor 64 times as many GPUs: a smaller model is needed"
-
-
-# What else would do
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """changes: settings, as for the command line, of so many moves: a move may take two settings."""
-
-    changes: tuple[str, ...]
-    moves: int
-    plan: Plan
-
-
-def alternatives(config: Config, planner: Planner) -> list[Alternative]:
-    """Other ways to train the same: what was fixed of residency and checkpointing left to auto, batches in parts of an
-    update, smaller moments, offload; and adapters. Those that fit first, then those that train the whole network, then the
-    fastest."""
-    engine = config.engine
-    fixed = [f"engine.kept_passes.{role}=null" for role, kept in engine.kept_passes if kept is not None]
-    if engine.checkpointing != "auto":
-        fixed.append("engine.checkpointing=auto")
-    if engine.residency != "auto" and planner.num_gpus > 1:
-        fixed.append("engine.residency=auto")
-    batches: list[tuple[str, ...]] = [()]
-    for parts in (2, 4):
-        batch, times = engine.batch_size // parts, engine.accumulation * parts
-        if engine.batch_size % parts == 0 and times <= LARGEST_SIZE:
-            batches.append((f"engine.batch_size={batch}", f"engine.accumulation={times}"))
-    updates: list[tuple[str, ...]] = [()]
-    optimizers = {name: getattr(config, name) for name in ("student_optimizer", "critic_optimizer")}
-    if engine.offload == "none" and all(each.name in ("auto", "fused") for each in optimizers.values()):
-        for state in ("bfloat16", "float8"):
-            larger = [name for name, each in optimizers.items() if STATE_BYTES[each.state] > STATE_BYTES[state]]
-            if larger:
-                updates.append(tuple(f"{name}.state={state}" for name in larger))
-        states = [f"{name}.state=float32" for name, each in optimizers.items() if each.state != "float32"]
-        updates.append(("engine.offload=cpu", *states))
-    combinations = list(itertools.product(batches, updates))
-    if config.lora is None:
-        adapters = [f"lora.rank={LoraConfig().rank}"]
-        if config.model.teacher_storage == "float8":
-            adapters.append("model.teacher_storage=full")
-        elif engine.zero.teacher == 3:
-            combinations += [(("model.teacher_storage=float8",), update) for update in updates]
-        combinations += [(tuple(adapters), batch) for batch in batches[:2]]
-    if fixed:
-        both = [] if planner.resolve(config).fits else combinations[1:]
-        combinations += [(tuple(fixed),), *((tuple(fixed), *others) for others in both)]
-    found = []
-    for combination in combinations:
-        changes = tuple(itertools.chain.from_iterable(combination))
-        if changes:
-            found.append(Alternative(changes, sum(map(bool, combination)), planner.resolve(changed(config, changes))))
-    return sorted(found, key=_rank)
-
-
-def _rank(each: Alternative) -> tuple:
-    adapters = any(change.startswith("lora") for change in each.changes)
-    return not each.plan.fits, adapters, each.plan.seconds_an_image, each.moves
-
-
-def changed(config: Config, changes: tuple[str, ...]) -> Config:
-    """`config` with settings as the command line has them."""
-    return parse_config(merged(config.model_dump(mode="json"), read_overrides(changes)))
-
-
-# Command line
 
 EXPLAINED = (  # by the beginning of a setting
     ("engine.residency=whole", "weights stay gathered until an update changes them: fewest bytes sent, most memory"),
@@ -261,18 +53,6 @@ EXPLAINED = (  # by the beginning of a setting
 def explain(setting: str) -> str:
     """What a setting changes and costs; "" where another line says so."""
     return next((text for beginning, text in EXPLAINED if setting.startswith(beginning)), "")
-
-
-def recommend(config: Config, planner: Planner, others: list[Alternative]) -> Alternative | None:
-    """The fastest that fits: as configured where that is as fast as any, else of what trains the whole network."""
-    own = Alternative((), 0, planner.resolve(config))
-    fitting = [each for each in (own, *others) if each.plan.fits]
-    fitting = [each for each in fitting if _rank(each)[1] == _rank(fitting[0])[1]]
-    if not fitting:
-        return None
-    shortest = min(each.plan.seconds_an_image for each in fitting)
-    alike = [each for each in fitting if each.plan.seconds_an_image <= (1 + WORTH) * shortest]
-    return min(alike, key=lambda each: (each.moves, each.plan.seconds_an_image))
 
 
 def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
@@ -337,7 +117,7 @@ def ways_table(config: Config, planner: Planner) -> list[str]:
     residencies = ("whole", "phase", "block") if planner.num_gpus > 1 else ("whole",)
     null = KeptPassesConfig()
     for residency, how in itertools.product(residencies, ("none", "selective", "full")):
-        plan = planner.resolve(_with(config, residency=residency, checkpointing=how, kept_passes=null))
+        plan = planner.resolve(with_engine(config, residency=residency, checkpointing=how, kept_passes=null))
         kept = plan.config.engine.kept_passes
         sent = (plan.traffic["gathered"] + plan.traffic["reduced"]) / 1e9
         row = [residency, how, str(kept.student), str(kept.critic), gib(plan.needed), "yes" if plan.fits else "no"]
@@ -371,7 +151,7 @@ def scaling_table(config: Config, planner: Planner, counts: list[int]) -> str:
         found, engine = best.plan, best.plan.config.engine
         kept = "all" if engine.checkpointing == "none" else f"{engine.kept_passes.student}, {engine.kept_passes.critic}"
         sent = [
-            sum(there.plan(_with(found.config, residency=residency)).traffic.values()) / 1e9
+            sum(there.plan(with_engine(found.config, residency=residency)).traffic.values()) / 1e9
             for residency in ("whole", "phase", "block")
         ]
         changes = "<br>".join(f"`{change}`" for change in best.changes) or "as configured"
@@ -393,13 +173,6 @@ def _table(rows: list[list[str]]) -> list[str]:
         ]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines
-
-
-def gpu_bytes() -> float | None:
-    """Memory of this process's GPU; None without one."""
-    if not torch.cuda.is_available():
-        return None
-    return float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
 
 
 def architecture_only(config: Config):
@@ -447,7 +220,7 @@ def _main(argv: list[str] | None) -> int:
         raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")
     # For GPUs, wherever it is planned: what a file has for the CPU does not count.
     config = load_config(args.config, [*args.settings, "engine.device=cuda"])
-    config = _with(config, device="auto")
+    config = with_engine(config, device="auto")
     planner = Planner(Footprints(architecture_only(config)), args.gpus[0], memory)
     if len(args.gpus) > 1:
         print(scaling_table(config, planner, args.gpus))

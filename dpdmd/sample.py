@@ -27,7 +27,8 @@ from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import EARLIEST_START, LATEST
 from dpdmd.distill import Draws, rollout
 from dpdmd.engine.lora import WEIGHTS_FILE, check_adapter
-from dpdmd.engine.roles import resolve_device, resolve_dtype
+from dpdmd.engine.start import resolve_dtype
+from dpdmd.engine.world import resolve_device
 from dpdmd.run.agreement import check_kernels
 from dpdmd.run.checkpoint import STUDENT_FILE
 

@@ -24,14 +24,19 @@ import torch
 
 from dpdmd.backbones import load_backbone
 from dpdmd.command import RunEnded, RunStopped
-from dpdmd.config import Config, ConfigError, load_config, to_yaml
+from dpdmd.config import ROLES, TRAINED, Config, ConfigError, load_config, to_yaml
 from dpdmd.distill import Distillation, Draws, rollout
-from dpdmd.engine import roles as engine
+from dpdmd.engine.body import Base
 from dpdmd.engine.lora import largest_rank
-from dpdmd.engine.roles import Later, Network, Phases, Step, resolve_dtype, start
+from dpdmd.engine.role import Phases, Role, make
+from dpdmd.engine.start import check as check_engine
+from dpdmd.engine.start import resolve_dtype, start
+from dpdmd.engine.step import Later, Step
 from dpdmd.engine.world import World
 from dpdmd.files import digests, read_json, sha256
-from dpdmd.plan import Plan, gpu_bytes, resolve
+from dpdmd.planner.plan import Plan
+from dpdmd.planner.residency import residencies
+from dpdmd.planner.search import gpu_bytes, resolve
 from dpdmd.run.agreement import agree_on_attention, check_alike, check_kernels, check_settings
 from dpdmd.run.checkpoint import (
     STUDENT_FILE,
@@ -47,11 +52,6 @@ from dpdmd.run.journal import Journal, check_writers
 from dpdmd.run.prompts import Conditioner, PromptOrder, digest_of, make_conditioner, read_prompts
 from dpdmd.run.stopping import Stop
 from dpdmd.sample import decode, first_noises, save_grid
-
-ROLES = ("teacher", "student", "critic")
-
-
-TRAINED = ("student", "critic")
 
 
 class Update:
@@ -89,7 +89,7 @@ class Trainer:
     world: World
     backbone: object
     distillation: Distillation
-    networks: dict[str, Network]
+    networks: dict[str, Role]
     prompts: list[str]
     conditioner: Conditioner
     phases: Phases
@@ -560,7 +560,7 @@ def similar(path: Path) -> str:
 def check(config: Config, backbone) -> None:
     """Raises ConfigError for what can be told to be impossible before processes meet and weights are read."""
     _check_places(config)
-    engine.check(config)
+    check_engine(config)
     check_writers(config)
     try:
         Distillation(backbone.diffusion, config.distill)
@@ -638,15 +638,16 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         progress=EncodingProgress() if world.main else None,
     )
     networks, phases = {}, Phases()
+    kept = residencies(config, world.size)
     load_to = world.device if config.model.random_init else "cpu"
     base = None
     if config.lora is not None:
-        base = engine.Base(backbone.load_transformer("teacher", dtype, load_to), backbone, config, world)
+        base = Base(backbone.load_transformer("teacher", dtype, load_to), backbone, config, world)
     for role in ROLES:
         module = base or backbone.load_transformer(role, dtype, load_to)
-        networks[role] = Network(role, module, backbone, config, world, phases)
+        networks[role] = make(role, module, backbone, config, world, phases, kept[role])
     if base is not None:
-        base.shard(config, world)
+        base.shard(config, world, kept["teacher"])
     if world.main and not config.model.random_init and (config.run.sample_every or config.evaluation.enabled):
         backbone.load_decoder("cpu")  # for what it refuses: pictures are made much later
     distillation = Distillation(backbone.diffusion, config.distill, world.device)

@@ -15,11 +15,16 @@ import torch
 from dpdmd import plan, train
 from dpdmd.backbones import flux, load_backbone
 from dpdmd.config import CONFIG_FOLDER, ConfigError, KeptPassesConfig, LoraConfig, load_config, parse_config
+from dpdmd.engine.optimizer import STATE_BYTES
 from dpdmd.kernels import fuse_transformer
 from dpdmd.kernels.runtime.backend import shapes_only, use_backend
-from dpdmd.planner import budget, footprint
-from dpdmd.planner.budget import GIB, Chain, Footprints, Memory, gathers, in_parts, plan_of, seconds, traffic
-from dpdmd.planner.footprint import Block, Footprint, Meter, Pass, Work, measure
+from dpdmd.planner import footprint, search, speed
+from dpdmd.planner.cycle import Chain
+from dpdmd.planner.footprint import Block, Footprint, Footprints, Meter, Pass, Work, measure
+from dpdmd.planner.memory import GIB, Memory
+from dpdmd.planner.plan import plan_of
+from dpdmd.planner.residency import residencies
+from dpdmd.planner.speed import gathers, seconds, traffic
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -78,7 +83,7 @@ def by_hand(*settings):
     settings = ["model.random_init=true", "run.sample_every=0", "engine.checkpointing=none", *settings]
     config = load_config(CONFIG_FOLDER / "sd35_medium.yaml", settings)
     if config.engine.residency == "auto":
-        config = plan._with(config, residency="phase")
+        config = search.with_engine(config, residency="phase")
     return config
 
 
@@ -189,14 +194,14 @@ def test_a_teacher_kept_in_float8_is_whole_in_its_phases():
         (("engine.zero.teacher=0", "engine.residency=phase"), 4, {"teacher"}),
         (("engine.residency=whole",), 4, {"teacher", "student", "critic"}),
         (("engine.residency=phase",), 4, set()),
-        (("engine.residency=phase", "lora.rank=4"), 4, {"teacher", "student", "critic"}),
+        (("engine.residency=phase", "lora.rank=4"), 4, {"teacher"}),  # adapters are given back, the base stays
         (("engine.residency=block", "lora.rank=4"), 4, set()),
         (("engine.cuda_graphs=false",), 1, set()),
     ],
 )
 def test_graphs_are_kept_where_weights_stay(settings, gpus, replayed):
     config = by_hand(*settings)
-    assert {role for role in budget.ROLES if budget.replayed(config, role, gpus)} == replayed
+    assert {role for role, each in residencies(config, gpus).items() if each.replayed} == replayed
     with_them = Memory(config, ByHand(), gpus).critic_phases()
     without = Memory(by_hand(*settings, "engine.cuda_graphs=false"), ByHand(), gpus).critic_phases()
     most = 60 if "teacher" in replayed else 30 if replayed else 0  # the teacher's batch is twice the others'
@@ -241,7 +246,7 @@ def test_the_students_phases_by_hand():
     assert parts(unguided, "student update, teacher's rollout")["activations"] == 30
     # Not cut off, the first step is part of the chain, and no gradient waits for another.
     config = by_hand("distill.detach=false")
-    assert not in_parts(config)
+    assert not residencies(config, 1)["student"].in_parts
     phases = Memory(config, ByHand(), 1).student_phases()
     score = parts(phases, "student update, chain and score")
     assert (score["activations"], score["gradients"]) == (4 * 104 + 60, 0)
@@ -253,7 +258,7 @@ def test_what_is_sent_by_hand():
     """The counts of gathers are those that test_engine.py finds in two processes."""
     settings = ["distill.critic_updates=2", "distill.anchor=2", "distill.teacher_steps=6"]
     counts = {
-        residency: gathers(by_hand(*settings, f"engine.residency={residency}"))
+        residency: gathers(by_hand(*settings, f"engine.residency={residency}"), 2)
         for residency in ("whole", "phase", "block")
     }
     assert {role: each["blocks"] for role, each in counts["whole"].items()} == {"student": 1, "critic": 2, "teacher": 0}
@@ -288,7 +293,7 @@ def test_seconds_by_hand():
 
 def test_the_floor_by_hand():
     """Forward passes of a network: 0.132e15 operations in products, 0.096e15 in attention; the backward pass 0.264, 0.228."""
-    found = budget.floor(by_hand("engine.checkpointing=full"), ByHand(), 1)
+    found = speed.floor(by_hand("engine.checkpointing=full"), ByHand(), 1)
     forwards, backwards = 5 * 4 + 6 * 2 + 1 + 5 + 4, 5 + 4
     assert found["products"] == pytest.approx((forwards * 132e12 + backwards * 264e12) / 764e12)
     assert found["attention"] == pytest.approx(forwards * 96e12 / 480e12 + backwards * 228e12 / 434e12)
@@ -297,7 +302,7 @@ def test_the_floor_by_hand():
 
 def test_the_floor_of_a_cycle(medium):
     """60 passes of 11.25 TFLOP a sample, 4.5 s at batch 4."""
-    found = budget.floor(by_hand(), medium, 1)
+    found = speed.floor(by_hand(), medium, 1)
     assert found["products"] + found["attention"] == pytest.approx(4.55, abs=0.1)
 
 
@@ -563,7 +568,7 @@ def cycles():
 @pytest.mark.parametrize("processes, run", list(cycles()))
 def test_a_cycle_takes_what_was_measured(processes, run, monkeypatch):
     monkeypatch.chdir(ROOT)  # one of the architectures is benchmarks/six_blocks
-    monkeypatch.setattr(budget, "NVME", 1.55e9)  # the disk's, as dd read and wrote it there past the page cache
+    monkeypatch.setattr(speed, "NVME", 1.55e9)  # the disk's, as dd read and wrote it there past the page cache
     config = parse_config(run["config"])
     found = plan_of(config, Footprints(plan.architecture_only(config)), processes, 140 * GIB)
     assert found.peak / GIB == pytest.approx(run["peak_allocated_gib"], rel=0.1)
@@ -588,7 +593,7 @@ def test_memory_and_time_grow_with_what_they_depend_on(medium):
     plans = [peak(f"engine.residency={residency}") for residency in ("whole", "phase", "block")]
     assert plans[0].needed > plans[1].needed > plans[2].needed
     assert sum(plans[0].traffic.values()) < sum(plans[1].traffic.values()) < sum(plans[2].traffic.values())
-    states = [peak(f"student_optimizer.state={state}", gpus=1).needed for state in budget.STATE_BYTES]
+    states = [peak(f"student_optimizer.state={state}", gpus=1).needed for state in STATE_BYTES]
     assert states[0] > states[1] > states[2]
     # DeepSpeed reduces under offload: the student's first step is part of the chain.
     chain = ("engine.checkpointing=full", "distill.detach=false")
@@ -612,24 +617,24 @@ def test_a_larger_share_of_a_transfer_shows_between_machines(medium):
 
 
 def test_without_a_gpu_nothing_is_judged():
-    settled, found = plan.resolve(load_config(None), None, 2, None)
+    settled, found = search.resolve(load_config(None), None, 2, None)
     engine = settled.engine
     assert (engine.residency, engine.checkpointing) == ("phase", "none")
     assert engine.kept_passes == KeptPassesConfig(student=0, critic=0)
     assert found.fits and found.possible and found.peak == 0 and "phase" in found.summary()
     fixed = load_config(None, ["engine.residency=block", "engine.checkpointing=full", "engine.kept_passes.critic=3"])
-    settled, _ = plan.resolve(fixed, None, 2, None)
+    settled, _ = search.resolve(fixed, None, 2, None)
     assert (settled.engine.residency, settled.engine.checkpointing) == ("block", "full")
     assert settled.engine.kept_passes == KeptPassesConfig(student=0, critic=3)
 
 
 def test_as_many_passes_are_kept_as_fit(medium):
-    planner = plan.Planner(medium, 8, 80 * GIB)
+    planner = search.Planner(medium, 8, 80 * GIB)
     found = planner.resolve(configured())
     kept = found.config.engine.kept_passes
     assert found.fits and found.config.engine.checkpointing == "selective"
     assert 0 < kept.student < 72 and kept.critic == 24
-    more = plan._with_kept(found.config, "student", kept.student + 1)
+    more = search._with_kept(found.config, "student", kept.student + 1)
     assert not planner.plan(more).fits
     # What is given stays.
     given = planner.resolve(configured("engine.residency=block", "engine.kept_passes.student=5"))
@@ -637,34 +642,34 @@ def test_as_many_passes_are_kept_as_fit(medium):
 
 
 def test_with_memory_to_spare_nothing_is_computed_twice(medium):
-    found = plan.Planner(medium, 8, 200 * GIB).resolve(configured())
+    found = search.Planner(medium, 8, 200 * GIB).resolve(configured())
     assert (found.config.engine.residency, found.config.engine.checkpointing) == ("whole", "none")
-    found = plan.Planner(medium, 1, 1000 * GIB).resolve(configured())
+    found = search.Planner(medium, 1, 1000 * GIB).resolve(configured())
     assert (found.config.engine.residency, found.config.engine.checkpointing) == ("whole", "none")
 
 
 def test_less_memory_is_less_of_everything(medium):
     def choice(gib):
-        engine = plan.Planner(medium, 8, gib * GIB).resolve(configured()).config.engine
+        engine = search.Planner(medium, 8, gib * GIB).resolve(configured()).config.engine
         return engine.kept_passes.student, engine.kept_passes.critic
 
     wide, narrow = choice(80), choice(40)
     assert wide[0] > narrow[0] and wide[1] >= narrow[1]
-    small = plan.Planner(medium, 8, 34 * GIB).resolve(configured())
+    small = search.Planner(medium, 8, 34 * GIB).resolve(configured())
     assert small.fits and small.config.engine.residency == "block"
 
 
 def test_what_cannot_fit_is_refused_with_what_would(medium):
     with pytest.raises(ConfigError) as caught:
-        plan.resolve(configured(), medium.backbone, 1, 72 * GIB)
+        search.resolve(configured(), medium.backbone, 1, 72 * GIB)
     message = str(caught.value)
     assert "this needs " in message and "1 GPU of 72.0 GiB" in message
     assert "student_optimizer.state=float8 critic_optimizer.state=float8 would fit (" in message
     assert "engine.offload=cpu would fit" in message and "lora" not in message
 
     def refusal(gpus, gib, *settings):
-        config, planner = configured(*settings), plan.Planner(medium, gpus, gib * GIB)
-        return plan.refusal(config, planner.resolve(config), planner)
+        config, planner = configured(*settings), search.Planner(medium, gpus, gib * GIB)
+        return search.refusal(config, planner.resolve(config), planner)
 
     # A setting that was chosen too large can be left open.
     assert " engine.checkpointing=auto would fit (" in refusal(8, 80, "engine.checkpointing=none")
@@ -677,11 +682,11 @@ def test_tight_runs_are_not_refused(medium):
     """Between what torch will allocate and what is good to have lies a reserve."""
     config = by_hand("engine.checkpointing=selective", "engine.kept_passes.critic=24", "engine.kept_passes.student=0")
     needed = plan_of(config, medium, 1, None).needed
-    settled, found = plan.resolve(config, medium.backbone, 1, needed - 1 * GIB)
+    settled, found = search.resolve(config, medium.backbone, 1, needed - 1 * GIB)
     assert not found.fits and found.possible and "tight" in found.summary()
     assert settled.engine.kept_passes == config.engine.kept_passes
     with pytest.raises(ConfigError):
-        plan.resolve(config, medium.backbone, 1, needed - 6 * GIB)
+        search.resolve(config, medium.backbone, 1, needed - 6 * GIB)
 
 
 def test_train_takes_the_smallest_gpu_of_all_processes(medium, monkeypatch):
@@ -766,12 +771,12 @@ def test_of_several_numbers_of_gpus_there_is_a_line_each(capsys, tmp_path):
 def test_a_plan_measures_each_kind_of_block_once(monkeypatch, pipeline, family, length):
     """What takes seconds is measuring, and that is done for few of the blocks and none of the many plans."""
     networks, blocks = [], []
-    measure_network, measure_block = budget.measure, footprint._measure_block
-    monkeypatch.setattr(budget, "measure", lambda *a, **k: networks.append(measure_network(*a, **k)) or networks[-1])
+    measure_network, measure_block = footprint.measure, footprint._measure_block
+    monkeypatch.setattr(footprint, "measure", lambda *a, **k: networks.append(measure_network(*a, **k)) or networks[-1])
     monkeypatch.setattr(footprint, "_measure_block", lambda *a, **k: blocks.append(1) or measure_block(*a, **k))
     settings = [f"model.pipeline={pipeline}", f"model.family={family}", f"model.max_sequence_length={length}"]
     config = configured(*settings)
-    text, _ = plan.report(config, plan.Planner(Footprints(backbone_of(pipeline, family, length)), 8, 141 * GIB))
+    text, _ = plan.report(config, search.Planner(Footprints(backbone_of(pipeline, family, length)), 8, 141 * GIB))
     assert "recommended" in text
     assert len(networks) == 2  # with FP8's products and without
     assert len(blocks) < 0.25 * sum(len(network.blocks) for network in networks)
@@ -780,7 +785,7 @@ def test_a_plan_measures_each_kind_of_block_once(monkeypatch, pipeline, family, 
 @pytest.mark.parametrize("file, gpus", [("sd35_medium", 8), ("sd35_large", 8), ("flux_lora", 1), ("flux_lora", 8)])
 def test_shipped_configurations_fit_where_they_say(file, gpus):
     config = load_config(CONFIG_FOLDER / f"{file}.yaml")
-    found = plan.Planner(Footprints(plan.architecture_only(config)), gpus, 79 * GIB).resolve(config)
+    found = search.Planner(Footprints(plan.architecture_only(config)), gpus, 79 * GIB).resolve(config)
     assert found.fits
 
 

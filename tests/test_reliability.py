@@ -297,7 +297,7 @@ def test_a_damaged_checkpoint_falls_back_in_a_run(options, straight, tmp_path):
 @pytest.mark.distributed
 def test_a_norm_is_exact_on_the_cpu():
     """vector_norm in float32 was 4e-4 off at 10 million elements, and sets the clipping."""
-    from dpdmd.engine.roles import sum_of_squares
+    from dpdmd.engine.gradients import sum_of_squares
 
     x = torch.rand(10_000_000, generator=torch.Generator().manual_seed(0))
     exact = float(x.double().norm())

@@ -1,5 +1,5 @@
 """AdamW as an optimizer of PyTorch's kind, on `dpdmd.kernels.adamw_step`: which state each parameter has, what is saved of
-it, and which random bits it is rounded with.
+it, and which random bits it is rounded with. Below it, which optimizer a role gets, and at which rate.
 
 State of a parameter of n elements, in its shape, beside `step`, an int:
 
@@ -11,13 +11,17 @@ State of a parameter of n elements, in its shape, beside `step`, an int:
 
 from __future__ import annotations
 
+import importlib
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpdmd.config import ConfigError, OptimizerConfig
+from dpdmd.engine.compilation import compiling
 from dpdmd.kernels import Float8State, Philox, adamw_step
 from dpdmd.kernels.optim.adamw import check_hyperparameters
 
@@ -182,3 +186,68 @@ def _check_group(group: dict[str, Any]) -> None:
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
         raise TypeError(f"seed is a {type(group['seed']).__name__}; it needs to be an int")
     check_hyperparameters(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
+
+
+def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
+    """The rate of the update that follows `updates` applied ones, of `total` in the run."""
+    share = min(1.0, (updates + 1) / max(1, config.warmup))
+    if config.decay == "cosine":
+        share *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / total)))
+    return config.lr * share
+
+
+def build_optimizer(
+    parameters, config: OptimizerConfig, device: str, *, seed: int = 0, offload: str = "none"
+) -> torch.optim.Optimizer:
+    """AdamW: the one that is named; auto is our own. seed: of stochastic rounding.
+
+    offload: "cpu" or "nvme" where the state lives there, and torch's updates it on the CPU.
+
+    Raises ConfigError when the named one cannot be had here, saying why.
+    """
+    arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if offload == "none" and config.name in ("auto", "fused"):
+        return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
+    if config.name in _FUSED:
+        try:
+            with compiling("fused_adam", "DeepSpeed's FusedAdam"):
+                return _fused_adam(config.name, device)(parameters, adam_w_mode=True, **arguments)
+        except ConfigError:
+            raise
+        except Exception as error:  # DeepSpeed's build can fail: no compiler, another CUDA, a read-only cache
+            raise _unusable(config.name, error) from error
+    return torch.optim.AdamW(parameters, fused=True, **arguments)
+
+
+def check_optimizer(config: OptimizerConfig, device: str, offload: str) -> None:
+    """Raises ConfigError where `build_optimizer` would find that the named one is not installed."""
+    if config.name in _FUSED and offload == "none":
+        _fused_adam(config.name, device)
+
+
+def restore_step(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -> None:
+    """How many updates were made, as this kind of optimizer keeps it: another kind may have made them."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        optimizer.state[master]["step"] = torch.tensor(float(steps), device=master.device)
+    elif type(optimizer).__module__.startswith("apex."):
+        optimizer.param_groups[0]["step"] = steps
+    else:
+        optimizer.state[master]["step"] = steps
+
+
+# PyPI's apex is another project; NVIDIA's has this module.
+_FUSED = {"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}
+
+
+def _fused_adam(name: str, device: str) -> type:
+    """The class FusedAdam of apex or DeepSpeed. Raises ConfigError where it cannot be had."""
+    if device != "cuda":
+        raise _unusable(name, "it needs a CUDA device")
+    try:
+        return importlib.import_module(_FUSED[name]).FusedAdam
+    except (ImportError, AttributeError) as error:
+        raise _unusable(name, error) from error
+
+
+def _unusable(name: str, reason: object) -> ConfigError:
+    return ConfigError(f"optimizer name = {name!r} cannot be used: {reason}; auto or torch would run")

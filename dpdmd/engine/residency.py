@@ -1,20 +1,17 @@
-"""When the weights of a network that ZeRO-3 shards are whole, and where its gradients go.
+"""When the weights of a network that ZeRO-3 shards are whole.
 
 DeepSpeed shards: each process keeps one flat piece of the weights, of the gradient and of the optimizer's state. Its own
 hooks gather the weights anew in every pass of every submodule; with three networks and sixty passes a cycle that costs
 more than the passes. Here a network is gathered for a phase (all passes of a rollout, or a forward chain and its
 backward pass), in units: one a transformer block, one for what lies before the blocks and one for what comes after.
 
-Weights      units gathered and released, for a phase at once or block by block with the next one under way
-Gradients    each unit's gradient averaged over the processes as soon as autograd has finished it; the shard is kept
-
 On one process a gather is no copy: parameters are views of the flat piece.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal
 
@@ -22,8 +19,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dpdmd.engine.deepspeed import mark, piece_of, piece_size, whole_shape, whole_size
+
 # How long weights stay whole: until an update changes them; for a phase; while a block runs.
 Policy = Literal["whole", "phase", "block"]
+
+
+@dataclass(frozen=True)
+class Residency:
+    """Where one role's weights are and how it is updated. Decided in planner/residency.py, for the plan and for the run.
+
+    policy: how long they are whole; of a role on a shared base, its adapter's. sharded: each process keeps a piece; else all
+    of it. float8: the pieces are kept and sent in FP8. replayed: passes without gradient become CUDA graphs on a GPU, as all
+    that they read stays where it is. reduced: gradients are reduced and the update is made by the engine; else by DeepSpeed.
+    in_parts: the first step is differentiated before the others run.
+    """
+
+    policy: Policy
+    sharded: bool = True
+    float8: bool = False
+    replayed: bool = False
+    reduced: bool = False
+    in_parts: bool = False
 
 
 class Traffic:
@@ -46,7 +63,7 @@ class Unit:
         self.parameters = parameters
         self.offset = offset  # of the shard in the flat piece
         self.size = len(shard)  # elements, padding included
-        sizes = [parameter.ds_tensor.ds_numel for parameter in parameters]
+        sizes = [piece_size(parameter) for parameter in parameters]
         starts = accumulate(sizes, initial=0)
         self.places = [slice(start, start + size) for start, size in zip(starts, sizes, strict=False)]  # in the shard
         self._pieces: tuple[Tensor, ...] = (shard,)  # what travels: the shard, or its codes and their scales
@@ -82,21 +99,21 @@ class Unit:
         if self._world_size == 1:
             values = self._values(self._pieces)
             for parameter, place in zip(self.parameters, self.places, strict=True):
-                parameter.data = values[place].view(parameter.ds_shape)
+                parameter.data = values[place].view(whole_shape(parameter))
         else:
             for work in self._works:
                 work.wait()
             rows = self._values(self._received)
             whole = self._flat
             if whole is None:
-                whole = self.empty(sum(parameter.ds_numel for parameter in self.parameters), self._dtype)
+                whole = self.empty(sum(map(whole_size, self.parameters)), self._dtype)
             if self._stays:
                 self._flat = whole
-            flats = whole.split([parameter.ds_numel for parameter in self.parameters])
+            flats = whole.split([*map(whole_size, self.parameters)])
             to, of = self.pieces(flats, rows)
             torch._foreach_copy_(to, of)
             for parameter, flat in zip(self.parameters, flats, strict=True):
-                parameter.data = flat.view(parameter.ds_shape)
+                parameter.data = flat.view(whole_shape(parameter))
             self._works, self._received = [], []
         self._mark(True)
 
@@ -125,12 +142,7 @@ class Unit:
         return of_flats, of_rows
 
     def _mark(self, whole: bool) -> None:
-        # DeepSpeed's own checks, when it saves and loads, ask for the status.
-        from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-
-        status = ZeroParamStatus.AVAILABLE if whole else ZeroParamStatus.NOT_AVAILABLE
-        for parameter in self.parameters:
-            parameter.ds_status = status
+        mark(self.parameters, whole)
         self.whole = whole
 
 
@@ -182,7 +194,7 @@ class Weights:
             run.append(parameter)
             following = parameters[i + 1] if i + 1 < len(parameters) else None
             if following is None or owner.get(following) != owner.get(parameter):
-                size = sum(each.ds_tensor.ds_numel for each in run)
+                size = sum(map(piece_size, run))
                 unit = Unit(run, flat[offset : offset + size], offset, world_size, self.stay)
                 self.units.append(unit)
                 if parameter in owner:
@@ -194,7 +206,7 @@ class Weights:
             for unit in self.units:
                 unit.compress()
             for parameter in parameters:
-                parameter.ds_tensor.data = parameter.ds_tensor.new_empty(0)
+                piece_of(parameter).data = piece_of(parameter).new_empty(0)
         self._blockwise = [of_block[index] for index in range(len(blocks))] if policy == "block" else []
         self._resident = [unit for unit in self.units if unit not in self._blockwise]
         self._backward_unit: int | None = None  # the block whose backward pass is under way
@@ -274,113 +286,10 @@ class Weights:
 
 def _defragment(parameters: list[nn.Parameter]) -> Tensor:
     """One flat tensor of the parameters' pieces, which become views of it."""
-    pieces = [parameter.ds_tensor for parameter in parameters]
+    pieces = [piece_of(parameter) for parameter in parameters]
     flat = torch.cat([piece.data.view(-1) for piece in pieces])
     offset = 0
     for piece in pieces:
         piece.data = flat[offset : offset + piece.numel()]
         offset += piece.numel()
     return flat
-
-
-class Gradients:
-    """Takes each parameter's gradient when autograd has finished it, averages over the processes, keeps the shard.
-
-    flat: this process's shard of the gradient, in the units' order, in `dtype` (float32 or the weights'). The shards of
-    several backward passes are added until `clear` is called; between two updates there is none, so that networks that
-    take turns need the memory once.
-    """
-
-    def __init__(self, units: list[Unit], dtype: torch.dtype, world_size: int, traffic: Traffic):
-        self.flat: Tensor | None = None
-        self._dtype = dtype
-        self._units = units
-        self._world_size = world_size
-        self._traffic = traffic
-        self._taken: dict[Unit, list[nn.Parameter]] = {unit: [] for unit in units}
-        self._in_flight: deque[Callable[[], None]] = deque()
-        self._first = True  # of the backward passes whose sum is wanted
-        self._reduced: set[Unit] = set()
-        self.held = False  # gradients stay with the parameters, for another backward pass to add to
-        for unit in units:
-            for parameter in unit.parameters:
-                if parameter.requires_grad:
-                    self._watch(unit, parameter)
-
-    def clear(self) -> None:
-        """The sum has been used; the next backward pass begins a new one."""
-        self.flat = None
-        self._first = True
-
-    def finish(self) -> None:
-        """After a backward pass: every unit is reduced and the shard complete in the order of this stream."""
-        for unit in self._units:
-            if unit not in self._reduced:
-                self._reduce(unit)
-        while self._in_flight:
-            self._in_flight.popleft()()
-        self._reduced.clear()
-        self._first = False
-
-    def _watch(self, unit: Unit, parameter: nn.Parameter) -> None:
-        def take(_):
-            if self.held:
-                return
-            taken = self._taken[unit]
-            taken.append(parameter)
-            if len(taken) == len(unit.parameters):
-                self._reduce(unit)
-
-        # The node that accumulates takes its shape from the parameter, which must be whole when it is made.
-        parameter.register_post_accumulate_grad_hook(take)
-
-    @torch.no_grad()
-    def _reduce(self, unit: Unit) -> None:
-        if self.flat is None:
-            self.flat = unit.empty(sum(each.size for each in self._units), self._dtype)
-        shard = self.flat[unit.offset : unit.offset + unit.size]
-        self._taken[unit].clear()
-        self._reduced.add(unit)
-        if self._world_size == 1:
-            self._keep(unit, shard)
-            return
-        sent = self._sent(unit)
-        self._traffic.reduced_bytes += (self._world_size - 1) * sent[0].nbytes
-        direct = self._first and sent.dtype == shard.dtype
-        received = shard if direct else torch.empty_like(sent[0])
-        sent.div_(self._world_size)
-        work = dist.reduce_scatter_tensor(received, sent.view(-1), async_op=True)
-
-        def complete():
-            work.wait()
-            if not direct:
-                shard.copy_(received) if self._first else shard.add_(received)
-
-        self._in_flight.append(complete)
-        if len(self._in_flight) > 2:  # what is sent stays in memory until then
-            self._in_flight.popleft()()
-
-    def _keep(self, unit: Unit, shard: Tensor) -> None:
-        gradients = _taken(unit)
-        for gradient, place in zip(gradients, unit.places, strict=True):
-            if gradient is None and self._first:
-                shard[place].zero_()
-        of, to = unit.pieces(gradients, shard.unsqueeze(0))
-        if to:
-            (torch._foreach_copy_ if self._first else torch._foreach_add_)(to, of)
-
-    def _sent(self, unit: Unit) -> Tensor:
-        """(processes, unit.size): what each of them is to get, padding and parameters without a gradient 0."""
-        sent = unit.parameters[0].new_zeros(self._world_size, unit.size)
-        of, to = unit.pieces(_taken(unit), sent)
-        if to:
-            torch._foreach_copy_(to, of)
-        return sent
-
-
-def _taken(unit: Unit) -> list[Tensor | None]:
-    """The parameters' gradients, flat, taken from them."""
-    gradients = [None if parameter.grad is None else parameter.grad.reshape(-1) for parameter in unit.parameters]
-    for parameter in unit.parameters:
-        parameter.grad = None
-    return gradients

@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
-from dpdmd.config import LoraConfig
+from dpdmd.config import Config, LoraConfig
 from dpdmd.engine.lora import add_adapters
 from dpdmd.engine.lora import use as use_role
 from dpdmd.kernels import fuse_transformer, selective_checkpoint
@@ -461,3 +461,36 @@ def _fp8_bytes(model: nn.Module) -> int:
             if isinstance(layer, nn.Linear):
                 total += layer.weight.numel() + 4 * layer.out_features
     return total
+
+
+class Footprints:
+    """Those of a backbone's networks, each measured once.
+
+    Raises what the networks' classes raise for an architecture that cannot be built.
+    """
+
+    def __init__(self, backbone):
+        self.backbone = backbone
+        self._measured: dict[tuple, tuple[int, dict[int, Footprint]]] = {}
+
+    def of(self, config: Config, role: str, batch: int) -> Footprint:
+        """At `batch`. It is measured at the first batch that is asked for; other batches are in proportion."""
+        model, lora = config.model, config.lora
+        dtype = torch.float32 if model.dtype == "float32" else torch.bfloat16
+        architecture = repr(self.backbone.transformer_config(role))
+        key = architecture, dtype, model.fuse, model.fp8, None if lora is None else lora.model_dump_json()
+        if key not in self._measured:
+            footprint = measure(
+                *(self.backbone, role, batch, dtype), fused=model.fuse, fp8=model.fp8 != "off", lora=lora
+            )
+            self._measured[key] = batch, {batch: footprint}
+        first, by_batch = self._measured[key]
+        if batch not in by_batch:
+            by_batch[batch] = by_batch[first].scaled(batch / first)
+        return by_batch[batch]
+
+    def at_work(self, config: Config) -> dict[str, Footprint]:
+        """Each role's, at the batch that its passes have: the teacher's is twice as large where it is guided."""
+        batch, guided = config.engine.batch_size, config.distill.guidance_scale != 1.0
+        batches = {"student": batch, "critic": batch, "teacher": 2 * batch if guided else batch}
+        return {role: self.of(config, role, each) for role, each in batches.items()}

@@ -39,7 +39,7 @@ from dpdmd.config import Config, ConfigError, flattened, to_yaml
 from dpdmd.distill import Distillation
 from dpdmd.engine.lora import save_adapter
 from dpdmd.engine.optimizer import STATE_BYTES
-from dpdmd.engine.roles import Network
+from dpdmd.engine.role import Trained as Network
 from dpdmd.engine.shards import Layout, SavedRole
 from dpdmd.engine.world import World
 from dpdmd.files import (

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 import torch
 
 from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
+from dpdmd.engine.start import start
+from dpdmd.engine.world import World
 from dpdmd.kernels import attention
 from dpdmd.kernels.attention import choice
 from dpdmd.run.agreement import agree_on_attention
@@ -23,8 +24,8 @@ backbone = SimpleNamespace(attention_shapes=lambda: SHAPES[:2])
 
 
 def main():
-    world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
-    on_gpu = engine.World(world.rank, world.size, torch.device("cuda", world.rank))
+    world = start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+    on_gpu = World(world.rank, world.size, torch.device("cuda", world.rank))
     os.environ["XDG_CACHE_HOME"] = os.path.join(sys.argv[-1], str(world.rank))  # as on two machines
     measured = []
 

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, weight_norm
 
 from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
+from dpdmd.engine.start import start
 from dpdmd.kernels import selective_checkpoint
 
 WIDTH = 8
@@ -320,7 +320,7 @@ def case(wrap, how, change):
 
 
 def main():
-    world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+    world = start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
     results = {}
     for name, wrap in WRAPPERS.items():
         changes = {

@@ -1,4 +1,4 @@
-"""Started by test_engine.py in two processes: gradients and skipped updates of a Network, case by case.
+"""Started by test_engine.py in two processes: gradients and skipped updates of a role, case by case.
 
 Each case runs a loss with the student's pattern (a pass without gradient, then a chain of passes differentiated at once,
 cut after the first) through DeepSpeed and through the plain module, and compares full gradients. Prints one JSON line.
@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 import small
 import torch
 from diffusers.models.attention import JointTransformerBlock
-from gradients import full_gradient
+from gradients import full_gradient, role_of
 
 from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
+from dpdmd.engine import body
+from dpdmd.engine.start import start
 
 
 class Backbone:
@@ -85,8 +86,8 @@ def main():
     results = {}
     for dtype_name, accumulation, checkpointing, fused, residency, *offload in cases():
         # The fused operations' reference, as the trainer fuses on a GPU only.
-        engine.FUSED_ON = ("cpu",) if fused else ()
-        engine.why_not = lambda *device: ""
+        body.FUSED_ON = ("cpu",) if fused else ()
+        body.why_not = lambda *device: ""
         config = parse_config(
             {
                 "prompts": {"file": "unused"},
@@ -101,9 +102,9 @@ def main():
                 },
             }
         )
-        world = world or engine.start(config.engine)
+        world = world or start(config.engine)
         dtype = getattr(torch, dtype_name)
-        student = engine.Network("student", make(dtype), Backbone, config, world, engine.Phases())
+        student = role_of("student", make(dtype), Backbone, config, world)
         plain = make(dtype)
         shards = range(accumulation * world.size)
         for shard in shards:

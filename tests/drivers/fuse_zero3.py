@@ -18,10 +18,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from gradients import full_gradient, report
+from gradients import full_gradient, report, role_of
 
 from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
+from dpdmd.engine import body, role
+from dpdmd.engine.start import start
 from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer
 
 LEARNING_RATE = 0.1
@@ -132,16 +133,15 @@ def our_engine(module, world, checkpointing, residency, fp8):
         }
     )
     # As on a GPU, where it is the engine that fuses: it has to know of FP8 copies.
-    fuse, build = engine.fuse, engine.build_optimizer
+    fuse, build = body.fuse, role.build_optimizer
     if fp8:
-        engine.fuse = lambda model, *_: fuse_transformer(model, fp8=fp8, verbose=False)
+        body.fuse = lambda model, *_: fuse_transformer(model, fp8=fp8, verbose=False)
     else:
-        engine.build_optimizer = lambda parameters, *_, **__: torch.optim.SGD(parameters, lr=LEARNING_RATE)
+        role.build_optimizer = lambda parameters, *_, **__: torch.optim.SGD(parameters, lr=LEARNING_RATE)
     try:
-        network = engine.Network("student", module, Backbone, config, world, engine.Phases())
+        return role_of("student", module, Backbone, config, world, **({} if fp8 else {"reduced": False}))
     finally:
-        engine.fuse, engine.build_optimizer = fuse, build
-    return network
+        body.fuse, role.build_optimizer = fuse, build
 
 
 def alone(model, tokens):
@@ -243,7 +243,7 @@ CASES = {
 
 def main():
     config = parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}})
-    world = engine.start(config.engine)
+    world = start(config.engine)
     note_stock_forwards()
     results = {name: run(world, *case) for name, case in CASES.items()}
     report(world, results)

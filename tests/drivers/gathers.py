@@ -13,8 +13,8 @@ import torch.distributed as dist
 from dpdmd import train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
 from dpdmd.engine.residency import Traffic, Unit
+from dpdmd.engine.start import start
 
 PROMPTS = ["a red ring", "a blue square", "a big green cross", "a yellow circle"]
 
@@ -66,7 +66,7 @@ def main():
     pipeline = next(argument for argument in sys.argv[1:] if not argument.startswith("--"))
     results = {}
     with tempfile.TemporaryDirectory() as mine:
-        world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+        world = start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
         folder = world.gather(mine)[0]
         for residency in ("whole", "phase", "block"):
             results[residency], results["shard_bytes"] = run(world, pipeline, residency, folder)

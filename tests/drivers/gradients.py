@@ -1,10 +1,21 @@
-"""For drivers that compare gradients: what a Network has of a parameter's, put together from all processes; and the report."""
+"""For drivers that compare gradients: what a role has of a parameter's, put together from all processes; and the report."""
 
 import json
+from dataclasses import replace
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+from dpdmd.engine.deepspeed import whole_shape, whole_size
+from dpdmd.engine.role import Phases, make
+from dpdmd.planner.residency import residencies
+
+
+def role_of(name, module, backbone, config, world, phases=None, **changes):
+    """A role as the trainer makes it; changes: to its residency."""
+    residency = replace(residencies(config, world.size)[name], **changes)
+    return make(name, module, backbone, config, world, phases or Phases(), residency)
 
 
 def full_gradient(network, parameter):
@@ -18,7 +29,7 @@ def full_gradient(network, parameter):
             if each is parameter:
                 pieces = [torch.empty_like(shard[place]) for _ in range(dist.get_world_size())]
                 dist.all_gather(pieces, shard[place].contiguous())
-                return torch.cat(pieces)[: parameter.ds_numel].view(parameter.ds_shape)
+                return torch.cat(pieces)[: whole_size(parameter)].view(whole_shape(parameter))
     raise AssertionError("not a parameter of this network")
 
 

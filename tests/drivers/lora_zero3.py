@@ -12,11 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from fuse_zero3 import Backbone, distance, inputs, make
-from gradients import full_gradient, report
+from gradients import full_gradient, report, role_of
 
-from dpdmd.config import parse_config
-from dpdmd.engine import roles as engine
+from dpdmd.config import ROLES, parse_config
+from dpdmd.engine import body
 from dpdmd.engine.lora import adapter_parameters, load_adapter, save_adapter, use
+from dpdmd.engine.role import Phases
+from dpdmd.engine.start import start
 
 LEARNING_RATE = 0.1
 
@@ -52,14 +54,14 @@ def run(world, kind, residency, checkpointing, folder):
             },
         }
     )
-    base = engine.Base(make(kind), Backbone, config, world)
+    base = body.Base(make(kind), Backbone, config, world)
     give_values(base.transformer)
     stock = copy.deepcopy(base.transformer)
     for block in stock.modules():
         block.__dict__.pop("forward", None)  # the class's own, neither fused nor checkpointed
-    phases = engine.Phases()
-    networks = {role: engine.Network(role, base, Backbone, config, world, phases) for role in engine.ROLES}
-    base.shard(config, world)
+    phases = Phases()
+    networks = {role: role_of(role, base, Backbone, config, world, phases) for role in ROLES}
+    base.shard(config, world, networks["teacher"].residency)
 
     def plain(role):
         def network(x, t, cond):
@@ -121,9 +123,8 @@ def run(world, kind, residency, checkpointing, folder):
 
 
 def main():
-    engine.FUSED_ON, engine.why_not = ("cpu",), lambda *device: ""  # the fused operations' reference
-    engine.ROLES = ("teacher", "student", "critic")
-    world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
+    body.FUSED_ON, body.why_not = ("cpu",), lambda *device: ""  # the fused operations' reference
+    world = start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
     cases = {
         "sd3.5": ("sd3.5", "phase", "none"),

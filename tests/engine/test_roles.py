@@ -12,19 +12,12 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from processes import results_of, run_command
 
 from dpdmd.config import ConfigError, load_config, parse_config
-from dpdmd.engine.optimizer import AdamW
-from dpdmd.engine.roles import (
-    _let_segments_grow,
-    _load_file_access,
-    _restore_step,
-    build_optimizer,
-    check,
-    deepspeed_settings,
-    fuse,
-    learning_rate,
-    resolve_device,
-    resolve_dtype,
-)
+from dpdmd.engine.body import fuse
+from dpdmd.engine.deepspeed import settings_of
+from dpdmd.engine.nvme import load_file_access
+from dpdmd.engine.optimizer import AdamW, build_optimizer, learning_rate, restore_step
+from dpdmd.engine.start import _let_segments_grow, check, resolve_dtype
+from dpdmd.engine.world import resolve_device
 
 DRIVERS = Path(__file__).parents[1] / "drivers"
 
@@ -68,11 +61,11 @@ def test_settings_of_each_role():
             "engine": {"accumulation": 3, "batch_size": 2, "offload": "cpu", "deepspeed": DEEPSPEED},
         }
     )
-    settings = deepspeed_settings(config, "student", torch.bfloat16, 4)
+    settings = settings_of(config, "student", torch.bfloat16, 4)
     assert settings["train_batch_size"] == 24 and settings["gradient_accumulation_steps"] == 3
     assert settings["gradient_clipping"] == 1.0 and settings["bf16"]["enabled"]
     assert settings["zero_optimization"]["stage"] == 3 and settings["zero_optimization"]["sub_group_size"] == 500_000
-    teacher = deepspeed_settings(config, "teacher", torch.float32, 4)
+    teacher = settings_of(config, "teacher", torch.float32, 4)
     assert "sub_group_size" not in teacher["zero_optimization"] and not teacher["bf16"]["enabled"]
 
 
@@ -117,7 +110,7 @@ def test_a_run_has_segments_that_grow(no_allocator_settings):
     script = """
 import torch
 from dpdmd.config import EngineConfig
-from dpdmd.engine.roles import start
+from dpdmd.engine.start import start
 start(EngineConfig())
 kept = [torch.empty(2**20, device="cuda") for _ in range(100)]
 print({segment["is_expandable"] for segment in torch.cuda.memory_snapshot()}, len(torch.cuda.memory_snapshot()))
@@ -136,7 +129,7 @@ def test_file_access_that_cannot_be_built(monkeypatch):
     with pytest.raises(
         ConfigError, match=r"engine\.offload = nvme: .* \(invalid literal .*'0a'\); engine\.offload=cpu"
     ):
-        _load_file_access("cpu")
+        load_file_access("cpu")
 
 
 @pytest.mark.gpu
@@ -148,7 +141,7 @@ def test_convolutions_beside_file_access(tmp_path):
     script = f"""
 import torch
 from dpdmd.config import EngineConfig
-from dpdmd.engine.roles import start
+from dpdmd.engine.start import start
 start(EngineConfig(offload="nvme", nvme_path={str(tmp_path)!r}))
 for dtype in (torch.bfloat16, torch.float32):
     convolution = torch.nn.Conv2d(16, 1536, 2, stride=2, device="cuda", dtype=dtype)
@@ -200,7 +193,7 @@ def test_optimizer_choice(monkeypatch):
 
     installed = {"apex.optimizers": SimpleNamespace(FusedAdam=Fake)}
     monkeypatch.setattr("dpdmd.engine.compilation.build_folder", lambda library: Path("/nowhere"))
-    monkeypatch.setattr("dpdmd.engine.roles.importlib.import_module", lambda module: installed[module])
+    monkeypatch.setattr("dpdmd.engine.optimizer.importlib.import_module", lambda module: installed[module])
     assert isinstance(build_optimizer(parameters, config.model_copy(update={"name": "apex"}), "cuda"), Fake)
     installed["deepspeed.ops.adam"] = SimpleNamespace(FusedAdam=lambda *args, **kwargs: 1 / 0)
     with pytest.raises(
@@ -216,7 +209,7 @@ def test_the_number_of_updates_in_each_kind_of_optimizer(monkeypatch):
         master.grad = torch.ones(3)
         optimizer.step()
         kind = type(optimizer.state[master]["step"])
-        _restore_step(optimizer, master, 7)
+        restore_step(optimizer, master, 7)
         assert type(optimizer.state[master]["step"]) is kind and optimizer.state[master]["step"] == 7
         optimizer.step()
         assert optimizer.state[master]["step"] == 8
@@ -225,7 +218,7 @@ def test_the_number_of_updates_in_each_kind_of_optimizer(monkeypatch):
         __module__ = "apex.optimizers.fused_adam"
 
     optimizer = Apex([master])
-    _restore_step(optimizer, master, 7)
+    restore_step(optimizer, master, 7)
     assert optimizer.param_groups[0]["step"] == 7 and not optimizer.state[master]
 
 

@@ -286,7 +286,7 @@ def test_nothing_is_compiled_and_nothing_stays_in_shared_memory(tmp_path):
     """DeepSpeed's library for the CPU took a minute at first, and a killed run left a lock that held up all others."""
     before = {path.name for path in Path("/dev/shm").iterdir()}
     script = (
-        "from dpdmd.config import EngineConfig; from dpdmd.engine.roles import start; import deepspeed.comm as comm\n"
+        "from dpdmd.config import EngineConfig; from dpdmd.engine.start import start; import deepspeed.comm as comm\n"
         "world = start(EngineConfig(device='cpu')); print(comm.get_world_size(), flush=True)"
     )
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
