@@ -174,7 +174,7 @@ def quieten() -> None:
     deepspeeds.setLevel(logging.WARNING)
     deepspeeds.addFilter(_concerns_us)
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_engine.py).
+    # Embeddings have no differentiable inputs; their weights' gradients are right (tests/test_role.py).
     warnings.filterwarnings("ignore", message="Full backward hook is firing")
 
 

@@ -255,7 +255,7 @@ def test_the_students_phases_by_hand():
 
 
 def test_what_is_sent_by_hand():
-    """The counts of gathers are those that test_engine.py finds in two processes."""
+    """The counts of gathers are those that test_role.py finds in two processes."""
     settings = ["distill.critic_updates=2", "distill.anchor=2", "distill.teacher_steps=6"]
     counts = {
         residency: gathers(by_hand(*settings, f"engine.residency={residency}"), 2)

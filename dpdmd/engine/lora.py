@@ -167,7 +167,7 @@ def use(transformer: nn.Module, role: str) -> None:
     if layer._active_adapter is not roles.active or layer._disable_adapters or layer.merged_adapters:
         raise RuntimeError(
             "the transformer's adapters have been switched or merged by something else (set_adapter, "
-            "disable_adapters, fuse_lora); roles are taken on by dpdmd.lora.use alone"
+            "disable_adapters, fuse_lora); roles are taken on by dpdmd.engine.lora.use alone"
         )
     if role == TEACHER:
         roles.active.clear()
@@ -202,7 +202,7 @@ def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Calla
 def _roles(transformer: nn.Module) -> _Roles:
     roles = transformer.__dict__.get("_roles")
     if roles is None:
-        raise ValueError(f"the {type(transformer).__name__} has no adapters; dpdmd.lora.add_adapters makes them")
+        raise ValueError(f"the {type(transformer).__name__} has no adapters; dpdmd.engine.lora.add_adapters makes them")
     return roles
 
 

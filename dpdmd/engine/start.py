@@ -46,7 +46,9 @@ def start(config: EngineConfig, run: str = "") -> World:
         os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, below
     if config.offload == "nvme":
         load_file_access(device)
-    return join(config, run)
+    world = join(config, run)
+    deepspeed.check_names()
+    return world
 
 
 def _let_segments_grow() -> None:

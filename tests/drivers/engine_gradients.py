@@ -1,4 +1,4 @@
-"""Started by test_engine.py in two processes: gradients and skipped updates of a role, case by case.
+"""Started by test_role.py in two processes: gradients and skipped updates of a role, case by case.
 
 Each case runs a loss with the student's pattern (a pass without gradient, then a chain of passes differentiated at once,
 cut after the first) through DeepSpeed and through the plain module, and compares full gradients. Prints one JSON line.

@@ -1,4 +1,4 @@
-"""Started by test_engine.py in two processes: what three cycles gather under each residency, and their losses.
+"""Started by test_role.py in two processes: what three cycles gather under each residency, and their losses.
 
 Prints one JSON line.
 """

@@ -1,4 +1,4 @@
-"""Shards in FP8: how far off, in how many bytes. What is gathered when is in test_engine.py, on two processes."""
+"""Shards in FP8: how far off, in how many bytes. What is gathered when is in test_role.py, on two processes."""
 
 from __future__ import annotations
 
