@@ -242,7 +242,10 @@ def test_another_run_at_the_same_port(port):
 def test_a_task_of_srun_is_one_of_several(tmp_path):
     """Not a run of its own in the same folder."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD_SIZE", "LOCAL_"))}
-    script = "import sys; from dpdmd import train, world; world.MEETING_SECONDS = 2; sys.exit(train.main(sys.argv[1:]))"
+    script = (
+        "import sys; from dpdmd import train; from dpdmd.engine import world\n"
+        "world.MEETING_SECONDS = 2; sys.exit(train.main(sys.argv[1:]))"
+    )
     done = run_command(
         [sys.executable, "-c", script, "engine.device=cpu", f"run.output_dir={tmp_path / 'run'}"],
         env=clean | {"SLURM_PROCID": "1", "SLURM_NTASKS": "2"},
@@ -252,7 +255,7 @@ def test_a_task_of_srun_is_one_of_several(tmp_path):
 
 
 def test_a_process_ends_with_torchrun(tmp_path):
-    child = "import signal, time; from dpdmd import world\n" + (
+    child = "import signal, time; from dpdmd.engine import world\n" + (
         "signal.signal(signal.SIGTERM, lambda *_: (print('asked to end', flush=True), exit()))\n"
         "world.end_with_launcher(); print('ready', flush=True)\nwhile True: time.sleep(1)\n"
     )
