@@ -1,4 +1,4 @@
-"""Who runs the cycle in benchmarks/cycle.py: this engine in several settings, and its peers on the same algorithm.
+"""Who runs the cycle in cases/cycle.py: this engine in several settings, and its peers on the same algorithm.
 
 A peer's networks are diffusers' own modules; its losses and sampler steps are plain PyTorch (DPDMD_KERNELS=reference). As
 trainers commonly have it: bfloat16 weights with torch's fused AdamW on them, gradient checkpointing of every block.
