@@ -159,10 +159,9 @@ class Operation:
     table: ClassVar[str] = "blocks"  # where its rows go
     poisoned: ClassVar[bool] = True  # ours are checked on memory full of NaN
     each_alone: ClassVar[bool] = False  # one that is wrong leaves the others' times as they are
-    compile_seconds: ClassVar[float] = (
-        math.inf
-    )  # of compiling, all operations of the table, unless --peers asks for more
-    compiled_sizes: ClassVar[tuple[str, ...] | None] = None  # unless --peers asks for more; None: all
+    # What torch.compile gets unless --peers asks for more: seconds, for all operations of the table; sizes, None for all.
+    compile_seconds: ClassVar[float] = math.inf
+    compiled_sizes: ClassVar[tuple[str, ...] | None] = None
     compile_context: ClassVar[Callable] = staticmethod(no_donated_buffers)
     on_host: ClassVar[bool] = True  # timed the ordinary way where there is a GPU, too
     gpu_seconds: ClassVar[float] = timing.GPU_SECONDS
