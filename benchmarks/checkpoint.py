@@ -19,12 +19,9 @@ import time
 from pathlib import Path
 
 import torch
-from cycle import PROMPTS
+from cases.cycle import PROMPTS, run_cycle, start_run
 
 from dpdmd import train
-from dpdmd.backbones import load_backbone
-from dpdmd.config import load_config
-from dpdmd.engine.start import start
 from dpdmd.files import readable_bytes, write_json
 from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes
 from dpdmd.run.provenance import provenance
@@ -54,9 +51,7 @@ class Clock:
 
 
 def cycle(trainer, number: int) -> None:
-    critic_updates = trainer.config.distill.critic_updates
-    for iteration in range(number * (critic_updates + 1), (number + 1) * (critic_updates + 1)):
-        trainer.update(train.role_of(iteration, critic_updates), iteration)
+    run_cycle(trainer, number)
     trainer.settle()
 
 
@@ -114,12 +109,7 @@ def _main(argv: list[str] | None) -> int:
     parser.add_argument("--json", type=command.new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
-    command.quieten()
-    fixed = [f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every=0", "evaluation.enabled=false"]
-    config = load_config(args.config, [*fixed, *args.settings])
-    backbone = load_backbone(config.model)
-    train.check(config, backbone)
-    world = start(config.engine)
+    config, backbone, world = start_run(args.config, args.settings)
     config, _ = train.plan_run(config, backbone, world)
     trainer = train.build(config, world, backbone, train.load_prompts(config))
     size = checkpoint_bytes(config, trainer.networks["student"].num_parameters)

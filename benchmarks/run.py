@@ -24,36 +24,20 @@ from __future__ import annotations
 from dpdmd import command  # isort: skip  first: the others take seconds, in which a user may interrupt
 
 import argparse
-import contextlib
 import functools
-import importlib
-import math
-import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import accuracy
-import adamw_rates
-import attention_rates
-import block_operations
-import block_rates
-import gpu_time
-import grids
-import networks
-import report
-import roofline
-import timing
+import cases
 import torch
-import transformer
-from block_operations import BLOCK_OPERATIONS
-from operations import DTYPE, OPERATIONS, SIZES, Inputs, Operation, make_inputs, sets_needed
+from cases import blocks, losses, networks, transformer
+from harness import accuracy, plots, report, timing
+from harness.operation import DTYPE, Run, measure
 
-from dpdmd.kernels import use_backend
 from dpdmd.kernels.runtime import backend
 from dpdmd.run.provenance import provenance
 
@@ -63,62 +47,25 @@ PICTURE = ROOT / "docs" / "roofline.png"
 STORED_TRANSFORMER = ROOT / "benchmarks" / "results" / "transformer.json"
 PICTURE_TRANSFORMER = ROOT / "docs" / "transformer.png"
 PEERS = ("eager", "compile", "none")
-GROUPS = {"losses": tuple(OPERATIONS), "blocks": tuple(BLOCK_OPERATIONS)}  # losses: with the sampler's steps
-CHOICES = (*OPERATIONS, *BLOCK_OPERATIONS, *GROUPS, "attention", "adamw_step", "transformer")
-KNOWN_SIZES = tuple(
-    dict.fromkeys([*SIZES, *block_operations.SIZES, *attention_rates.SIZES, *adamw_rates.SIZES, *networks.NETWORKS])
-)
-CPU_SIZES = ("sd35-b1", "awkward")
-# Unless --peers asks for it, torch.compile runs on one size bound by launches and one bound by memory, and no longer
-# than this: each compilation takes seconds, and the whole run has three minutes.
-COMPILED_SIZES = ("sd35-b4", "video")
-COMPILE_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Case:
-    name: str
-    size: str
-
-    @property
-    def operation(self) -> Operation:
-        return OPERATIONS[self.name]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return SIZES[self.size]
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.size}"
+def groups() -> dict[str, list[str]]:
+    """Names of --op that stand for several; losses: with the sampler's steps."""
+    tables = {"losses": losses.Elementwise.table, "blocks": blocks.BlockOperation.table}
+    return {
+        name: [op for op, each in cases.OPERATIONS.items() if each.table == table] for name, table in tables.items()
+    }
 
 
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    peer: bool
-    function: Callable[..., torch.Tensor]
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+def choices() -> list[str]:
+    grouped = [name for names in groups().values() for name in names]
+    return [*grouped, *groups(), *(name for name in cases.OPERATIONS if name not in grouped), "transformer"]
 
 
-@dataclass
-class Run:
-    """What to run, and what was found out."""
-
-    device: torch.device
-    ours: tuple[str, ...]
-    peers: tuple[str, ...] | None = None  # None: eager everywhere, torch.compile on COMPILED_SIZES
-    copy_tb_s: float = math.nan
-    rows: list[dict[str, Any]] = field(default_factory=list)  # losses and sampler steps
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    attention: list[dict[str, Any]] = field(default_factory=list)
-    optimizer: list[dict[str, Any]] = field(default_factory=list)
-    transformer: list[dict[str, Any]] = field(default_factory=list)
-    cancellation: list[dict[str, Any]] = field(default_factory=list)
-    engine_floor: dict[str, dict[str, Any]] = field(default_factory=dict)
-    failures: list[str] = field(default_factory=list)
-    left_out: list[str] = field(default_factory=list)
-    compile_seconds: float = 0.0
-    block_compile_seconds: float = 0.0
+def known_sizes() -> list[str]:
+    return list(
+        dict.fromkeys([*(size for each in cases.OPERATIONS.values() for size in each.sizes), *networks.NETWORKS])
+    )
 
 
 def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str]]:
@@ -138,211 +85,41 @@ def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str
     return found or ("reference",), [f"{name}: {reason}" for name, reason in reasons.items() if reason]
 
 
-def implementations(run: Run, case: Case) -> list[Implementation]:
-    """Ours first, then the peers."""
-    existing = importlib.import_module(f"dpdmd.kernels.{case.operation.module}").IMPLEMENTATIONS
-    ours = [name for name in run.ours if name in existing] or ["reference"]
-    found = [Implementation(name, False, case.operation.ours, lambda name=name: use_backend(name)) for name in ours]
-    if run.peers is None or "eager" in run.peers:
-        found.append(Implementation("eager", True, case.operation.peer))
-    if _compile_wanted(run, case):
-        torch._dynamo.reset()  # what was compiled for another size would count towards the limit of recompilations
-        found.append(Implementation("compile", True, torch.compile(case.operation.peer, dynamic=False)))
-    return found
-
-
-def _compile_wanted(run: Run, case: Case) -> bool:
-    if run.peers is not None:
-        return "compile" in run.peers
-    if run.device.type == "cpu" or case.size not in COMPILED_SIZES:
-        return False
-    if run.compile_seconds > COMPILE_SECONDS:
-        run.left_out.append(
-            f"{case}, compile: compiling has had its {COMPILE_SECONDS:.0f} s; --peers compile runs it all the same"
-        )
-        return False
-    return True
-
-
-def run_case(run: Run, case: Case) -> None:
-    """One operation at one size: checked, then timed."""
-    count = sets_needed(case.operation, case.shape, timing.cache_bytes(run.device))
-    sets = [make_inputs(case.operation, case.shape, run.device, seed) for seed in range(count)]
-    found = implementations(run, case)
-    checks, problems = check_all(run, case, found, sets[0])
-    if problems:
-        run.failures += [f"{case}, {name}: {problem}" for name, problem in problems.items()]
-        return
-    found = [each for each in found if each.name in checks]
-    run.rows += make_rows(run, case, found, checks, time_all(run, case, found, sets))
-
-
-def check_all(
-    run: Run, case: Case, found: list[Implementation], inputs: Inputs
-) -> tuple[dict[str, accuracy.Check], dict[str, str]]:
-    """Each one's check, and the problem of each that has one. A peer that cannot run here is in neither."""
-    outcomes, problems = {}, {}
-    for each in found:
-        begin = time.perf_counter()
-        try:
-            # Ours get memory full of NaN. The peers' memory is torch's affair, and the switch would compile them twice.
-            with each.context(), contextlib.nullcontext() if each.peer else accuracy.poisoned_memory():
-                outcomes[each.name] = accuracy.run_once(case.operation, each.function, inputs)
-        except Exception as error:  # whatever it is, the other figures should not go with it
-            problem = f"{type(error).__name__}: {str(error).partition(os.linesep)[0]}"
-            if each.peer:
-                run.left_out.append(f"{case}, {each.name}: {problem}")
-            else:
-                problems[each.name] = problem
-        if each.name == "compile":
-            run.compile_seconds += time.perf_counter() - begin
-    drawn = {each.name for each in found if each.peer} & set(outcomes) if case.operation.random_peer else set()
-    fixed = {name: outcome for name, outcome in outcomes.items() if name not in drawn}
-    checks = accuracy.check(case.operation, inputs, fixed)
-    checks |= {name: accuracy.check_moments(inputs, outcomes[name][1]) for name in drawn}
-    problems |= {name: each.problem for name, each in checks.items() if each.problem}
-    return checks, problems
-
-
-def time_all(
-    run: Run, case: Case, found: list[Implementation], sets: list[Inputs]
-) -> dict[str, dict[str, timing.Time]]:
-    """Every way of calling, every implementation: times[way][implementation]."""
-    cuda = run.device.type == "cuda"
-    ways = ["forward"]
-    if case.operation.loss:
-        ways += ["forward_backward", *(["forward_backward_one_thread"] if cuda else [])]
-    times = {}
-    for way in ways:
-        subjects = {each.name: _subject(each, way) for each in found}
-        times[way] = timing.in_turns(subjects, sets)
-    for way in ways if cuda else []:
-        if not way.endswith("one_thread"):  # a graph's replay has no thread to hand anything to
-            times[f"gpu_{way}"] = _time_graphs(run, case, found, way, sets)
-    return times
-
-
-def _subject(implementation: Implementation, way: str) -> timing.Subject:
-    function = implementation.function
-
-    def forward(inputs: Inputs) -> None:
-        function(*inputs)
-
-    def forward_backward(inputs: Inputs) -> None:
-        inputs[0].grad = None
-        function(*inputs).backward()
-
-    @contextlib.contextmanager
-    def one_thread():
-        with implementation.context(), torch.autograd.set_multithreading_enabled(False):
-            yield
-
-    if way == "forward":
-        return timing.Subject(forward, implementation.context)
-    around = one_thread if way.endswith("one_thread") else implementation.context
-    return timing.Subject(forward_backward, around)
-
-
-def _time_graphs(
-    run: Run, case: Case, found: list[Implementation], way: str, sets: list[Inputs]
-) -> dict[str, timing.Time]:
-    times = {}
-    for each in found:
-        try:
-            times[each.name] = timing.on_gpu_alone(_subject(each, way), sets)
-        except RuntimeError as error:
-            run.left_out.append(f"{case}, {each.name}, GPU time alone: {str(error).partition(os.linesep)[0]}")
-        for inputs in sets:  # a gradient made by a graph lives in the graph's memory
-            inputs[0].grad = None
-    return times
-
-
-def make_rows(
-    run: Run,
-    case: Case,
-    found: list[Implementation],
-    checks: dict[str, accuracy.Check],
-    times: dict[str, dict[str, timing.Time]],
-) -> list[dict[str, Any]]:
-    elements = math.prod(case.shape)
-    moved = case.operation.bytes(elements)
-    peers = [each.name for each in found if each.peer]
-    rows = []
-    for each in found:
-        rows.append(
-            {
-                "operation": case.name,
-                "size": case.size,
-                "implementation": each.name,
-                "peer": each.peer,
-                "shape": list(case.shape),
-                "elements": elements,
-                "bytes": moved,
-                "bytes_counted": case.operation.bytes_counted(),
-                "error": checks[each.name].json(),
-                **timing.rates(each.name, times, moved, run.copy_tb_s, peers),
-            }
-        )
-    return rows
-
-
 Step = tuple[str, Callable[[], None]]  # what a log calls it, and what it does
 
 
-def plan(run: Run, args: argparse.Namespace, note: Callable[[dict[str, Any]], None]) -> list[Step]:
+def plan(run: Run, args: argparse.Namespace) -> list[Step]:
     """Everything that was asked for, in order. UsageError for a size that an operation does not have."""
     cpu = run.device.type == "cpu"
-    named = [each for name in args.op or () for each in GROUPS.get(name, (name,))]
-    names = list(dict.fromkeys(named)) or [*OPERATIONS, *BLOCK_OPERATIONS, "attention", "adamw_step"]
+    named = [each for name in args.op or () for each in groups().get(name, (name,))]
+    names = list(dict.fromkeys(named)) or list(cases.OPERATIONS)
     steps: list[Step] = []
 
-    def sizes_of(name: str, known: Sequence[str], default: Sequence[str]) -> list[str]:
+    def sizes_of(name: str, known: list[str], default: list[str]) -> list[str]:
         sizes = [size for size in args.size or default if size in known]
         if not sizes and named:
             raise report.UsageError(f"--size {' '.join(args.size)}: {name} has {', '.join(known)}")
         return sizes
 
     for name in names:
-        if name in OPERATIONS:
-            cases = [Case(name, size) for size in sizes_of(name, tuple(SIZES), CPU_SIZES if cpu else tuple(SIZES))]
-            steps += [(str(case), functools.partial(run_case, run, case)) for case in cases]
-        elif name in BLOCK_OPERATIONS:
-            known = BLOCK_OPERATIONS[name].sizes
-            default = [size for size in known if (size == "awkward") == cpu]
-            cases = [block_rates.Case(name, size) for size in sizes_of(name, known, default)]
-            steps += [(str(case), functools.partial(block_rates.run_case, run, case)) for case in cases]
-        elif name == "attention":
-            known = tuple(attention_rates.SIZES)
-            default = attention_rates.CPU_SIZES if cpu else [size for size in known if size != "awkward"]
-            steps += [
-                (f"attention {size}", functools.partial(attention_rates.run_size, run, size))
-                for size in sizes_of(name, known, default)
-            ]
-        elif name == "adamw_step":
-            known = tuple(adamw_rates.SIZES)
-            default = adamw_rates.CPU_SIZES if cpu else [size for size in known if size != "awkward"]
-            steps += [
-                (f"adamw_step {size}", functools.partial(adamw_rates.run_size, run, size))
-                for size in sizes_of(name, known, default)
-            ]
+        if name == "transformer":
+            (size,) = sizes_of(name, list(networks.NETWORKS), ["small" if cpu else "full"])[:1]
+            state = transformer.State(run, size, args.batch, args.variant)
+            steps += [(f"{name} {part}", functools.partial(transformer.run_part, state, part)) for part in args.part]
         else:
-            (size,) = sizes_of(name, tuple(networks.NETWORKS), ("small" if cpu else "full",))[:1]
-            state = transformer.State(run, size, args.batch, args.variant, note)
+            operation = cases.OPERATIONS[name]
             steps += [
-                (f"transformer {part}", functools.partial(transformer.run_part, state, part)) for part in args.part
+                (operation.title(size), functools.partial(measure, run, operation, size))
+                for size in sizes_of(name, list(operation.sizes), operation.default_sizes(cpu))
             ]
     if "dmd_loss" in names:
-        steps.append(("cancellation", lambda: run.cancellation.extend(accuracy.cancellation(run.device))))
-    if set(names) & set(OPERATIONS):
-        steps.append(("the engine's floor", lambda: run.engine_floor.update(_engine_floor(run.device))))
+        steps.append(("cancellation", lambda: run.cancellation.extend(losses.cancellation(run.device))))
+    if set(names) & set(groups()["losses"]):
+        steps.append(("the engine's floor", lambda: run.engine_floor.update(timing.engine_floor(run.device))))
     return steps
 
 
-def _engine_floor(device: torch.device) -> dict[str, dict[str, Any]]:
-    return {way: taken.json() for way, taken in timing.engine_floor(device).items()}
-
-
-def measure(args: argparse.Namespace) -> int:
+def measure_all(args: argparse.Namespace) -> int:
     begin = time.perf_counter()
     console = report.make_console()
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
@@ -352,7 +129,6 @@ def measure(args: argparse.Namespace) -> int:
         baseline = report.read_run(args.baseline)
         report.refuse_other_machine(baseline, source["machine"]["gpu"], args.baseline)
     ours, missing = our_implementations(device)
-    run = Run(device, ours, args.peers, left_out=missing)
 
     def collect() -> dict[str, Any]:
         return {
@@ -363,39 +139,33 @@ def measure(args: argparse.Namespace) -> int:
             "cache_bytes": timing.cache_bytes(device),
             "engine_floor": run.engine_floor,
             "limits": {"result": accuracy.RESULT_LIMIT, "loss": accuracy.LOSS_LIMIT},
-            "rows": run.rows,
-            "blocks": run.blocks,
-            "attention": run.attention,
-            "optimizer": run.optimizer,
-            "transformer": run.transformer,
+            **run.tables,
             "cancellation": run.cancellation,
             "failures": run.failures,
             "left_out": run.left_out,
             "seconds": time.perf_counter() - begin,
         }
 
-    def note(row: dict[str, Any]) -> None:
-        if row.get("group") in (None, "output", "all gradients"):  # of the others there are fifty
-            print(f"  {grids.line(row)}", file=sys.stderr, flush=True)
+    def write() -> None:
         if args.json:
             report.write_run(args.json, collect())
 
-    steps = plan(run, args, note)
+    def note(row: dict[str, Any]) -> None:
+        if row.get("group") in (None, "output", "all gradients"):  # of the others there are fifty
+            print(f"  {report.line(row)}", file=sys.stderr, flush=True)
+        write()
+
+    run = Run(device, ours, args.peers, left_out=missing, note=note)
+    steps = plan(run, args)
     run.copy_tb_s = timing.copy_bandwidth(device)
     if device.type == "cpu":
         console.print(report.CPU_NOTE)
     for name, step in steps:
         print(f"{time.perf_counter() - begin:6.1f} s  {name}", file=sys.stderr, flush=True)
-        known = len(run.blocks), len(run.attention), len(run.optimizer)
         step()
-        for row in (*run.blocks[known[0] :], *run.attention[known[1] :], *run.optimizer[known[2] :]):
-            print(f"  {grids.line(row)}", file=sys.stderr, flush=True)
-        if args.json:
-            report.write_run(args.json, collect())
+        write()
     result = collect()
     tell(console, result, baseline, args.baseline)
-    if args.json:
-        report.write_run(args.json, result)
     return 1 if run.failures else 0
 
 
@@ -427,12 +197,12 @@ def plot(files: list[Path], output: Path | None, of_transformer: bool) -> int:
     stored, picture = (STORED_TRANSFORMER, PICTURE_TRANSFORMER) if of_transformer else (STORED, PICTURE)
     output = output or picture
     results = _read(files or [stored])
-    if of_transformer and not gpu_time.broken_down(results):
+    if of_transformer and not plots.broken_down(results):
         raise report.UsageError(
             f"{' '.join(map(str, files or [stored]))}: nothing there is broken down; --op transformer --part breakdown does it"
         )
     try:
-        (gpu_time if of_transformer else roofline).draw(results, output)
+        (plots.breakdown if of_transformer else plots.roofline)(results, output)
     except ImportError as error:
         raise report.UsageError(f"--plot needs matplotlib (pip install -e '.[eval]'): {error}") from None
     print(f"{output}: drawn")
@@ -453,13 +223,13 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", metavar="NAME", choices=CHOICES, help=f"of {', '.join(CHOICES)}")
+    parser.add_argument("--op", nargs="+", metavar="NAME", choices=choices(), help=f"of {', '.join(choices())}")
     parser.add_argument(
         "--size",
         nargs="+",
         metavar="NAME",
-        choices=KNOWN_SIZES,
-        help=f"of {', '.join(KNOWN_SIZES)}, as far as an operation has them; without a GPU the small ones unless named",
+        choices=known_sizes(),
+        help=f"of {', '.join(known_sizes())}, as far as an operation has them; without a GPU the small ones unless named",
     )
     parser.add_argument(
         "--part",
@@ -488,8 +258,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
         metavar="NAME",
         choices=PEERS,
         help=f"of {', '.join(PEERS)}; by default eager on every size and, on a GPU, compile: of losses on "
-        f"{', '.join(COMPILED_SIZES)} for as long as {COMPILE_SECONDS:.0f} s of compiling last, of blocks "
-        f"{block_rates.COMPILE_SECONDS:.0f} s",
+        f"{', '.join(losses.Elementwise.compiled_sizes)} for as long as {losses.Elementwise.compile_seconds:.0f} s of "
+        f"compiling last, of blocks {blocks.BlockOperation.compile_seconds:.0f} s",
     )
     parser.add_argument(
         "--json", type=command.new_file, metavar="FILE", help="write all numbers, with machine, versions and commit"
@@ -537,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str]) -> int:
     if argv[:2] == ["--op", "cycle"]:  # has options of its own, and needs what the trainer needs
-        import cycle
+        from cases import cycle
 
         return cycle.compare_main(argv[2:])
     args = parse(argv)
@@ -546,7 +316,7 @@ def _main(argv: list[str]) -> int:
         return 0
     if args.plot is not None:
         return plot(args.plot, args.output, "transformer" in (args.op or ()))
-    return measure(args)
+    return measure_all(args)
 
 
 if __name__ == "__main__":

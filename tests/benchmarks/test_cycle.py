@@ -62,7 +62,7 @@ def test_contenders_in_turn(tiny_pipeline, tmp_path):
 def test_the_table_has_the_floor():
     sys.path.insert(0, str(BENCHMARKS))
     try:
-        import cycle
+        from cases import cycle
     finally:
         sys.path.remove(str(BENCHMARKS))
     run = {"seconds_a_cycle": 6.0, "images_a_second": 4.0, "communication": None}

@@ -18,7 +18,7 @@ from processes import run_command
 
 ROOT = Path(__file__).parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-MODULES = [path.stem for path in BENCHMARKS.glob("*.py")]
+MODULES = {path.name.removesuffix(".py") for path in BENCHMARKS.iterdir() if path.suffix == ".py" or path.is_dir()}
 LOSSES = ["dmd_loss", "dmd_loss_x0", "v_prediction_loss", "flow_matching_loss", "x_prediction_loss"]
 OPERATIONS = [*LOSSES, "renoise", "renoise_philox", "guided_euler_step"]
 
@@ -28,16 +28,17 @@ def modules():
     """The benchmark's modules, importable as they are when it runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
-        yield {name: importlib.import_module(name) for name in ("accuracy", "operations", "report", "run", "timing")}
-        for name in MODULES:
-            sys.modules.pop(name, None)
+        names = ("cases", "cases.adamw", "cases.losses", "harness.operation", "harness.report", "harness.timing", "run")
+        yield {name: importlib.import_module(name) for name in names}
+        for name in [name for name in sys.modules if name.partition(".")[0] in MODULES]:
+            del sys.modules[name]
 
 
 @pytest.fixture
 def cpu(modules, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.delenv("DPDMD_KERNELS", raising=False)
-    monkeypatch.setattr(modules["timing"], "copy_bandwidth", lambda device: 0.02)  # half a second to measure
+    monkeypatch.setattr(modules["harness.timing"], "copy_bandwidth", lambda device: 0.02)  # half a second to measure
 
 
 def start_on_cpu(*arguments):
@@ -156,8 +157,8 @@ def check_optimizer(result):
 
 @pytest.mark.parametrize("wrong", ["unwritten", "the weight", "one end", "a moment", "raises", "peer"])
 def test_a_wrong_optimizer_step_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, capsys):
-    rates = importlib.import_module("adamw_rates")
-    right = rates.adamw_step
+    adamw, operations = modules["cases.adamw"], modules["cases"].OPERATIONS
+    right = adamw.adamw_step
 
     def step(master, exp_avg, exp_avg_sq, gradient, *, weight, **settings):
         if wrong == "unwritten" and settings["step"] > 1:
@@ -166,14 +167,15 @@ def test_a_wrong_optimizer_step_is_not_timed(wrong, modules, cpu, monkeypatch, t
         if settings["step"] > 1 and wrong == "one end":
             master[-1000:] += 1e-4
         if settings["step"] > 1 and wrong == "a moment":
-            (exp_avg_sq.scales if isinstance(exp_avg_sq, rates.Float8State) else exp_avg_sq).mul_(1.5)
+            (exp_avg_sq.scales if isinstance(exp_avg_sq, adamw.Float8State) else exp_avg_sq).mul_(1.5)
         if settings["step"] > 1 and wrong == "raises":
             raise RuntimeError("out of luck")
 
     if wrong == "peer":
-        monkeypatch.setattr(rates, "_prepare_torchs", lambda shard: lambda: None)
+        idle = dataclasses.replace(operations["adamw_step"], peer=lambda shard: lambda: None)
+        monkeypatch.setitem(operations, "adamw_step", idle)
     else:
-        monkeypatch.setattr(rates, "adamw_step", step)
+        monkeypatch.setattr(adamw, "adamw_step", step)
     assert modules["run"].main(["--op", "adamw_step", "--json", str(tmp_path / "run.json")]) == 1
     assert "FAILED, and not timed: adamw_step awkward, " in capsys.readouterr().out
     result = json.loads((tmp_path / "run.json").read_text())
@@ -181,8 +183,8 @@ def test_a_wrong_optimizer_step_is_not_timed(wrong, modules, cpu, monkeypatch, t
 
 
 def test_an_optimizer_peer_that_cannot_run_is_left_out(modules, cpu, monkeypatch, capsys):
-    rates = importlib.import_module("adamw_rates")
-    monkeypatch.setattr(rates, "_prepare_torchs", _raise)
+    operations = modules["cases"].OPERATIONS
+    monkeypatch.setitem(operations, "adamw_step", dataclasses.replace(operations["adamw_step"], peer=_raise))
     assert modules["run"].main(["--op", "adamw_step", "--size", "awkward"]) == 0
     printed = capsys.readouterr().out
     assert "left out: adamw_step awkward, eager: RuntimeError: out of luck" in printed and "reference float8" in printed
@@ -191,36 +193,38 @@ def test_an_optimizer_peer_that_cannot_run_is_left_out(modules, cpu, monkeypatch
 def test_optimizer_rows_of_a_gpu(modules, cpu, monkeypatch):
     """GPU time alone has its column, a graph that cannot be captured costs that figure, and memory that is not there the
     size."""
-    run, timing, rates = modules["run"], modules["timing"], importlib.import_module("adamw_rates")
-    state = run.Run(torch.device("cpu"), ("reference",), ("eager",), copy_tb_s=2.0)
+    operation, timing, step = (
+        modules["harness.operation"],
+        modules["harness.timing"],
+        modules["cases"].OPERATIONS["adamw_step"],
+    )
+    state = operation.Run(torch.device("cpu"), ("reference",), ("eager",), copy_tb_s=2.0)
     taken = timing.Time(10.0, 1.0, 3, 1, [10.0, 10.0])
 
-    def graphs(subjects, sets):
+    def graphs(subjects, sets, seconds):
         assert set(subjects) == {"reference float32", "reference bfloat16", "reference float8", "eager"}
-        return {name: taken for name in subjects if name != "eager"}, {"eager": "no capture today"}
+        return {name: taken for name in subjects if name != "eager"}, {"eager": RuntimeError("no capture today")}
 
     class Device:
         """Of tensors the CPU, of the run a GPU."""
 
         type = "cuda"
 
-    make = rates.make_shard
-    monkeypatch.setattr(rates, "make_shard", lambda size, device, seed: make(size, torch.device("cpu"), seed))
+    monkeypatch.setattr(operation, "Draw", lambda device, seed, draw=operation.Draw: draw(torch.device("cpu"), seed))
     monkeypatch.setattr(timing, "on_gpu_in_turns", graphs)
     monkeypatch.setattr(timing, "cache_bytes", lambda device: 2**20)
     state.device = Device()
-    rates.run_size(state, "awkward")
-    assert not state.failures and len(state.optimizer) == 4
-    for row in state.optimizer:
+    operation.measure(state, step, "awkward")
+    assert not state.failures and len(state.tables["optimizer"]) == 4
+    for row in state.tables["optimizer"]:
         assert set(row["times"]) == ({"step"} if row["peer"] else {"step", "gpu_step"})
-    assert state.left_out == ["adamw_step awkward, eager, GPU time alone: no capture today"]
+    assert state.left_out == ["adamw_step awkward, eager, GPU time alone, step: no capture today"]
 
     def full(*arguments):
         raise torch.OutOfMemoryError("tried to allocate\nmuch")
 
-    monkeypatch.setattr(rates, "make_shard", full)
-    rates.run_size(state, "256m")
-    assert state.left_out[1:] == ["adamw_step 256m: tried to allocate"] and len(state.optimizer) == 4
+    operation.measure(state, dataclasses.replace(step, make=full), "256m")
+    assert state.left_out[1:] == ["adamw_step 256m: tried to allocate"] and len(state.tables["optimizer"]) == 4
 
 
 def check_cancellation(rows):
@@ -245,37 +249,37 @@ class Doubled(torch.autograd.Function):
         return 2 * upstream
 
 
-def _raise(*inputs):
+def _raise(*shard, **inputs):
     raise RuntimeError("out of luck")
 
 
 WRONG = {
-    "scaled": ("renoise", "ours", lambda right: lambda *inputs: 1.01 * right(*inputs), "relative error"),
-    "nan": ("renoise", "ours", lambda right: lambda *inputs: right(*inputs) * math.nan, "relative error nan"),
-    "unwritten": ("renoise", "ours", lambda right: lambda x, *rest: torch.empty_like(x), "relative error nan"),
+    "scaled": ("renoise", "ours", lambda right: lambda **inputs: 1.01 * right(**inputs), "relative error"),
+    "nan": ("renoise", "ours", lambda right: lambda **inputs: right(**inputs) * math.nan, "relative error nan"),
+    "unwritten": ("renoise", "ours", lambda right: lambda x, **rest: torch.empty_like(x), "relative error nan"),
     "one sample": (
         "renoise",
         "ours",
-        lambda right: lambda x, *rest: right(x, *rest).index_fill_(0, torch.tensor(2), 1),
+        lambda right: lambda **inputs: right(**inputs).index_fill_(0, torch.tensor(2), 1),
         "",
     ),
     "gradient": (
         "v_prediction_loss",
         "ours",
-        lambda right: lambda *inputs: Doubled.apply(right(*inputs)),
+        lambda right: lambda **inputs: Doubled.apply(right(**inputs)),
         "relative error",
     ),
     "loss": (
         "v_prediction_loss",
         "ours",
-        lambda right: lambda *inputs: right(*inputs) + 0.01,
+        lambda right: lambda **inputs: right(**inputs) + 0.01,
         "relative error of the loss",
     ),
     "raises": ("renoise", "ours", lambda right: _raise, "RuntimeError: out of luck"),
     "peer": (
         "renoise",
         "peer",
-        lambda right: lambda *i, wide=torch.float32: right(*i, wide).roll(int(wide.itemsize == 4)),
+        lambda right: lambda x, **rest: right(x, **rest).roll(int(x.itemsize == 2)),
         "",
     ),
     "noise": ("renoise_philox", "peer", lambda right: lambda x, t: 1.1 * right(x, t), "moments"),
@@ -285,7 +289,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, capsys):
     name, field, breaks, problem = WRONG[wrong]
-    operations = modules["operations"].OPERATIONS
+    operations = modules["cases"].OPERATIONS
     right = operations[name]
     changed = dataclasses.replace(right, **{field: breaks(getattr(right, field))})
     monkeypatch.setitem(operations, name, changed)
@@ -300,8 +304,8 @@ def test_what_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, 
 
 
 def test_a_peer_that_cannot_run_is_left_out(modules, cpu, monkeypatch, capsys):
-    operations = modules["operations"].OPERATIONS
-    changed = dataclasses.replace(operations["renoise"], peer=_raise, truth=operations["renoise"].peer)
+    operations = modules["cases"].OPERATIONS
+    changed = dataclasses.replace(operations["renoise"], peer=_raise, exact=operations["renoise"].peer)
     monkeypatch.setitem(operations, "renoise", changed)
     assert modules["run"].main(["--op", "renoise", "--size", "awkward"]) == 0
     printed = capsys.readouterr().out
@@ -310,14 +314,15 @@ def test_a_peer_that_cannot_run_is_left_out(modules, cpu, monkeypatch, capsys):
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_truth_by_samples_is_the_truth(name, modules):
-    operation = modules["operations"].OPERATIONS[name]
-    inputs = modules["operations"].make_inputs(operation, (3, 5, 31), torch.device("cpu"), seed=1)
-    whole = [each.detach().double() for each in operation.truth_inputs(*inputs)]
-    whole[0].requires_grad_(operation.loss)
-    function = operation.truth or operation.peer
-    outcome = modules["accuracy"].run_once(operation, lambda *each: function(*each, wide=torch.float64), whole)
-    check = modules["accuracy"].check(operation, inputs, {"float64": outcome})["float64"]
-    assert check.result < 1e-14 and (check.loss is None or check.loss < 1e-14) and not check.problem
+    operation = modules["cases"].OPERATIONS[name]
+    inputs = operation.make((3, 5, 31), modules["harness.operation"].Draw(torch.device("cpu"), 1))
+    exact = operation.truth(inputs)
+    whole = {key: each.double() for key, each in operation.truth_inputs(inputs).items()}
+    outcome = operation.results(operation.exact or operation.peer, whole)
+    ours = modules["harness.operation"].Implementation("float64", False, operation.ours)
+    errors = operation.errors(ours, inputs, outcome, exact)
+    assert set(errors) == ({"loss", "result"} if name in LOSSES else {"result"})
+    assert all(error.value < 1e-14 and error.allowed for error in errors.values())
 
 
 @pytest.mark.parametrize(
@@ -334,22 +339,28 @@ def test_truth_by_samples_is_the_truth(name, modules):
     ],
 )
 def test_bytes_counted_by_hand(name, moved, modules):
-    assert list(modules["operations"].OPERATIONS) == OPERATIONS
-    operation = modules["operations"].OPERATIONS[name]
-    assert operation.bytes(100) == moved
+    assert [each.name for each in modules["cases.losses"].OPERATIONS] == OPERATIONS
+    operation = modules["cases"].OPERATIONS[name]
+    inputs = operation.make((4, 25), modules["harness.operation"].Draw(torch.device("cpu"), 0))
+    outcome = operation.results(operation.ours, inputs)
+    ours = modules["harness.operation"].Implementation("reference", False, operation.ours)
+    assert set(operation.work(ours, inputs, outcome).values()) == {moved}
     assert operation.bytes_counted().endswith(f": {moved // 100} bytes an element")
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_inputs_rotate(name, modules):
-    operations = modules["operations"]
-    operation, cache = operations.OPERATIONS[name], 50 * 2**20
-    for shape in operations.SIZES.values():
-        count = operations.sets_needed(operation, shape, cache)
-        assert count >= 2 and count * len(operation.reads) * math.prod(shape) * 2 > 2 * cache
-    first, second = (operations.make_inputs(operation, (2, 3, 7), torch.device("cpu"), seed) for seed in (0, 1))
-    assert first[0].requires_grad == operation.loss
-    for one, other in zip(first, second, strict=True):
+    operation, cache, cpu = modules["cases"].OPERATIONS[name], 50 * 2**20, torch.device("cpu")
+    draw = modules["harness.operation"].Draw
+    for shape in operation.sizes.values():
+        with torch.device("meta"):
+            inputs = {each: torch.empty(shape, dtype=torch.bfloat16) for each in operation.forward.reads}
+        count = operation.num_sets(inputs, cache)
+        assert count >= 2 and count * len(operation.forward.reads) * math.prod(shape) * 2 > 2 * cache
+    first, second = (operation.make((2, 3, 7), draw(cpu, seed)) for seed in (0, 1))
+    leaves = operation.leaves(first)
+    assert [each.requires_grad for each in leaves.values()] == [operation.loss, *[False] * (len(leaves) - 1)]
+    for one, other in zip(first.values(), second.values(), strict=True):
         assert one.dtype == (torch.float32 if one.shape == (2,) else torch.bfloat16)
         # The first step of a noise-predicting model stands at one fixed time: its (a, b) are the same in every set.
         assert one.any() and (one.shape == (2,) or not torch.equal(one, other))
@@ -357,7 +368,7 @@ def test_inputs_rotate(name, modules):
 
 def test_times_are_per_call(modules, clock, monkeypatch):
     """By the clock's own count: every set of inputs gets its turn, and batches are long enough."""
-    timing, seen = modules["timing"], []
+    timing, seen = modules["harness.timing"], []
     monkeypatch.setattr(timing, "time", clock)
 
     def call(milliseconds):
@@ -365,9 +376,9 @@ def test_times_are_per_call(modules, clock, monkeypatch):
         clock.advance(milliseconds / 1e3)
 
     subjects = {"one": timing.Subject(call), "other": timing.Subject(lambda _: clock.advance(10e-6))}
-    times = timing.in_turns(subjects, [3, 6])
+    times, failed = timing.in_turns(subjects, [3, 6])
     # One call of 3 ms does not make a batch, two do: 9 ms, of which 5 fill a round's 40 ms.
-    assert times["one"].calls_a_batch == 2 and times["one"].batches == 2 * 5
+    assert times["one"].calls_a_batch == 2 and times["one"].batches == 2 * 5 and not failed
     assert times["one"].median_us == pytest.approx(4500) and times["one"].rounds_us == pytest.approx([4500, 4500])
     assert times["one"].spread_us == pytest.approx(0, abs=1e-3)
     assert times["other"].median_us == pytest.approx(10) and times["other"].calls_a_batch == 1000
@@ -376,10 +387,10 @@ def test_times_are_per_call(modules, clock, monkeypatch):
 
 def test_the_spread_is_that_of_the_batches(modules, clock, monkeypatch):
     """And the median that of both rounds: a machine that slows down in the second shows in both."""
-    timing = modules["timing"]
+    timing = modules["harness.timing"]
     monkeypatch.setattr(timing, "time", clock)
     begin = clock.now
-    times = timing.in_turns(
+    times, _ = timing.in_turns(
         {"one": timing.Subject(lambda _: clock.advance(0.02 if clock.now < begin + 0.11 else 0.04))}, [0]
     )
     # 20 ms, some of them to warm up, then 40 ms in the second round.
@@ -389,37 +400,57 @@ def test_the_spread_is_that_of_the_batches(modules, clock, monkeypatch):
 
 def test_rows_of_a_gpu(modules, cpu, monkeypatch):
     """Every way of calling gets its column, and a graph that cannot be captured costs that figure alone."""
-    run, timing = modules["run"], modules["timing"]
+    harness, timing = modules["harness.operation"], modules["harness.timing"]
+    graphs = [[10.0, 40.0], []]
 
-    def graph(subject, sets):
-        with subject.around():
-            subject.call(sets[0])
-        if graphs:
-            return graphs.pop(0)
-        raise RuntimeError("no capture today\nat all")
+    def in_graphs(subjects, sets, seconds):
+        for subject in subjects.values():
+            with subject.around():
+                subject.call(subject.prepare(sets[0]))
+        taken = {name: timing.Time(us, 1.0, 3, 1, [us, us]) for name, us in zip(subjects, graphs.pop(0), strict=False)}
+        return taken, {name: RuntimeError("no capture today\nat all") for name in subjects if name not in taken}
 
-    graphs = [timing.Time(10.0, 1.0, 3, 1, [10.0, 10.0]), timing.Time(40.0, 1.0, 3, 1, [40.0, 40.0])]
-    monkeypatch.setattr(timing, "on_gpu_alone", graph)
-    state, case = run.Run(torch.device("cpu"), ("reference",), copy_tb_s=2.0), run.Case("v_prediction_loss", "awkward")
-    sets = [run.make_inputs(case.operation, (2, 3, 5), state.device, seed) for seed in range(2)]
-    found = run.implementations(state, case)
-    checks, problems = run.check_all(state, case, found, sets[0])
-    assert not problems and [each.name for each in found] == ["reference", "eager"]
+    monkeypatch.setattr(timing, "on_gpu_in_turns", in_graphs)
+    state = harness.Run(torch.device("cpu"), ("reference",), copy_tb_s=2.0)
+    operation, size = modules["cases"].OPERATIONS["v_prediction_loss"], "awkward"
+    sets = [operation.draw(size, state.device, seed) for seed in range(2)]
+    found = operation.implementations(state, size)
+    checked = harness.gate(state, operation, size, "awkward", found, sets[0])
+    assert not state.failures and [*checked] == [each.name for each in found] == ["reference", "eager"]
     state.device = torch.device("cuda")
-    times = run.time_all(state, case, found, sets)
-    ours, eager = run.make_rows(state, case, found, checks, times)
+    (ways,) = operation.ways(state.device)
+    times = operation.take(state, operation.title(size), found, ways, sets)
+    ours, eager = harness.make_rows(state, operation, size, found, ways, checked, times)
     assert set(ours["times"]) == {"forward", "forward_backward", "forward_backward_one_thread", "gpu_forward"}
     assert ours["ratios"]["eager"]["gpu_forward"] == 4.0 and not eager["ratios"]
     assert ours["tb_s"]["gpu_forward"] == pytest.approx(3 * 5 * 1023 * 8 / 10e-6 / 1e12)
     assert ours["share_of_copy"]["gpu_forward"] == ours["tb_s"]["gpu_forward"] / 2
     assert state.left_out == [
-        f"v_prediction_loss awkward, {name}, GPU time alone: no capture today" for name in ("reference", "eager")
+        f"v_prediction_loss awkward, {name}, GPU time alone, forward_backward: no capture today"
+        for name in ("reference", "eager")
     ]
-    assert torch.is_grad_enabled() and all(inputs[0].grad is None for inputs in sets)
+    assert torch.is_grad_enabled() and all(tensor.grad is None for inputs in sets for tensor in inputs.values())
+
+
+def test_one_that_raises_costs_its_own_time(modules):
+    """Of a peer it is left out, of ours a failure, and the others go on."""
+    harness, timing = modules["harness.operation"], modules["harness.timing"]
+
+    def call(_):
+        raise RuntimeError("out of luck")
+
+    subjects = {"one": timing.Subject(call), "other": timing.Subject(lambda _: None)}
+    times, failed = timing.in_turns(subjects, [0], seconds=0.0)
+    assert set(times) == {"other"} and str(failed["one"]) == "out of luck"
+    state = harness.Run(torch.device("cpu"), ("reference",))
+    for peer, error in ((True, failed["one"]), (False, failed["one"]), (False, torch.OutOfMemoryError("full"))):
+        state.went_wrong("title", harness.Implementation("one", peer, call), error)
+    assert state.failures == ["title: RuntimeError: out of luck"]
+    assert state.left_out == ["title: RuntimeError: out of luck", "title: OutOfMemoryError: full"]
 
 
 def test_slower_than_a_stored_run(modules):
-    report, before = modules["report"], made_up()
+    report, before = modules["harness.report"], made_up()
     assert report.slower(before, before) == [] and report.compared(before, before) == 2 * 2 * (5 + 2)
     now = copy.deepcopy(before)
     times = now["rows"][0]["times"]
@@ -435,8 +466,10 @@ def test_slower_than_a_stored_run(modules):
 
 
 def test_baseline_through_the_command(modules, cpu, monkeypatch, tmp_path, capsys):
-    made = modules["timing"].Time(100.0, 2.0, 6, 1, [99.0, 101.0])
-    monkeypatch.setattr(modules["timing"], "in_turns", lambda subjects, sets: dict.fromkeys(subjects, made))
+    made = modules["harness.timing"].Time(100.0, 2.0, 6, 1, [99.0, 101.0])
+    monkeypatch.setattr(
+        modules["harness.timing"], "in_turns", lambda subjects, sets: (dict.fromkeys(subjects, made), {})
+    )
     stored, selected = tmp_path / "stored.json", ["--op", "renoise", "--size", "awkward", "--peers", "none"]
     assert modules["run"].main([*selected, "--json", str(stored)]) == 0
     result = json.loads(stored.read_text())
@@ -496,23 +529,24 @@ def test_implementations_that_are_asked_for(modules, cpu, monkeypatch, capsys):
 
 
 def test_compilation_is_rationed(modules):
-    run = modules["run"]
-    state = run.Run(torch.device("cuda"), ("triton",))
-    wanted = [size for size in run.SIZES if run._compile_wanted(state, run.Case("renoise", size))]
+    run, renoise = modules["harness.operation"].Run, modules["cases"].OPERATIONS["renoise"]
+    state = run(torch.device("cuda"), ("triton",))
+    wanted = [size for size in renoise.sizes if renoise.compile_wanted(state, size)]
     assert wanted == ["sd35-b4", "video"] and not state.left_out
-    state.compile_seconds = run.COMPILE_SECONDS + 1
-    assert (
-        not run._compile_wanted(state, run.Case("renoise", "video")) and "renoise video, compile" in state.left_out[0]
-    )
+    state.compile_seconds["rows"] = renoise.compile_seconds + 1
+    assert not renoise.compile_wanted(state, "video") and "renoise video, compile" in state.left_out[0]
+    assert modules["cases"].OPERATIONS["gelu_tanh"].compile_wanted(state, "sd35-b4")  # whose ration is another
     state.peers = ("compile",)  # asked for: as long as it takes
-    assert run._compile_wanted(state, run.Case("renoise", "flux"))
-    assert not run._compile_wanted(run.Run(torch.device("cpu"), ("reference",)), run.Case("renoise", "video"))
+    assert renoise.compile_wanted(state, "flux")
+    assert not renoise.compile_wanted(run(torch.device("cpu"), ("reference",)), "video")
 
 
 def test_tables_of_a_gpu_do_not_wrap(modules, capsys):
     result = made_up(implementations=("cuda", "triton", "eager", "compile"))
-    result["cancellation"] = [{"difference": 0.05, "t": 0.1, **dict.fromkeys(modules["report"].CANCELLATION, 0.3)}]
-    modules["report"].print_tables(modules["report"].make_console(), result)
+    result["cancellation"] = [
+        {"difference": 0.05, "t": 0.1, **dict.fromkeys(modules["harness.report"].CANCELLATION, 0.3)}
+    ]
+    modules["harness.report"].print_tables(modules["harness.report"].make_console(), result)
     printed = capsys.readouterr().out
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 200
     headings = " ".join(line for line in printed.splitlines() if "┃" in line)
@@ -547,9 +581,53 @@ def test_plot_takes_the_stored_run(modules, monkeypatch, tmp_path):
 
 def test_no_module_shadows_an_installed_name():
     """`python benchmarks/run.py` puts benchmarks/ first on sys.path: a module there would hide another of its name."""
-    assert {"run", "operations", "timing"} <= set(MODULES)
+    assert {"run", "cases", "harness"} <= MODULES
     installed = set(importlib.metadata.packages_distributions())
-    assert not set(MODULES) & (installed | set(sys.stdlib_module_names) | {"evaluate", "metrics", "utils"})
+    assert not MODULES & (installed | set(sys.stdlib_module_names) | {"evaluate", "metrics", "utils"})
+
+
+TOYS = {
+    "rows": ("Elementwise", {"outputs": ("result",)}, ("x", "y"), ("result",)),
+    "blocks": ("Operation", {"backward": (("x", "y", "d out"), ("d x", "d y"))}, ("x", "y"), ("out",)),
+}
+
+
+@pytest.mark.parametrize("table", TOYS)
+@pytest.mark.parametrize("right", [True, False])
+def test_an_operation_is_one_entry(table, right, modules, cpu, monkeypatch, tmp_path, capsys):
+    """Checked, timed and reported by what the entry says of it; or not timed, where it is wrong."""
+    harness, losses = modules["harness.operation"], modules["cases.losses"]
+    kind, options, reads, writes = TOYS[table]
+    if "backward" in options:
+        options = {"backward": harness.Traffic(*options["backward"])}
+    toy = getattr(losses if kind == "Elementwise" else harness, kind)(
+        name="toy",
+        sizes={"awkward": (3, 5, 7)},
+        make=lambda shape, draw: {"x": draw(*shape), "y": draw(*shape)},
+        ours=lambda x, y: (x.float() * y.float() + (0 if right else 1)).to(x.dtype),
+        peer=lambda x, y: x * y,
+        forward=harness.Traffic(reads, writes),
+        **options,
+    )
+    monkeypatch.setitem(modules["cases"].OPERATIONS, "toy", toy)
+    assert modules["run"].main(["--op", "toy", "--json", str(tmp_path / "run.json")]) == int(not right)
+    printed, result = capsys.readouterr().out, json.loads((tmp_path / "run.json").read_text())
+    rows = result[table]
+    if not right:
+        assert not rows and "FAILED, and not timed: toy awkward, reference: relative error" in printed
+        return
+    assert not result["failures"] and not result["left_out"]
+    passes = ("forward", "backward") if table == "blocks" else ("forward",)
+    assert [(next(iter(row["times"])), row["implementation"]) for row in rows] == [
+        (which, name) for which in passes for name in ("reference", "eager")
+    ]
+    moved = {"forward": 3 * 3 * 5 * 7 * 2, "backward": 5 * 3 * 5 * 7 * 2}
+    for row in rows:
+        ((way, taken),) = row["times"].items()
+        assert row["bytes"] == moved[way] and row["tb_s"][way] == pytest.approx(
+            moved[way] / taken["median_us"] / 1e6, rel=1e-3
+        )
+    assert ("toy: reads x, y; writes the result: 6 bytes an element" if table == "rows" else "│ toy ") in printed
 
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -559,9 +637,11 @@ on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA 
 @on_gpu
 def test_a_graph_is_replayed_without_the_host(modules):
     """The GPU's own time is that of replays: the calls in them are not Python's, and each set of inputs has its own."""
-    timing, called = modules["timing"], []
+    timing, called = modules["harness.timing"], []
     sets = [torch.zeros((), dtype=torch.int64, device="cuda") for _ in range(2)]
-    taken = timing.on_gpu_alone(timing.Subject(lambda x: called.append(1) or x.add_(1)), sets)
+    times, failed = timing.on_gpu_in_turns({"one": timing.Subject(lambda x: called.append(1) or x.add_(1))}, sets)
+    taken = times["one"]
+    assert not failed
     assert len(called) == 2 + 2 and taken.batches >= 6  # to warm up, and to capture
     replays = taken.calls_a_batch // 2
     # Once to warm up, twice to see how many replays make a batch; a capture runs nothing.
@@ -573,7 +653,7 @@ def test_a_graph_is_replayed_without_the_host(modules):
 @on_gpu
 def test_on_a_gpu(modules, monkeypatch, tmp_path, capsys):
     monkeypatch.delenv("DPDMD_KERNELS", raising=False)
-    monkeypatch.setattr(modules["run"], "COMPILE_SECONDS", math.inf)  # on a slow machine, too
+    monkeypatch.setattr(modules["cases.losses"].Elementwise, "compile_seconds", math.inf)  # on a slow machine, too
     arguments = ["--op", "dmd_loss", "renoise_philox", "--size", "awkward", "sd35-b4"]
     assert modules["run"].main([*arguments, "--json", str(tmp_path / "run.json")]) == 0
     assert "CPU figures" not in capsys.readouterr().out

@@ -16,7 +16,11 @@ import pytest
 import torch
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-MODULES = [path.stem for path in BENCHMARKS.glob("*.py")]
+MODULES = [
+    *(f"cases.{each}" for each in ("attention", "blocks", "networks", "transformer")),
+    *(f"harness.{each}" for each in ("operation", "profile", "report", "timing")),
+    *("cases", "run"),
+]
 CPU = torch.device("cpu")
 DIFFERENTIABLE = (
     "adaln_modulate",
@@ -38,19 +42,20 @@ def modules():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(BENCHMARKS))
         yield {name: importlib.import_module(name) for name in MODULES}
-        for name in MODULES:
-            sys.modules.pop(name, None)
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("cases", "harness", "run")]:
+            del sys.modules[name]
 
 
 def pretend_to_be_fast(modules, patch):
     """No GPU, and figures taken in no time."""
     patch.setattr(torch.cuda, "is_available", lambda: False)
     patch.delenv("DPDMD_KERNELS", raising=False)
-    patch.setattr(modules["timing"], "copy_bandwidth", lambda device: 0.02)
-    patch.setattr(modules["timing"], "BATCH_SECONDS", 0.001)
-    patch.setattr(modules["timing"].in_turns, "__defaults__", (0.0,))
-    for name, value in {"SECONDS": 0.0, "FEWEST_CALLS": 2, "WARMUP": 1, "DRAWS": 2, "STEPS": 3}.items():
-        patch.setattr(modules["transformer"], name, value)
+    patch.setattr(modules["harness.timing"], "copy_bandwidth", lambda device: 0.02)
+    patch.setattr(modules["harness.timing"], "BATCH_SECONDS", 0.001)
+    patch.setattr(modules["harness.timing"], "FEWEST_BATCHES", 2)
+    patch.setattr(modules["harness.timing"].in_turns, "__defaults__", (0.0,))
+    for name, value in {"SECONDS": 0.0, "WARMUP": 1, "DRAWS": 2, "STEPS": 3}.items():
+        patch.setattr(modules["cases.transformer"], name, value)
 
 
 @pytest.fixture
@@ -66,25 +71,18 @@ def measure(modules, path, *arguments, status=0):
 # The operations of a block
 
 
-def in_float64(modules, name):
-    """Inputs in float64, and ours on them: outputs and gradients by the names of separate inputs."""
-    operation, operations = modules["block_operations"].BLOCK_OPERATIONS[name], modules["block_operations"]
-    inputs = {key: each.double() for key, each in operations.make_inputs(operation, "awkward", CPU, 0).items()}
-    named = operations.leaves(operation, inputs)
-    outputs = dict(zip(operation.outputs, operation.ours(**named), strict=True))
-    wanted = {key: leaf for key, leaf in named.items() if leaf.requires_grad}
-    upstream = modules["block_rates"].upstream(outputs)
-    found = torch.autograd.grad(list(outputs.values()), list(wanted.values()), upstream)
-    gradients = operation.separate(dict(zip(wanted, found, strict=True)))
-    return inputs, {**outputs, **{f"d {key}": gradient for key, gradient in gradients.items()}}
+def draw(modules, name, seed=0):
+    """An operation and a set of its smallest inputs."""
+    operation = modules["cases"].OPERATIONS[name]
+    return operation, operation.draw("awkward", CPU, seed)
 
 
 @pytest.mark.parametrize("name", DIFFERENTIABLE)
 def test_what_ours_are_checked_against_is_what_they_define(name, modules):
     """Two formulas, written independently, agree in float64: outputs and the gradient of every input."""
-    operation = modules["block_operations"].BLOCK_OPERATIONS[name]
-    inputs, got = in_float64(modules, name)
-    exact = modules["block_rates"]._truth(operation, inputs)
+    operation, inputs = draw(modules, name)
+    got = operation.results(operation.ours, {key: each.double() for key, each in inputs.items()})
+    exact = operation.truth(inputs)
     assert set(got) == set(exact) and len(got) > len(operation.outputs)
     for key, value in exact.items():
         assert value.any(), key
@@ -92,7 +90,7 @@ def test_what_ours_are_checked_against_is_what_they_define(name, modules):
 
 
 def test_every_operation_is_tested_here(modules):
-    operations = modules["block_operations"].BLOCK_OPERATIONS
+    operations = {each.name: each for each in modules["cases.blocks"].OPERATIONS}
     assert {name for name, each in operations.items() if each.backward} == set(DIFFERENTIABLE)
     assert set(operations) == {*DIFFERENTIABLE, *QUANTIZING}
 
@@ -101,14 +99,13 @@ def test_peers_are_what_diffusers_writes(modules):
     from diffusers.models.embeddings import apply_rotary_emb
     from diffusers.models.normalization import RMSNorm
 
-    operations = modules["block_operations"]
-    inputs = operations.make_inputs(operations.BLOCK_OPERATIONS["qk_norm_rope"], "awkward", CPU, 0)
+    blocks, (_, inputs) = modules["cases.blocks"], draw(modules, "qk_norm_rope")
     x = inputs["text_qkv"][:, :, 0]
-    norm = RMSNorm(x.shape[-1], eps=operations.EPS).bfloat16()
+    norm = RMSNorm(x.shape[-1], eps=blocks.EPS).bfloat16()
     norm.weight.data = inputs["text_q_weight"]
-    assert torch.equal(operations._rms_norm(x, norm.weight), norm(x))
+    assert torch.equal(blocks._rms_norm(x, norm.weight), norm(x))
     angles = [inputs[each][: x.shape[1]] for each in ("cos", "sin")]
-    assert torch.equal(operations._rotated(x, *angles), apply_rotary_emb(x, angles, sequence_dim=1))
+    assert torch.equal(blocks._rotated(x, *angles), apply_rotary_emb(x, angles, sequence_dim=1))
 
 
 @pytest.mark.parametrize(
@@ -130,27 +127,25 @@ def test_peers_are_what_diffusers_writes(modules):
     ],
 )
 def test_bytes_counted_by_hand(name, forward, backward, modules):
-    operations, rates = modules["block_operations"], modules["block_rates"]
-    operation = operations.BLOCK_OPERATIONS[name]
+    operation, inputs = draw(modules, name)
     batch, image, text, channels, mlp, head_dim = 3, 13, 5, 72, 200, 24
     width = mlp if name.startswith(("gelu", "swiglu")) else channels
     tokens = image + text if name.startswith("qk") else image
     angles = 2 * 4 * tokens * head_dim if name == "qk_norm_rope" else 0
-    inputs = operations.make_inputs(operation, "awkward", CPU, 0)
-    outputs = dict(zip(operation.outputs, operation.ours(**inputs), strict=True))
+    ours = modules["harness.operation"].Implementation("reference", False, operation.ours)
+    moved = operation.work(ours, inputs, operation.results(operation.ours, inputs))
+    assert set(moved) == ({"forward"} if backward is None else {"forward", "backward"})
     for which, count in (("forward", forward), ("backward", backward)):
         if count is None:
             assert getattr(operation, which) is None
         else:
-            moved = rates.traffic_bytes(operation, which, inputs, outputs)
-            assert moved == 2 * count * batch * tokens * width + angles
+            assert moved[which] == 2 * count * batch * tokens * width + angles
 
 
 def test_sets_outgrow_the_cache_and_differ(modules):
-    operations = modules["block_operations"]
-    for operation in operations.BLOCK_OPERATIONS.values():
-        one, other = (operations.make_inputs(operation, "awkward", CPU, seed) for seed in (0, 1))
-        count = operations.sets_needed(operation, one, cache_bytes=2**20)
+    for each in modules["cases.blocks"].OPERATIONS:
+        (operation, one), (_, other) = (draw(modules, each.name, seed) for seed in (0, 1))
+        count = operation.num_sets(one, cache_bytes=2**20)
         assert count * sum(one[name].nbytes for name in operation.forward.reads) > 2 * 2**20
         assert not any(torch.equal(one[name], other[name]) for name in one if name not in operation.constants)
 
@@ -160,25 +155,22 @@ def test_saved_bytes(modules):
         y = x.exp()  # keeps its result, which sin keeps, too: one storage
         return y.sin() * weight  # keeps sin's result, and the weight, which is given
 
+    saved_for_backward = modules["harness.operation"].saved_for_backward
     x, weight = (torch.randn(5, 7, requires_grad=True) for _ in range(2))
-    assert modules["block_rates"].saved_for_backward(function, {"x": x, "weight": weight}) == 2 * 5 * 7 * 4
-    assert modules["block_rates"].saved_for_backward(lambda x: x.T.contiguous().T * x, {"x": x}) == 5 * 7 * 4
-    assert modules["block_rates"].saved_for_backward(lambda x: x.view(7, 5) * x.view(7, 5), {"x": x}) == 0
+    assert saved_for_backward(function, {"x": x, "weight": weight}) == 2 * 5 * 7 * 4
+    assert saved_for_backward(lambda x: x.T.contiguous().T * x, {"x": x}) == 5 * 7 * 4
+    assert saved_for_backward(lambda x: x.view(7, 5) * x.view(7, 5), {"x": x}) == 0
 
 
 def test_compiled_peers_run_backward_twice(modules):
     """As a retained graph has it: what autograd keeps must not be written over."""
-    rates, operations = modules["block_rates"], modules["block_operations"]
-    operation = operations.BLOCK_OPERATIONS["gated_residual_adaln"]
+    operation, inputs = draw(modules, "gated_residual_adaln")
     compiled = torch.compile(operation.peer, dynamic=False, backend="aot_eager")
-    subject = rates._subject(
-        operation,
-        rates.Implementation("compile", True, compiled, operations.peer_inputs, rates._no_donated_buffers),
-        "backward",
-    )
+    implementation = modules["harness.operation"].Implementation("compile", True, compiled, operation.compile_context)
+    subject = operation.subject(implementation, "backward")
     with subject.around():
         assert not torch._functorch.config.donated_buffer
-        prepared = subject.prepare(operations.make_inputs(operation, "awkward", CPU, 0))
+        prepared = subject.prepare(inputs)
         first, second = subject.call(prepared), subject.call(prepared)
     assert all(torch.equal(*each) for each in zip(first, second, strict=True))
     assert torch._functorch.config.donated_buffer  # as it was, outside
@@ -195,14 +187,14 @@ class Negated(torch.autograd.Function):
 
 
 def _scaled(right):
-    return lambda **inputs: tuple(1.02 * output for output in right(**inputs))
+    return lambda **inputs: 1.02 * right(**inputs)
 
 
 def _coarse(right):
     def coarse(**inputs):
-        (output,) = right(**inputs)  # all below the format's normal numbers
-        return (
-            output._replace(values=(output.values.float() / 2**15).to(output.values.dtype), scale=output.scale * 2**15),
+        output = right(**inputs)  # all below the format's normal numbers
+        return output._replace(
+            values=(output.values.float() / 2**15).to(output.values.dtype), scale=output.scale * 2**15
         )
 
     return coarse
@@ -214,11 +206,11 @@ def _raise(**inputs):
 
 WRONG = {
     "scaled": ("gelu_tanh", "ours", _scaled, "relative error of out"),
-    "nan": ("gelu_tanh", "ours", lambda right: lambda x, bias: (right(x, bias)[0] * math.nan,), "of out nan"),
+    "nan": ("gelu_tanh", "ours", lambda right: lambda x, bias: right(x, bias) * math.nan, "of out nan"),
     "unwritten": (
         "gelu_tanh",
         "ours",
-        lambda right: lambda x, bias: (torch.empty_like(x) + 0 * (x + bias),),
+        lambda right: lambda x, bias: torch.empty_like(x) + 0 * (x + bias),
         "of out nan",
     ),
     "one gradient": (
@@ -232,7 +224,7 @@ WRONG = {
     "peer": (
         "gelu_tanh",
         "peer",
-        lambda right: lambda x, bias: (right(x, bias)[0].roll(x.element_size() % 8),),
+        lambda right: lambda x, bias: right(x, bias).roll(x.element_size() % 8),
         "eager",
     ),
 }
@@ -241,7 +233,7 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, capsys):
     name, field, breaks, problem = WRONG[wrong]
-    operations = modules["block_operations"].BLOCK_OPERATIONS
+    operations = modules["cases"].OPERATIONS
     changed = dataclasses.replace(operations[name], **{field: breaks(getattr(operations[name], field))})
     monkeypatch.setitem(operations, name, changed)
     result = measure(modules, tmp_path / "run.json", "--op", name, "adaln_modulate", status=1)
@@ -255,37 +247,39 @@ def test_what_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path, 
 def test_rows_of_a_gpu(modules, cpu, monkeypatch):
     """The GPU's time, where there is one, is what bandwidth and peers are told by; a graph that cannot be captured costs
     that figure alone."""
-    rates, timing = modules["block_rates"], modules["timing"]
+    harness, timing = modules["harness.operation"], modules["harness.timing"]
 
-    def in_graphs(subjects, sets):
+    def in_graphs(subjects, sets, seconds):
         for subject in subjects.values():
             with subject.around():
                 subject.call(subject.prepare(sets[0]))
-        return {"reference": timing.Time(10.0, 1.0, 3, 1, [10.0, 10.0])}, {"eager": "no capture today"}
+        return {"reference": timing.Time(10.0, 1.0, 3, 1, [10.0, 10.0])}, {"eager": RuntimeError("no capture today")}
 
     monkeypatch.setattr(timing, "on_gpu_in_turns", in_graphs)
-    monkeypatch.setattr(rates.timing, "cache_bytes", lambda device: 2**10)
-    run = modules["run"].Run(CPU, ("reference",), ("eager",), copy_tb_s=0.5)
-    case = rates.Case("gelu_tanh", "awkward")
-    found = rates.implementations(run, case)
-    sets = [modules["block_operations"].make_inputs(case.operation, "awkward", CPU, seed) for seed in range(2)]
+    run = harness.Run(CPU, ("reference",), ("eager",), copy_tb_s=0.5)
+    operation, inputs = draw(modules, "gelu_tanh")
+    found = operation.implementations(run, "awkward")
     run.device = torch.device("cuda")
-    times = rates.time_pass(run, case, found, "backward", sets)
-    errors = {each.name: {"out": 1e-3, "d x": 2e-3, "d bias": 3e-3} for each in found}
-    saved = {"reference": 10, "eager": 20}
-    ours, eager = run.blocks = rates.make_rows(run, case, "backward", found, errors, times, 10**7, saved)
+    title, sets = operation.title("awkward"), [inputs, operation.draw("awkward", CPU, 1)]
+    times = operation.take(run, title, found, ("backward",), sets)
+    errors = {"out": 1e-3, "d x": 2e-3, "d bias": 3e-3}
+    checked = {
+        name: harness.Checked(errors, {"forward": 1, "backward": 10**7}, {"saved_bytes": saved})
+        for name, saved in (("reference", 10), ("eager", 20))
+    }
+    ours, eager = rows = list(harness.make_rows(run, operation, "awkward", found, ("backward",), checked, times))
     assert set(ours["times"]) == {"backward", "gpu_backward"} and set(eager["times"]) == {"backward"}
     assert ours["tb_s"]["gpu_backward"] == 1.0 and ours["share_of_copy"]["gpu_backward"] == 2.0
     assert ours["errors"] == {"d x": 2e-3, "d bias": 3e-3} and (ours["saved_bytes"], eager["saved_bytes"]) == (10, 20)
     assert set(ours["ratios"]["eager"]) == {"backward"} and not eager["ratios"]
     assert run.left_out == ["gelu_tanh awkward, eager, GPU time alone, backward: no capture today"]
-    (grid,) = modules["grids"].grids({"blocks": run.blocks})
+    (grid,) = modules["harness.report"].grids({"blocks": rows})
     ((*_, us, gpu_us, achieved, eager_takes, compile_takes, _, _),) = grid.rows
     assert gpu_us == "10.0 ± 1.0" and us and achieved == "1.000 (200%)" and not eager_takes and not compile_takes
 
 
 def test_preparation_is_not_timed(modules, clock, monkeypatch):
-    timing, prepared, seen = modules["timing"], [], []
+    timing, prepared, seen = modules["harness.timing"], [], []
     monkeypatch.setattr(timing, "time", clock)
 
     def prepare(inputs):
@@ -297,7 +291,7 @@ def test_preparation_is_not_timed(modules, clock, monkeypatch):
         clock.advance(1e-3)
         seen.append(inputs)
 
-    times = timing.in_turns({"one": timing.Subject(call, prepare=prepare)}, [0, 10], seconds=0.0)
+    times, _ = timing.in_turns({"one": timing.Subject(call, prepare=prepare)}, [0, 10], seconds=0.0)
     assert prepared == [0, 10] and set(seen) == {1, 11} and times["one"].median_us == pytest.approx(1000)
 
 
@@ -318,13 +312,13 @@ def test_attention(modules, cpu, tmp_path):
         for name, error in row["errors"].items():
             assert 0 < error <= 2 * row["errors_plain"][name]
         assert set(row["ratios"]) == {"auto", "sdpa", "flash"} - {row["implementation"]}
-    assert modules["attention_rates"].SIZES["4x4429x24x64"] == (4, 4429, 24, 64)
+    assert modules["cases.attention"].SIZES["4x4429x24x64"] == (4, 4429, 24, 64)
 
 
 @pytest.mark.parametrize("wrong", ["o", "dk"])
 def test_attention_that_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, tmp_path):
-    rates = modules["attention_rates"]
-    right = rates.attention
+    cases, operations = modules["cases.attention"], modules["cases"].OPERATIONS
+    right = cases.attention
 
     def attention(q, k, v, backend):
         if backend != "flash":
@@ -333,12 +327,15 @@ def test_attention_that_is_wrong_is_not_timed(wrong, modules, cpu, monkeypatch, 
             k = k + 0.1 * (k - k.detach())
         return right(q, k, v, backend=backend) * (1.03 if wrong == "o" else 1.0)
 
-    monkeypatch.setattr(rates, "attention", attention)
-    monkeypatch.setattr(rates, "CPU_BACKENDS", (*rates.CPU_BACKENDS, "cudnn"))
+    monkeypatch.setitem(operations, "attention", dataclasses.replace(operations["attention"], ours=attention))
+    monkeypatch.setattr(cases, "CPU_BACKENDS", (*cases.CPU_BACKENDS, "cudnn"))
     result = measure(modules, tmp_path / "run.json", "--op", "attention", status=1)
     assert [row["implementation"] for row in result["attention"]] == ["auto", "sdpa"]
     assert result["failures"][0].startswith(f"attention awkward, flash: relative error of {wrong} ")
-    assert any("attention awkward, cudnn: backend='cudnn' needs CUDA tensors" in each for each in result["left_out"])
+    assert any(
+        "attention awkward, cudnn: RuntimeError: backend='cudnn' needs CUDA tensors" in each
+        for each in result["left_out"]
+    )
 
 
 # Whole transformers
@@ -392,7 +389,7 @@ def test_times_of_whole_transformers(whole):
 
 def test_a_training_pass(modules, clock, monkeypatch):
     """Gradients are made anew: a pass that adds to them moves more bytes. Forward and backward are timed apart."""
-    monkeypatch.setattr(modules["transformer"], "time", clock)
+    monkeypatch.setattr(modules["cases.transformer"], "time", clock)
     weight = torch.nn.Linear(3, 3)
     model = torch.nn.Module()
 
@@ -404,7 +401,7 @@ def test_a_training_pass(modules, clock, monkeypatch):
 
     model.weight, model.forward = weight, forward
     x = torch.randn(5, 3)
-    call = modules["transformer"]._training_pass(model, {"x": x}, torch.ones(5, 3))
+    call = modules["cases.transformer"]._training_pass(model, {"x": x}, torch.ones(5, 3))
     for _ in range(2):
         seconds = call()
         torch.testing.assert_close(weight.weight.grad, x.sum(0).expand(3, 3))
@@ -415,10 +412,10 @@ def test_accuracy_of_whole_transformers(whole, modules):
     _, result = whole
     output, gradients, *groups = rows_of(result, "accuracy")
     (single,) = rows_of(result, "accuracy of single parameters")
-    network = modules["networks"].build(modules["networks"].NETWORKS["small"]["sd35"], CPU, torch.bfloat16)
+    network = modules["cases.networks"].build(modules["cases.networks"].NETWORKS["small"]["sd35"], CPU, torch.bfloat16)
     names = [name for name, _ in network.named_parameters()]
     assert (output["group"], gradients["group"]) == ("output", "all gradients")
-    assert {row["group"] for row in groups} == set(map(modules["transformer"].group_of, names))
+    assert {row["group"] for row in groups} == set(map(modules["cases.transformer"].group_of, names))
     assert sum(row["parameters"] for row in groups) == gradients["parameters"] == single["parameters"] == len(names)
     for row in (output, gradients):
         assert all(1e-3 < error < 0.03 for error in row["errors"].values()) and row["ratio"] != 1
@@ -439,7 +436,7 @@ def test_errors_are_those_of_the_definition(modules):
         "eager": {"a": [(1.0, 100.0), (3.0, 300.0)], "b": [(0.0, 0.0)]},
         "fused": {"a": [(0.5, 100.0), (0.5, 300.0)], "b": [(0.0, 0.0)]},
     }
-    compared = modules["transformer"]._compared
+    compared = modules["cases.transformer"]._compared
     assert compared(squares, ["a"]) == {"errors": {"eager": 0.1, "fused": 0.05}, "ratio": 0.5}
     assert compared(squares, ["b"]) == {"errors": {"eager": 0.0, "fused": 0.0}, "ratio": 1.0}
     squares["fused"]["b"] = [(1.0, 0.0)]
@@ -461,7 +458,7 @@ def test_fp8_of_whole_transformers(whole):
 
 
 def test_a_fused_transformer_that_is_wrong_is_not_timed(modules, cpu, monkeypatch, tmp_path):
-    networks = modules["networks"]
+    networks = modules["cases.networks"]
     right = networks.as_variant
 
     @contextlib.contextmanager
@@ -477,12 +474,12 @@ def test_a_fused_transformer_that_is_wrong_is_not_timed(modules, cpu, monkeypatc
     result = measure(modules, tmp_path / "run.json", *arguments, status=1)
     assert {row["implementation"] for row in result["transformer"]} == {"fused_fp8"}
     (failure,) = result["failures"]
-    assert failure.startswith("sd35 forward b1, fused: RuntimeError: its results are 3.0e-01 from the stock module's")
+    assert failure.startswith("sd35 forward b1, fused: its results are 3.0e-01 from the stock module's")
 
 
 def test_variants_leave_the_model_as_it_was(modules, monkeypatch):
     """Blocks share what is compiled: one graph for each kind of block, in whichever round."""
-    networks = modules["networks"]
+    networks = modules["cases.networks"]
     monkeypatch.setattr(networks, "COMPILE", {"dynamic": False, "backend": "eager"})
     network = networks.NETWORKS["small"]["sd35"]
     model = networks.build(network, CPU, torch.float32)
@@ -511,7 +508,7 @@ def test_variants_leave_the_model_as_it_was(modules, monkeypatch):
 def test_configurations_are_the_published_ones(modules):
     from dpdmd.backbones.sd3 import KNOWN
 
-    full = modules["networks"].NETWORKS["full"]
+    full = modules["cases.networks"].NETWORKS["full"]
     assert full["sd35"].config == KNOWN["stabilityai/stable-diffusion-3.5-medium"]
     assert (full["sd35"].side, full["sd35"].text, full["flux"].side, full["flux"].text) == (128, 333, 128, 512)
     # hidden 3072, 24 heads of 128, 4 double and 8 single blocks
@@ -551,7 +548,7 @@ NAMES = {
 
 @pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in NAMES.items() for name in names])
 def test_kinds_of_kernels(kind, name, modules):
-    assert modules["gpu_time"].kind(name) == kind
+    assert modules["harness.profile"].kind(name) == kind
 
 
 def trace():
@@ -567,7 +564,7 @@ def trace():
 
 
 def test_time_by_kind(modules):
-    gpu_time = modules["gpu_time"]
+    gpu_time = modules["harness.profile"]
     found = gpu_time.by_kind(gpu_time.kernels_of(trace()), wall_us=5000)
     assert found["milliseconds"] == pytest.approx({"GEMM": 2, "attention": 2, "memory-bound": 0.5, "idle": 0.75})
     assert found["num_kernels"] == 4 and found["kernels"][0] == ["GEMM", 2.0, 2, "nvjet"]
@@ -576,19 +573,19 @@ def test_time_by_kind(modules):
 
 def test_breakdown(modules, cpu, monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    gpu_time, networks = modules["gpu_time"], modules["networks"]
+    gpu_time, networks = modules["harness.profile"], modules["cases.networks"]
     monkeypatch.setattr(gpu_time, "record", lambda call: [call(), gpu_time.kernels_of(trace())][1])
     build, make_inputs = networks.build, networks.make_inputs
     monkeypatch.setattr(networks, "build", lambda network, device, dtype: build(network, CPU, dtype))
     monkeypatch.setattr(
         networks, "make_inputs", lambda network, batch, _, dtype: make_inputs(network, batch, CPU, dtype)
     )
-    run = modules["run"].Run(torch.device("cuda"), ())
+    run = modules["harness.operation"].Run(torch.device("cuda"), ())
     variants = ("eager", "fused", "fused_fp8")
-    state = modules["transformer"].State(run, "small", (1,), variants, lambda row: None)
-    modules["transformer"].run_part(state, "breakdown")
+    state = modules["cases.transformer"].State(run, "small", (1,), variants)
+    modules["cases.transformer"].run_part(state, "breakdown")
     assert not run.failures and not run.left_out
-    bars = [(row["size"], row["implementation"]) for row in run.transformer]
+    bars = [(row["size"], row["implementation"]) for row in run.tables["transformer"]]
     assert bars == [
         (f"{name} {which} b1", variant)
         for name in ("sd35", "flux")
@@ -596,7 +593,7 @@ def test_breakdown(modules, cpu, monkeypatch, tmp_path, capsys):
         for variant in served
     ]
     file, picture = tmp_path / "transformer.json", tmp_path / "transformer.png"
-    stored = {"machine": {"gpu": "NVIDIA H100"}, "rows": [], "transformer": run.transformer}
+    stored = {"machine": {"gpu": "NVIDIA H100"}, "rows": [], "transformer": run.tables["transformer"]}
     file.write_text(json.dumps(stored))
     other = tmp_path / "blocks.json"
     other.write_text(json.dumps(on_paper()))
@@ -604,14 +601,14 @@ def test_breakdown(modules, cpu, monkeypatch, tmp_path, capsys):
     arguments = ["--op", "transformer", "--plot", str(other), str(file), "--output", str(picture)]
     assert modules["run"].main(arguments) == 0
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
-    (grid,) = modules["grids"].grids(stored)
+    (grid,) = modules["harness.report"].grids(stored)
     assert grid.rows[0][:6] == [
         "sd35 forward b1",
         "eager",
         "2.0",
         "2.0",
         "0.5",
-        f"{run.transformer[0]['milliseconds']['idle']:.1f}",
+        f"{run.tables['transformer'][0]['milliseconds']['idle']:.1f}",
     ]
 
 
@@ -664,7 +661,7 @@ def on_paper(gpu="NVIDIA H100 80GB HBM3"):
 
 
 def test_tables_do_not_wrap(modules, capsys):
-    report = modules["report"]
+    report = modules["harness.report"]
     report.print_tables(report.make_console(), on_paper())
     printed = capsys.readouterr().out
     assert "…" not in printed and max(map(len, printed.splitlines())) <= 200
@@ -693,7 +690,7 @@ def test_markdown(modules, whole, tmp_path, capsys):
 
 def test_stored_runs_are_compared_in_all_their_parts(modules, whole):
     _, result = whole
-    report, stored = modules["report"], on_paper()
+    report, stored = modules["harness.report"], on_paper()
     assert report.compared(stored, stored) == 2 * 3 * 2 + 8 * 2 and report.slower(stored, stored) == []
     now = copy.deepcopy(stored)
     now["attention"][0]["times"]["gpu_backward"]["median_us"] = 20000.0
@@ -707,15 +704,12 @@ def test_stored_runs_are_compared_in_all_their_parts(modules, whole):
 
 
 def test_a_run_that_is_cut_off_has_what_it_found(modules, cpu, monkeypatch, tmp_path, capsys):
-    rates = modules["block_rates"]
-    right = rates.run_case
+    operations = modules["cases"].OPERATIONS
 
-    def run_case(run, case):
-        if case.name == "swiglu":
-            raise KeyboardInterrupt
-        right(run, case)
+    def make(size, draw):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(rates, "run_case", run_case)
+    monkeypatch.setitem(operations, "swiglu", dataclasses.replace(operations["swiglu"], make=make))
     assert modules["run"].main(["--op", "gelu_tanh", "swiglu", "--json", str(tmp_path / "run.json")]) == 130
     assert {row["operation"] for row in json.loads((tmp_path / "run.json").read_text())["blocks"]} == {"gelu_tanh"}
     assert "gelu_tanh, awkward, reference, backward " in capsys.readouterr().err
@@ -741,14 +735,12 @@ def test_what_cannot_be_asked_for(modules, cpu, capsys):
 def test_without_a_name_everything_but_whole_transformers(modules, cpu):
     run = modules["run"]
     state = run.Run(torch.device("cuda"), ("triton",))
-    named = [name for name, _ in run.plan(state, run.parse([]), lambda row: None)]
-    operations = modules["block_operations"].BLOCK_OPERATIONS
-    assert {f"{name} {size}" for name, each in operations.items() for size in each.sizes if size != "awkward"} <= set(
-        named
-    )
+    named = [name for name, _ in run.plan(state, run.parse([]))]
+    blocks = modules["cases.blocks"].OPERATIONS
+    assert {f"{each.name} {size}" for each in blocks for size in each.sizes if size != "awkward"} <= set(named)
     assert {"attention 4x4429x24x64", "attention 4x4429x24x96", "dmd_loss video"} <= set(named)
     assert not any("transformer" in name or name == "attention awkward" for name in named)
-    parts = [name for name, _ in run.plan(state, run.parse(["--op", "transformer"]), lambda row: None)]
+    parts = [name for name, _ in run.plan(state, run.parse(["--op", "transformer"]))]
     assert parts == [f"transformer {part}" for part in ("forward", "training", "breakdown", "accuracy", "fp8", "flux")]
 
 
@@ -757,7 +749,7 @@ def test_without_a_name_everything_but_whole_transformers(modules, cpu):
 @pytest.mark.minutes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_a_gpu(modules, monkeypatch, tmp_path):
-    monkeypatch.setattr(modules["block_rates"], "COMPILE_SECONDS", math.inf)  # on a slow machine, too
+    monkeypatch.setattr(modules["cases.blocks"].BlockOperation, "compile_seconds", math.inf)  # on a slow machine, too
     named = ("gated_residual_adaln", "gelu_tanh_quantize", "qk_norm", "attention")
     result = measure(modules, tmp_path / "run.json", "--op", *named, "--size", "awkward")
     assert not result["failures"]

@@ -13,34 +13,33 @@ digit, is what the part "accuracy" is for.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import math
 import re
 import statistics
-import sys
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import gpu_time
-import networks
-import timing
 import torch
-from networks import PEERS, VARIANTS, Inputs
+from harness import accuracy, profile, timing
+from harness.accuracy import Error
+from harness.operation import DTYPE, Checked, Implementation, Operation, Run, Times, gate, measure
 from torch import Tensor, nn
 
+from cases import networks
+from cases.networks import PEERS, VARIANTS, Inputs
+
 PARTS = ("forward", "training", "breakdown", "accuracy", "fp8", "flux")
-DTYPE = torch.bfloat16
 BATCHES = {"forward": (4, 8), "training": (4,), "breakdown": (4,), "accuracy": (1,), "fp8": (4,), "flux": (1, 2)}
 
 WARMUP = 3
-ROUNDS = 2
 SECONDS = 1.5  # for one variant in one round
-FEWEST_CALLS = 3
 # How far, in relative norm, a variant may be from the stock module in bfloat16 for its time to count. The two in
 # bfloat16 are each some 1 to 3 % from float32 after all blocks.
 LIMITS = {"eager": 0.1, "compiled": 0.1, "fused": 0.1, "fused_selective": 0.1, "fused_fp8": 0.3}
@@ -59,11 +58,10 @@ Call = Callable[[], dict[str, float]]  # seconds of the whole and of its parts
 class State:
     """What every part gets."""
 
-    run: Any  # run.py's: the device, and lists of rows, failures and what was left out
+    run: Run
     size: str  # of networks.NETWORKS
     chosen_batches: tuple[int, ...] | None
     chosen_variants: tuple[str, ...] | None
-    note: Callable[[dict[str, Any]], None]  # called after every row, which may be the last before the run is cut off
 
     @property
     def device(self) -> torch.device:
@@ -71,6 +69,9 @@ class State:
 
     def network(self, name: str) -> networks.Network:
         return networks.NETWORKS[self.size][name]
+
+    def build(self, name: str) -> nn.Module:
+        return networks.build(self.network(name), self.device, DTYPE)
 
     def batches(self, part: str) -> tuple[int, ...]:
         return self.chosen_batches or BATCHES[part]
@@ -82,8 +83,7 @@ class State:
         return [variant for variant in VARIANTS if variant in wanted and which in PASSES_OF.get(variant, (which,))]
 
     def add(self, **row: Any) -> None:
-        self.run.transformer.append(row)
-        self.note(row)
+        self.run.add("transformer", row)
 
 
 def run_part(state: State, part: str) -> None:
@@ -93,12 +93,8 @@ def run_part(state: State, part: str) -> None:
             RUNS[part](state, batch)
         except Exception as error:  # the other parts should not go with it
             traceback.print_exc()
-            state.run.failures.append(f"transformer, {part}, batch {batch}: {_said(error)}")
+            state.run.failures.append(f"transformer, {part}, batch {batch}: {accuracy.said(error)}")
         _free()
-
-
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
 
 
 def _free() -> None:
@@ -148,119 +144,174 @@ PASSES = {"forward": _forward_pass, "training": _training_pass}
 
 
 def _forward(state: State, batch: int) -> None:
-    model = networks.build(state.network("sd35"), state.device, DTYPE)
-    _time(state, "forward", "sd35", model, "forward", batch)
+    measure_pass(state, "forward", state.build("sd35"), "sd35", "forward", batch)
 
 
 def _training(state: State, batch: int) -> None:
-    model = networks.build(state.network("sd35"), state.device, DTYPE)
+    model = state.build("sd35")
     for checkpointing in (False, True):
-        _time(state, "training", "sd35", model, "training", batch, checkpointing)
+        measure_pass(state, "training", model, "sd35", "training", batch, checkpointing)
 
 
 def _flux(state: State, batch: int) -> None:
-    model = networks.build(state.network("flux"), state.device, DTYPE)
+    model = state.build("flux")
     for which in PASSES:
-        _time(state, "flux", "flux", model, which, batch)
+        measure_pass(state, "flux", model, "flux", which, batch)
 
 
-def _time(
-    state: State,
-    part: str,
-    name: str,
-    model: nn.Module,
-    which: str,
-    batch: int,
-    checkpointing: bool = False,
+def measure_pass(
+    state: State, part: str, model: nn.Module, name: str, which: str, batch: int, checkpointing: bool = False
 ) -> None:
-    """Every variant in turn, in two rounds; the first round also checks, and measures memory."""
-    variants = state.variants("checkpointing" if checkpointing else which)
-    inputs, upstream = networks.make_inputs(state.network(name), batch, state.device, DTYPE)
-    title = f"{name} {which} b{batch}{' checkpointing' if checkpointing else ''}"
-    call = PASSES[which](model, inputs, upstream)
-    stock = _stock(model, which, inputs, upstream)
-    (model.enable_gradient_checkpointing if checkpointing else model.disable_gradient_checkpointing)()
-    facts: dict[str, dict[str, Any]] = {}
-    seconds: dict[str, list[list[dict[str, float]]]] = {variant: [] for variant in variants}
-    for variant in ROUNDS * variants:
-        if seconds[variant] and variant not in facts:
-            continue
+    operation = whole_pass(state, part, model, name, which, batch, checkpointing)
+    measure(state.run, operation, *operation.sizes)
+
+
+def whole_pass(
+    state: State, part: str, model: nn.Module, name: str, which: str, batch: int, checkpointing: bool = False
+) -> Pass:
+    """The entry of a pass of one network at one batch."""
+    return Pass(
+        name="transformer",
+        sizes={f"{name} {which} b{batch}{' checkpointing' if checkpointing else ''}": batch},
+        make=lambda batch, draw: networks.make_inputs(state.network(name), batch, draw.device, DTYPE),
+        ours=PASSES[which],
+        peer=PASSES[which],
+        part=part,
+        which=which,
+        model=model,
+        checkpointing=checkpointing,
+        variants=tuple(state.variants("checkpointing" if checkpointing else which)),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass(Operation):
+    """Variants of a network that is changed in place. `ours` and `peer` make a call of model, inputs and upstream gradient;
+    the truth is the stock module's. Calls are longer than a batch, and each is timed."""
+
+    part: str
+    which: str  # of PASSES
+    model: nn.Module
+    checkpointing: bool
+    variants: tuple[str, ...]
+
+    table: ClassVar[str] = "transformer"
+    poisoned: ClassVar[bool] = False  # torch's deterministic kernels are others
+    each_alone: ClassVar[bool] = True
+
+    def title(self, size: str) -> str:
+        return size
+
+    def num_sets(self, inputs: Any, cache_bytes: int) -> int:
+        return 1
+
+    def implementations(self, run: Run, size: str) -> list[Implementation]:
+        return [
+            Implementation(variant, variant in PEERS, self.ours, lambda variant=variant: self._as_variant(variant))
+            for variant in self.variants
+        ]
+
+    @contextlib.contextmanager
+    def _as_variant(self, variant: str) -> Iterator[None]:
         try:
-            with networks.as_variant(model, variant):
-                if variant in facts:
-                    call()  # what the switch undid is made again: FP8 weights
-                else:
-                    facts[variant] = _prepare(state, variant, model, which, inputs, upstream, stock)
-                seconds[variant].append(_repeated(call))
-        except Exception as error:  # whatever it is (memory, a compiler), the other variants should not go with it
-            facts.pop(variant, None)
-            seconds[variant].append([])
-            _note_problem(state, f"{title}, {variant}", variant, error)
-        else:
-            median = statistics.median(each[which] for each in seconds[variant][-1])
-            print(f"  {title}, {variant}: {1e3 * median:.2f} ms", file=sys.stderr, flush=True)
-        model.zero_grad(set_to_none=True)
+            with networks.as_variant(self.model, variant):
+                yield
+        finally:
+            self.model.zero_grad(set_to_none=True)
+            _free()
+
+    def truth(self, inputs: Any) -> list[Tensor]:
+        """Checkpointed, so that it fits where the pass to be measured does; then the model is as that pass wants it."""
+        self.model.enable_gradient_checkpointing()
+        try:
+            with self._as_variant("eager"):
+                return _results(self.model, self.which, *inputs)
+        finally:
+            if not self.checkpointing:
+                self.model.disable_gradient_checkpointing()
+
+    def once(self, implementation: Implementation, inputs: Any) -> tuple[list[Tensor], dict[str, Any]]:
+        """Warms a variant up; its results, and what else is to be known of it."""
+        call = self.ours(self.model, *inputs)
+        begin, before, graphs = time.perf_counter(), self._allocated(), networks.graphs_and_breaks()
+        for _ in range(WARMUP):
+            call()
+        facts: dict[str, Any] = {"warmup_seconds": time.perf_counter() - begin}
+        graphs = [now - then for now, then in zip(networks.graphs_and_breaks(), graphs, strict=True)]
+        self.model.zero_grad(set_to_none=True)
+        if implementation.name == "fused_fp8":
+            facts["weights_bytes"] = self._allocated() - before
+        if implementation.name == "compiled":
+            facts["graphs"], facts["graph_breaks"] = graphs
+        return _results(self.model, self.which, *inputs), facts | self._memory(*inputs)
+
+    def errors(
+        self, implementation: Implementation, inputs: Any, outcome: Any, truth: list[Tensor]
+    ) -> dict[str, Error]:
+        """Of the output or of the gradients, the larger."""
+        got, _ = outcome
+        apart = [accuracy.relative(got[:1], truth[:1]), accuracy.relative(got[1:], truth[1:])]
+        larger = max(apart, key=lambda each: (math.isnan(each), each))
+        return {"difference": Error(larger, LIMITS[implementation.name])}
+
+    def problem(self, name: str, error: Error) -> str:
+        return f"its results are {error.value:.1e} from the stock module's, allowed {error.limit:.0e}"
+
+    def facts(self, implementation: Implementation, size: str, inputs: Any, outcome: Any, truth: Any) -> dict[str, Any]:
+        return {"part": self.part, **outcome[1]}
+
+    def work(self, implementation: Implementation, inputs: Any, outcome: Any) -> dict[str, float]:
+        return {}
+
+    def ways(self, device: torch.device) -> list[tuple[str, ...]]:
+        return [(self.which,)]
+
+    def subject(self, implementation: Implementation, way: str) -> timing.Subject:
+        def prepare(inputs: Any) -> Call:
+            call = self.ours(self.model, *inputs)
+            call()  # what the switch undid is made again: FP8 weights
+            return call
+
+        return timing.Subject(lambda call: call(), implementation.context, prepare)
+
+    def take(self, run: Run, title: str, found: list[Implementation], ways: tuple[str, ...], sets: list[Any]) -> Times:
+        subjects = {each.name: self.subject(each, self.which) for each in found}
+        times, reasons = timing.call_by_call(subjects, sets[0], SECONDS)
+        for each in (each for each in found if each.name in reasons):
+            run.went_wrong(f"{title}, {each.name}", each, reasons[each.name])
+        return times
+
+    def compared_with(self, implementation: Implementation, found: list[Implementation]) -> list[str]:
+        return [each.name for each in found if each.peer and each is not implementation]
+
+    def row(self, name: str, ways: tuple[str, ...], checked: dict[str, Checked]) -> dict[str, Any]:
+        return checked[name].errors
+
+    def rates(self, own: dict[str, timing.Time], work: dict[str, float], copy_tb_s: float) -> dict[str, Any]:
+        return {}
+
+    def _allocated(self) -> int:
+        return torch.cuda.memory_allocated() if _on_gpu(self.model) else 0
+
+    def _memory(self, inputs: Inputs, upstream: Tensor) -> dict[str, int]:
+        """Bytes beside the parameters and inputs: at the peak, gradients included, and between forward and backward."""
+        if not _on_gpu(self.model):
+            return {}
+        self.model.zero_grad(set_to_none=True)
         _free()
-    times = {variant: _times(seconds[variant]) for variant in facts}
-    for variant in facts:
-        state.add(
-            part=part,
-            operation="transformer",
-            size=title,
-            implementation=variant,
-            peer=variant in PEERS,
-            times={way: taken.json() for way, taken in times[variant].items()},
-            ratios=timing.ratios(
-                times[variant], {peer: times[peer] for peer in facts if peer in PEERS and peer != variant}
-            ),
-            **facts[variant],
-        )
+        torch.cuda.reset_peak_memory_stats()
+        before, kept = torch.cuda.memory_allocated(), {}
+        with torch.set_grad_enabled(self.which == "training"):
+            output = self.model(**inputs)[0]
+        if self.which == "training":
+            kept = {"kept_bytes": torch.cuda.memory_allocated() - before}
+            output.backward(upstream)
+        torch.cuda.synchronize()
+        return {**kept, "peak_bytes": torch.cuda.max_memory_allocated() - before}
 
 
-def _note_problem(state: State, title: str, variant: str, error: Exception) -> None:
-    no_fault = variant in PEERS or isinstance(error, torch.OutOfMemoryError)
-    (state.run.left_out if no_fault else state.run.failures).append(f"{title}: {_said(error)}")
-    print(f"  {title}: {_said(error)}", file=sys.stderr, flush=True)
-
-
-def _times(rounds: list[list[dict[str, float]]]) -> dict[str, timing.Time]:
-    return {way: timing.summary([[call[way] for call in calls] for calls in rounds]) for way in rounds[0][0]}
-
-
-def _prepare(
-    state: State, variant: str, model: nn.Module, which: str, inputs: Inputs, upstream: Tensor, stock: list[Tensor]
-) -> dict[str, Any]:
-    """Warms a variant up, checks it against the stock module and measures its memory. RuntimeError where it is wrong."""
-    call = PASSES[which](model, inputs, upstream)
-    begin, before, graphs = time.perf_counter(), _allocated(state), networks.graphs_and_breaks()
-    for _ in range(WARMUP):
-        call()
-    facts: dict[str, Any] = {"warmup_seconds": time.perf_counter() - begin}
-    graphs = [now - then for now, then in zip(networks.graphs_and_breaks(), graphs, strict=True)]
-    model.zero_grad(set_to_none=True)
-    if variant == "fused_fp8":
-        facts["weights_bytes"] = _allocated(state) - before
-    if variant == "compiled":
-        facts["graphs"], facts["graph_breaks"] = graphs
-    facts["difference"] = _difference(variant, _results(model, which, inputs, upstream), stock)
-    return facts | _memory(state, model, which, inputs, upstream)
-
-
-def _difference(variant: str, got: list[Tensor], stock: list[Tensor]) -> float:
-    """Of the output or of the gradients from the stock module's, the larger. RuntimeError where it is too large."""
-    difference = max(_relative(got[:1], stock[:1]), _relative(got[1:], stock[1:]))
-    if not difference <= LIMITS[variant]:  # NaN must not pass
-        raise RuntimeError(f"its results are {difference:.1e} from the stock module's, allowed {LIMITS[variant]:.0e}")
-    return difference
-
-
-def _stock(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> list[Tensor]:
-    model.enable_gradient_checkpointing()  # so that it fits where the pass to be measured does
-    try:
-        with networks.as_variant(model, "eager"):
-            return _results(model, which, inputs, upstream)
-    finally:
-        model.disable_gradient_checkpointing()
+def _on_gpu(model: nn.Module) -> bool:
+    return next(model.parameters()).is_cuda
 
 
 def _results(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> list[Tensor]:
@@ -276,40 +327,6 @@ def _results(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> 
     return [output.detach(), *gradients]
 
 
-def _relative(got: list[Tensor], exact: list[Tensor]) -> float:
-    """In norm, all together; 0 of nothing."""
-    square = sum((a.float() - b.float()).square().sum().item() for a, b in zip(got, exact, strict=True))
-    return math.sqrt(square / sum(b.float().square().sum().item() for b in exact)) if exact else 0.0
-
-
-def _repeated(call: Call) -> list[dict[str, float]]:
-    taken, end = [], time.perf_counter() + SECONDS
-    while len(taken) < FEWEST_CALLS or time.perf_counter() < end:
-        taken.append(call())
-    return taken
-
-
-def _allocated(state: State) -> int:
-    return torch.cuda.memory_allocated() if state.device.type == "cuda" else 0
-
-
-def _memory(state: State, model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> dict[str, int]:
-    """Bytes beside the parameters and inputs: at the peak, gradients included, and between forward and backward."""
-    if state.device.type != "cuda":
-        return {}
-    model.zero_grad(set_to_none=True)
-    _free()
-    torch.cuda.reset_peak_memory_stats()
-    before, kept = torch.cuda.memory_allocated(), {}
-    with torch.set_grad_enabled(which == "training"):
-        output = model(**inputs)[0]
-    if which == "training":
-        kept = {"kept_bytes": torch.cuda.memory_allocated() - before}
-        output.backward(upstream)
-    torch.cuda.synchronize()
-    return {**kept, "peak_bytes": torch.cuda.max_memory_allocated() - before}
-
-
 # breakdown
 
 
@@ -323,33 +340,31 @@ def _breakdown(state: State, batch: int) -> None:
 
 
 def _break_down(state: State, name: str, batch: int) -> None:
-    model = networks.build(state.network(name), state.device, DTYPE)
-    inputs, upstream = networks.make_inputs(state.network(name), batch, state.device, DTYPE)
+    model = state.build(name)
     for which in PASSES:
-        call = PASSES[which](model, inputs, upstream)
-        title = f"{name} {which} b{batch}"
-        stock = _stock(model, which, inputs, upstream)
-        for variant in state.variants(which):
+        operation = whole_pass(state, "breakdown", model, name, which, batch)
+        (size,) = operation.sizes
+        title = f"breakdown of {size}"
+        inputs = operation.draw(size, state.device, 0)
+        found = operation.implementations(state.run, size)
+        checked = gate(state.run, operation, size, title, found, inputs)
+        for each in (each for each in found if each.name in checked):
+            subject = operation.subject(each, which)
             try:
-                with networks.as_variant(model, variant):
-                    for _ in range(WARMUP):
-                        call()
-                    _difference(variant, _results(model, which, inputs, upstream), stock)
-                    wall = statistics.median(each[which] for each in _repeated(call))
-                    kernels = gpu_time.record(call)
-            except Exception as error:
-                _note_problem(state, f"breakdown of {title}, {variant}", variant, error)
+                with subject.around():
+                    call = subject.prepare(inputs)
+                    wall = statistics.median(taken[which] for taken in timing.repeat(call, SECONDS))
+                    kernels = profile.record(call)
+            except Exception as error:  # the other variants should not go with it
+                state.run.went_wrong(f"{title}, {each.name}", each, error)
                 continue
-            finally:
-                model.zero_grad(set_to_none=True)
-                _free()
             state.add(
                 part="breakdown",
                 operation="transformer",
-                size=title,
-                implementation=variant,
+                size=size,
+                implementation=each.name,
                 wall_ms=1e3 * wall,
-                **gpu_time.by_kind(kernels, 1e6 * wall),
+                **profile.by_kind(kernels, 1e6 * wall),
             )
 
 
@@ -368,7 +383,7 @@ def _loss(model: nn.Module, inputs: Inputs, target: Tensor) -> tuple[Tensor, Ten
 
 def _accuracy(state: State, batch: int) -> None:
     network = state.network("sd35")
-    model = networks.build(network, state.device, DTYPE)
+    model = state.build("sd35")
     model.enable_gradient_checkpointing()  # float32 with all activations would not fit
     squares: dict[str, dict[str, list[Squares]]] = {variant: defaultdict(list) for variant in COMPARED}
     for draw in range(DRAWS):
@@ -377,9 +392,9 @@ def _accuracy(state: State, batch: int) -> None:
         for variant in COMPARED:
             with networks.as_variant(model, variant):
                 output, gradients = _gradients(model, inputs, target)
-            squares[variant]["output"].append(_squares(output, exact_output))
+            squares[variant]["output"].append(accuracy.squared(output, exact_output))
             for name in exact:
-                squares[variant][name].append(_squares(gradients[name], exact[name]))
+                squares[variant][name].append(accuracy.squared(gradients[name], exact[name]))
             del output, gradients
             _free()
         del exact
@@ -395,10 +410,6 @@ def _gradients(model: nn.Module, inputs: Inputs, target: Tensor) -> tuple[Tensor
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     return output, gradients
-
-
-def _squares(got: Tensor, exact: Tensor) -> Squares:
-    return (got.float() - exact).square().sum().item(), exact.square().sum().item()
 
 
 def group_of(name: str) -> str:
@@ -436,7 +447,7 @@ def _compared(squares: dict[str, dict[str, list[Squares]]], names: list[str]) ->
             sum(each) for each in zip(*(pair for name in names for pair in by_name[name]), strict=True)
         )
         # What the last block's text asks for is dropped: the gradient of its queries is 0, and should be.
-        errors[variant] = math.sqrt(difference / exact) if exact else math.inf if difference else 0.0
+        errors[variant] = accuracy.root(difference, exact)
     eager, fused = (errors[variant] for variant in COMPARED)
     return {"errors": errors, "ratio": fused / eager if eager else math.inf if fused else 1.0}
 
@@ -487,18 +498,18 @@ def _losses(model: nn.Module, inputs: Inputs, target: Tensor) -> list[float]:
 def _fp8(state: State, batch: int) -> None:
     """Two networks, a teacher and a critic: its weights with noise in them, so much that its velocity differs by about so
     much. What DMD's gradient is made of is the difference, and so is what its error counts against."""
-    teacher = networks.build(state.network("sd35"), state.device, DTYPE)
+    teacher = state.build("sd35")
     inputs, _ = networks.make_inputs(state.network("sd35"), batch, state.device, DTYPE)
     exact = _velocity(copy.deepcopy(teacher).float(), networks.in_float32(inputs))
     variants = ("eager", "fused", "fused_fp8")
     velocities = {variant: _velocity(teacher, inputs, variant) for variant in variants}
-    errors = {variant: _relative([velocity], [exact]) for variant, velocity in velocities.items()}
+    errors = {variant: accuracy.relative(velocity, exact) for variant, velocity in velocities.items()}
     strength = 0.01
     for wanted in DIFFERENCES:
         for _ in range(4):  # the difference grows nearly in proportion, so this converges at once
             critic = _perturbed(teacher, strength)
             exact_critic = _velocity(copy.deepcopy(critic).float(), networks.in_float32(inputs))
-            difference = _relative([exact_critic], [exact])
+            difference = accuracy.relative(exact_critic, exact)
             if abs(difference / wanted - 1) < 0.05:
                 break
             strength *= wanted / difference
@@ -509,7 +520,7 @@ def _fp8(state: State, batch: int) -> None:
             difference=difference,
             velocity_errors=errors,
             difference_errors={
-                variant: _relative([each], [exact_critic - exact]) for variant, each in differences.items()
+                variant: accuracy.relative(each, exact_critic - exact) for variant, each in differences.items()
             },
         )
         del critic

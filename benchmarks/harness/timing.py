@@ -94,24 +94,81 @@ def _calls_a_batch(call: Call, sets: Iterator[Any]) -> int:
         calls *= 2
 
 
-def in_turns(subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = SECONDS) -> dict[str, Time]:
-    """Times every subject the ordinary way on rotating sets of inputs."""
-    calls, rotations, rounds = {}, {}, {name: [] for name in subjects}
-    for _ in range(ROUNDS):
-        for name, subject in subjects.items():
-            with subject.around(), _no_collection():
-                if name not in calls:
-                    rotations[name] = itertools.cycle([subject.prepare(each) for each in sets])
-                    calls[name] = _calls_a_batch(subject.call, rotations[name])
-                batch = functools.partial(_batch, subject.call, rotations[name], calls[name])
-                rounds[name].append(_repeat(batch, seconds / ROUNDS))
-    return {name: summary(rounds[name], calls[name]) for name in subjects}
+def in_turns(
+    subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = SECONDS
+) -> tuple[dict[str, Time], dict[str, Exception]]:
+    """Times every subject the ordinary way on rotating sets of inputs; and what each raised that could not be timed."""
+    calls, rotations = {}, {}
+
+    def take(name: str) -> list[float]:
+        subject = subjects[name]
+        with subject.around(), _no_collection():
+            if name not in calls:
+                rotations[name] = itertools.cycle([subject.prepare(each) for each in sets])
+                calls[name] = _calls_a_batch(subject.call, rotations[name])
+            return repeat(lambda: _batch(subject.call, rotations[name], calls[name]), seconds / ROUNDS)
+
+    rounds, reasons = _rounds(list(subjects), take)
+    return {name: summary(rounds[name], calls[name]) for name in rounds}, reasons
 
 
-def _repeat(batch: Callable[[], float], seconds: float) -> list[float]:
+def call_by_call(
+    subjects: dict[str, Subject], inputs: Any, seconds: float
+) -> tuple[dict[str, dict[str, Time]], dict[str, Exception]]:
+    """The same for calls that are longer than a batch, and that say themselves how many seconds the whole and its parts
+    took: times[part][subject]. Prepared anew for each round, and so long in each."""
+
+    def take(name: str) -> list[dict[str, float]]:
+        subject = subjects[name]
+        with subject.around():
+            prepared = subject.prepare(inputs)
+            return repeat(lambda: subject.call(prepared), seconds)
+
+    rounds, reasons = _rounds(list(subjects), take)
+    parts = dict.fromkeys(part for by_round in rounds.values() for part in by_round[0][0])
+    return {
+        part: {name: summary([[call[part] for call in calls] for calls in rounds[name]]) for name in rounds}
+        for part in parts
+    }, reasons
+
+
+def on_gpu_in_turns(
+    subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = GPU_SECONDS
+) -> tuple[dict[str, Time], dict[str, Exception]]:
+    """Times a CUDA graph of one call on each set: what the GPU needs once nobody has to launch anything. In turns, as a
+    GPU at its power limit slows down whoever comes later; and the reason of each that cannot be captured."""
+    graphs, reasons = {}, {}
+    for name, subject in subjects.items():
+        try:
+            graphs[name] = _capture(subject, sets)
+        except RuntimeError as error:
+            reasons[name] = error.with_traceback(None)  # whose frames would hold tensors
+    replays = {name: _replays_a_batch(graph) for name, graph in graphs.items()}
+    rounds, failed = _rounds(
+        list(graphs), lambda name: repeat(lambda: _replay(graphs[name], replays[name]), seconds / ROUNDS)
+    )
+    return {name: summary(rounds[name], replays[name] * len(sets)) for name in rounds}, reasons | failed
+
+
+def _rounds(
+    names: list[str], take: Callable[[str], list[Any]]
+) -> tuple[dict[str, list[list[Any]]], dict[str, Exception]]:
+    """What `take` measures of each name in ROUNDS rounds. One that raises is out, and the others go on."""
+    rounds, reasons = {name: [] for name in names}, {}
+    for name in ROUNDS * names:
+        if name in reasons:
+            continue
+        try:
+            rounds[name].append(take(name))
+        except Exception as error:  # whatever it is (memory, a compiler), the other figures should not go with it
+            reasons[name] = error.with_traceback(None)  # whose frames would hold tensors
+    return {name: taken for name, taken in rounds.items() if name not in reasons}, reasons
+
+
+def repeat(measurement: Callable[[], Any], seconds: float) -> list[Any]:
     taken, end = [], time.perf_counter() + seconds
     while len(taken) < FEWEST_BATCHES or time.perf_counter() < end:
-        taken.append(batch())
+        taken.append(measurement())
     return taken
 
 
@@ -122,33 +179,6 @@ def summary(rounds: list[list[float]], calls: int = 1) -> Time:
     lower, _, upper = statistics.quantiles(together, n=4)
     medians = [statistics.median(batches) for batches in rounds]
     return Time(statistics.median(together), upper - lower, len(together), calls, medians)
-
-
-def on_gpu_alone(subject: Subject, sets: Sequence[Any], seconds: float = GPU_SECONDS) -> Time:
-    """Times a CUDA graph of one call on each set: what the GPU needs once nobody has to launch anything."""
-    graph = _capture(subject, sets)
-    replays = _replays_a_batch(graph)
-    rounds = [_repeat(lambda: _replay(graph, replays), seconds / ROUNDS) for _ in range(ROUNDS)]
-    return summary(rounds, replays * len(sets))
-
-
-def on_gpu_in_turns(
-    subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = GPU_SECONDS
-) -> tuple[dict[str, Time], dict[str, str]]:
-    """The same for several subjects that take turns, as a GPU at its power limit slows down whoever comes later; and the
-    reason of each that cannot be captured."""
-    graphs, reasons = {}, {}
-    for name, subject in subjects.items():
-        try:
-            graphs[name] = _capture(subject, sets)
-        except RuntimeError as error:
-            reasons[name] = str(error).partition("\n")[0]
-    replays = {name: _replays_a_batch(graph) for name, graph in graphs.items()}
-    rounds = {name: [] for name in graphs}
-    for _ in range(ROUNDS):
-        for name, graph in graphs.items():
-            rounds[name].append(_repeat(functools.partial(_replay, graph, replays[name]), seconds / ROUNDS))
-    return {name: summary(rounds[name], replays[name] * len(sets)) for name in graphs}, reasons
 
 
 @dataclass(frozen=True)
@@ -194,33 +224,11 @@ def _replays_a_batch(captured: _Graph) -> int:
     return max(1, round(BATCH_SECONDS / _replay(captured, 1)))
 
 
-def by_name(times: dict[str, dict[str, Time]]) -> dict[str, dict[str, Time]]:
-    """Times by way of calling and then by name, the other way round."""
-    names = dict.fromkeys(name for of_way in times.values() for name in of_way)
-    return {name: {way: of_way[name] for way, of_way in times.items() if name in of_way} for name in names}
-
-
 def ratios(own: dict[str, Time], others: dict[str, dict[str, Time]]) -> dict[str, dict[str, float]]:
     """How many times one's own time each other takes, by way of calling."""
     return {
         name: {way: theirs[way].median_us / taken.median_us for way, taken in own.items() if way in theirs}
         for name, theirs in others.items()
-    }
-
-
-def rates(
-    name: str, times: dict[str, dict[str, Time]], moved: int, copy_tb_s: float, peers: Sequence[str]
-) -> dict[str, Any]:
-    """What a row says of an implementation's times (by way of calling, then by name): TB/s for the bytes moved, the share
-    of the copy's, and how many times its own time each peer takes."""
-    named = by_name(times)
-    own = named.get(name, {})
-    tb_s = {way: moved / taken.median_us / 1e6 for way, taken in own.items()}
-    return {
-        "times": {way: taken.json() for way, taken in own.items()},
-        "tb_s": tb_s,
-        "share_of_copy": {way: achieved / copy_tb_s for way, achieved in tb_s.items()},
-        "ratios": ratios(own, {} if name in peers else {peer: named.get(peer, {}) for peer in peers}),
     }
 
 
@@ -235,7 +243,7 @@ class _Nothing(torch.autograd.Function):
         return ctx.saved_tensors[0], None, None
 
 
-def engine_floor(device: torch.device) -> dict[str, Time]:
+def engine_floor(device: torch.device) -> dict[str, dict[str, Any]]:
     """What forward and backward of a loss cost before it does anything: an autograd function of one kernel, forward,
     on 64 elements. By way of calling, as the losses' times."""
     x = torch.randn(64, device=device, requires_grad=True)
@@ -246,10 +254,10 @@ def engine_floor(device: torch.device) -> dict[str, Time]:
         _Nothing.apply(x, loss, gradient).backward()
 
     one_thread = functools.partial(torch.autograd.set_multithreading_enabled, False)
-    times = {}
+    times: dict[str, Time] = {}
     for way, around in (("forward_backward", contextlib.nullcontext), ("forward_backward_one_thread", one_thread)):
-        times |= in_turns({way: Subject(call, around)}, [None])
-    return times
+        times |= in_turns({way: Subject(call, around)}, [None])[0]
+    return {way: taken.json() for way, taken in times.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:

@@ -10,28 +10,27 @@ copy after it, as trainers do it.
 
 from __future__ import annotations
 
-import contextlib
+import dataclasses
+import functools
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import accuracy
-import timing
 import torch
+from harness import accuracy, timing
+from harness.accuracy import Error
+from harness.operation import DTYPE, Checked, Draw, Implementation, Operation, Run
 from torch import Tensor
 
 from dpdmd.kernels import Float8State, Philox, adamw_step, use_backend
 from dpdmd.kernels.optim.adamw import BLOCK, exp_avg_of, exp_avg_sq_of
 
-DTYPE = torch.bfloat16  # of gradient and weight
 SIZES = {
     "16m": 2**24,  # parameters; 22 bytes of each hold a set of inputs with all forms of the moments
     "256m": 2**28,
     "awkward": 100_003,  # no whole number of blocks
 }
-CPU_SIZES = ("awkward",)
 FORMS = ("float32", "bfloat16", "float8")
 PEER_FORM = "float32"
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
@@ -74,28 +73,18 @@ def _parts(moment: Tensor | Float8State) -> list[Tensor]:
     return [moment.values, moment.scales] if isinstance(moment, Float8State) else [moment]
 
 
-@dataclass(frozen=True)
-class Implementation:
-    name: str
-    peer: bool
-    form: str
-    prepare: Callable[[Shard], Callable[[], None]]  # what one step on a shard is
-    context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-
-
-def make_shard(size: int, device: torch.device, seed: int) -> Shard:
-    """Random masters and gradients, and the moments after one step."""
-    generator = torch.Generator(device).manual_seed(seed)
+def make_shard(size: int, draw: Draw) -> Shard:
+    """Random masters and gradients, and the moments after one step; gradient and weight in bfloat16."""
 
     def randn(scale: float) -> Tensor:
-        return torch.randn(size, generator=generator, device=device).mul_(scale)
+        return draw(size, dtype=torch.float32).mul_(scale)
 
     master, before, moments = randn(0.02), randn(1e-3).to(DTYPE), {}
     for form in FORMS:
         if form == "float8":
-            moments[form] = Float8State.zeros(size, device), Float8State.zeros(size, device)
+            moments[form] = Float8State.zeros(size, draw.device), Float8State.zeros(size, draw.device)
         else:
-            moments[form] = tuple(torch.zeros(size, dtype=getattr(torch, form), device=device) for _ in range(2))
+            moments[form] = tuple(torch.zeros(size, dtype=getattr(torch, form), device=draw.device) for _ in range(2))
         with use_backend("auto"):
             _ours(Shard(master.clone(), before, torch.empty_like(before), {form: moments[form]}), form, STEP - 1)
     return Shard(master, randn(1e-3).to(DTYPE), master.to(DTYPE), moments)
@@ -129,7 +118,7 @@ def _in_place(master: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gradient: Ten
         target.copy_(value)
 
 
-def _prepare_torchs(shard: Shard) -> Callable[[], None]:
+def _torchs(shard: Shard) -> Callable[[], None]:
     device = shard.master.device
     parameter = torch.nn.Parameter(shard.master)
     settings = {"lr": LR, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
@@ -146,86 +135,71 @@ def _prepare_torchs(shard: Shard) -> Callable[[], None]:
     return call
 
 
-def implementations(run) -> list[Implementation]:
-    """Ours first, a form after the other, then the peers. run: what run.py keeps."""
-    found = []
-    for name in [name for name in run.ours if name != "cuda"] or ["reference"]:
-        for form in FORMS:
+@dataclass(frozen=True, kw_only=True)
+class Step(Operation):
+    """Ours takes a shard and the form of its moments and makes the step; the peer takes a shard, and returns what does."""
 
-            def prepare(shard: Shard, form: str = form) -> Callable[[], None]:
-                return lambda: _ours(shard, form)
+    table: ClassVar[str] = "optimizer"
+    compile_context: ClassVar[Callable] = torch.no_grad
 
-            found.append(Implementation(f"{name} {form}", False, form, prepare, lambda name=name: use_backend(name)))
-    if run.peers is None or "eager" in run.peers:
-        found.append(Implementation("eager", True, PEER_FORM, _prepare_torchs))
-    if "compile" in run.peers if run.peers is not None else run.device.type == "cuda":
-        torch._dynamo.reset()
-        compiled = torch.compile(_in_place, dynamic=False)
+    def set_bytes(self, inputs: Shard) -> int:
+        return inputs.bytes("float8")
 
-        def prepare_compiled(shard: Shard) -> Callable[[], None]:
-            tensors = shard.master, *shard.moments[PEER_FORM], shard.gradient, shard.weight
-            return lambda: compiled(*tensors)
+    def implementations(self, run: Run, size: str) -> list[Implementation]:
+        """Each of ours with one form of the moments after the other."""
+        found = super().implementations(run, size)
+        ours = [
+            dataclasses.replace(each, name=f"{each.name} {form}", function=functools.partial(self.ours, form=form))
+            for each in found
+            if not each.peer
+            for form in FORMS
+        ]
+        return [*ours, *(each for each in found if each.peer)]
 
-        found.append(Implementation("compile", True, PEER_FORM, prepare_compiled, torch.no_grad))
-    return found
+    def prepare(self, implementation: Implementation, shard: Shard) -> Callable[[], None]:
+        """What one step on a shard is."""
+        if not implementation.peer:
+            return functools.partial(implementation.function, shard)
+        if implementation.name == "eager":
+            return implementation.function(shard)
+        tensors = shard.master, *shard.moments[PEER_FORM], shard.gradient, shard.weight
+        return functools.partial(implementation.function, *tensors)
 
+    def truth(self, inputs: Shard) -> None:
+        """`compare` works it out at both ends of the shard."""
 
-def run_size(run, size: str) -> None:
-    """Every implementation at one size: checked, then timed. run: what run.py keeps."""
-    try:
-        shard = make_shard(SIZES[size], run.device, 0)
-        count = max(2, math.ceil((2 * timing.cache_bytes(run.device) + 1) / shard.bytes("float8")))
-        sets = [shard, *(make_shard(SIZES[size], run.device, seed) for seed in range(1, count))]
-    except torch.OutOfMemoryError as error:
-        run.left_out.append(f"adamw_step {size}: {_first_line(error)}")
-        return
-    found = implementations(run)
-    errors, wrong = check_all(run, size, found, shard)
-    if wrong:
-        run.failures += wrong
-        return
-    found = [each for each in found if each.name in errors]
-    subjects = {each.name: _subject(each) for each in found}
-    times = {"step": timing.in_turns(subjects, sets)}
-    if run.device.type == "cuda":
-        times["gpu_step"], reasons = timing.on_gpu_in_turns(subjects, sets)
-        run.left_out += [f"adamw_step {size}, {name}, GPU time alone: {reason}" for name, reason in reasons.items()]
-    run.optimizer += make_rows(run, size, found, shard, errors, times)
+    def once(self, implementation: Implementation, inputs: Shard) -> Shard:
+        mine = inputs.copy(form_of(implementation))
+        self.prepare(implementation, mine)()
+        return mine
 
-
-def _subject(implementation: Implementation) -> timing.Subject:
-    return timing.Subject(lambda step: step(), implementation.context, implementation.prepare)
-
-
-def check_all(
-    run, size: str, found: list[Implementation], shard: Shard
-) -> tuple[dict[str, dict[str, float]], list[str]]:
-    """The errors of each against float64 of the same inputs, and what is wrong. A peer that cannot run here is left out."""
-    errors: dict[str, dict[str, float]] = {}
-    wrong: list[str] = []
-    for each in found:
-        title = f"adamw_step {size}, {each.name}"
-        begin, mine = time.perf_counter(), shard.copy(each.form)
-        try:
-            with each.context(), contextlib.nullcontext() if each.peer else accuracy.poisoned_memory():
-                each.prepare(mine)()
-        except Exception as error:  # whatever it is, the other figures should not go with it
-            (run.left_out if each.peer else wrong).append(f"{title}: {type(error).__name__}: {_first_line(error)}")
-            continue
-        finally:
-            if each.name == "compile":
-                run.compile_seconds += time.perf_counter() - begin
-        errors[each.name] = compare(shard, mine, each.form)
+    def errors(self, implementation: Implementation, inputs: Shard, outcome: Shard, truth: None) -> dict[str, Error]:
+        form = form_of(implementation)
         limits = {"change": CHANGE_LIMIT, "weight": accuracy.RESULT_LIMIT}
-        for name, error in errors[each.name].items():
-            limit = limits.get(name, MOMENT_LIMITS[each.form])
-            if not error <= limit:  # NaN must not pass
-                wrong.append(f"{title}: relative error of {name} {error:.1e}, allowed {limit:.1e}")
-    return errors, wrong
+        found = compare(inputs, outcome, form)
+        return {name: Error(error, limits.get(name, MOMENT_LIMITS[form])) for name, error in found.items()}
+
+    def facts(self, implementation: Implementation, size: str, inputs: Shard, *checked: Any) -> dict[str, Any]:
+        form, parameters = form_of(implementation), self.sizes[size]
+        moved = inputs.bytes(form)
+        return {"form": form, "parameters": parameters, "bytes": moved, "bytes_a_parameter": moved / parameters}
+
+    def work(self, implementation: Implementation, inputs: Shard, outcome: Shard) -> dict[str, float]:
+        return {"step": inputs.bytes(form_of(implementation))}
+
+    def ways(self, device: torch.device) -> list[tuple[str, ...]]:
+        return [("step",)]
+
+    def subject(self, implementation: Implementation, way: str) -> timing.Subject:
+        prepare = functools.partial(self.prepare, implementation)
+        return timing.Subject(lambda step: step(), implementation.context, prepare)
+
+    def row(self, name: str, ways: tuple[str, ...], checked: dict[str, Checked]) -> dict[str, Any]:
+        return {"errors": checked[name].errors}
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def form_of(implementation: Implementation) -> str:
+    return PEER_FORM if implementation.peer else implementation.name.split()[-1]
 
 
 def compare(before: Shard, after: Shard, form: str) -> dict[str, float]:
@@ -244,7 +218,7 @@ def compare(before: Shard, after: Shard, form: str) -> dict[str, float]:
         stored = _values(after.moments[form], end)
         pairs |= dict(zip(("exp_avg", "exp_avg_sq"), zip(stored, exact_moments, strict=True), strict=True))
         for name, (got, truth) in pairs.items():
-            errors.setdefault(name, []).append(((got - truth).norm() / truth.norm()).item())
+            errors.setdefault(name, []).append(accuracy.relative(got, truth))
     # NaN is what max() may lose.
     return {name: math.nan if any(map(math.isnan, found)) else max(found) for name, found in errors.items()}
 
@@ -258,27 +232,4 @@ def _values(moments: Moments, part: slice) -> list[Tensor]:
     return [exp_avg_of(cut[0]).double(), exp_avg_sq_of(cut[1]).double()]
 
 
-def make_rows(
-    run,
-    size: str,
-    found: list[Implementation],
-    shard: Shard,
-    errors: dict[str, dict[str, float]],
-    times: dict[str, dict[str, timing.Time]],
-) -> list[dict[str, Any]]:
-    peers = [each.name for each in found if each.peer]
-    return [
-        {
-            "operation": "adamw_step",
-            "size": size,
-            "implementation": each.name,
-            "peer": each.peer,
-            "form": each.form,
-            "parameters": SIZES[size],
-            "bytes": shard.bytes(each.form),
-            "bytes_a_parameter": shard.bytes(each.form) / SIZES[size],
-            "errors": errors[each.name],
-            **timing.rates(each.name, times, shard.bytes(each.form), run.copy_tb_s, peers),
-        }
-        for each in found
-    ]
+OPERATIONS = (Step(name="adamw_step", sizes=SIZES, make=make_shard, ours=_ours, peer=_torchs, compiled=_in_place),)

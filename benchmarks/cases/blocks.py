@@ -10,26 +10,31 @@ bias, as that of the product would.
 
 from __future__ import annotations
 
-import math
+import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from harness.operation import Draw, Implementation, Operation, Tensors, Traffic, wide
 from torch import Tensor
 
-from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu
-from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
-from dpdmd.kernels.blocks.fp8 import Quantized, quantize_rows
-from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
-from dpdmd.kernels.blocks.qk_norm import TokenStream, qk_norm, qk_norm_rope
+from dpdmd.kernels import (
+    Quantized,
+    TokenStream,
+    adaln_modulate,
+    gated_residual,
+    gated_residual_adaln,
+    gelu_tanh,
+    qk_norm,
+    qk_norm_rope,
+    quantize_rows,
+    swiglu,
+)
 
-DTYPE = torch.bfloat16
 EPS = 1e-6
 LARGEST_E4M3 = 448.0
-
-Tensors = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -53,71 +58,45 @@ SIZES = {
 }
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """The tensors that a pass must read and write, each once, by name: the fewest bytes that any implementation can do
-    with. "d x" is the gradient of x and has its bytes. Left out is what a sample or a layer has one of: gates, scales,
-    shifts, biases, weights and the scales of quantised rows, a thousandth of the tokens' bytes."""
+@dataclass(frozen=True, kw_only=True)
+class BlockOperation(Operation):
+    """The forward pass and the backward pass, each alone: torch.autograd.grad on a retained graph, for all inputs that have
+    a gradient. The figures that count are those of the GPU alone: at these sizes a call takes the host about as long."""
 
-    reads: tuple[str, ...]
-    writes: tuple[str, ...]
+    sizes: Mapping[str, Dimensions] = field(default_factory=lambda: SIZES)
+    biases: Mapping[str, str] = field(
+        default_factory=dict
+    )  # the products among the separate inputs, and each one's bias
 
-    def bytes(self, tensors: Mapping[str, Tensor]) -> int:
-        return sum(tensors[name.removeprefix("d ")].nbytes for name in (*self.reads, *self.writes))
+    compile_seconds: ClassVar[float] = 240.0
 
-    def __str__(self) -> str:
-        return f"reads {', '.join(self.reads)}; writes {', '.join(self.writes)}"
+    def inputs_of(self, implementation: Implementation, inputs: Tensors) -> Tensors:
+        return self.peer_inputs(inputs) if implementation.peer else inputs
 
+    def peer_inputs(self, inputs: Tensors) -> Tensors:
+        """Separate, with the biases in the products."""
+        separate = self.separate(inputs)
+        return separate | {name: separate[name] + separate[bias] for name, bias in self.biases.items()}
 
-@dataclass(frozen=True)
-class BlockOperation:
-    """`ours` takes the inputs by name, `peer` the separate ones; both return the outputs in order."""
+    def truth_inputs(self, inputs: Tensors) -> Tensors:
+        """Separate: the biases are still to be added."""
+        return self.separate(inputs)
 
-    make: Callable[[Dimensions, Callable[..., Tensor]], Tensors]
-    ours: Callable[..., tuple[Tensor | Quantized, ...]]
-    peer: Callable[..., tuple[Tensor | Quantized, ...]]
-    outputs: tuple[str, ...]
-    forward: Traffic
-    backward: Traffic | None  # None: without gradient
-    biases: Mapping[str, str]  # the products among the separate inputs, and the bias of each
-    sizes: tuple[str, ...] = tuple(SIZES)
-    constants: tuple[str, ...] = ()  # inputs without a gradient
-    separate: Callable[[Tensors], Tensors] = lambda tensors: tensors  # q, k and v out of packed ones
+    def separate(self, tensors: Tensors) -> Tensors:
+        """image_qkv (B, S, 3, H, D) as image_q, image_k, image_v (B, S, H D), as three linear layers make them."""
+        separate = {}
+        for name, tensor in tensors.items():
+            if name.endswith("_qkv"):
+                parts = (part.flatten(2).contiguous() for part in tensor.unbind(2))
+                separate |= {
+                    name.removesuffix("qkv") + each: part for each, part in zip(PROJECTIONS, parts, strict=True)
+                }
+            else:
+                separate[name] = tensor
+        return separate
 
-
-def make_inputs(operation: BlockOperation, size: str, device: torch.device, seed: int) -> Tensors:
-    """One set of random inputs in bfloat16; no two sets are equal."""
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, device=device, dtype=DTYPE)
-
-    return operation.make(SIZES[size], randn)
-
-
-def peer_inputs(operation: BlockOperation, inputs: Tensors) -> Tensors:
-    """As a peer takes them: separate, with the biases in the products."""
-    separate = operation.separate(inputs)
-    return separate | {name: separate[name] + separate[bias] for name, bias in operation.biases.items()}
-
-
-def truth_inputs(operation: BlockOperation, inputs: Tensors) -> Tensors:
-    """Separate, in float64: the biases are still to be added."""
-    return {name: tensor.double() for name, tensor in operation.separate(inputs).items()}
-
-
-def leaves(operation: BlockOperation, inputs: Tensors) -> Tensors:
-    """The same memory, in new tensors that receive gradients where the operation has any."""
-    wanted = operation.backward is not None
-    return {
-        name: tensor.detach().requires_grad_(wanted and name not in operation.constants)
-        for name, tensor in inputs.items()
-    }
-
-
-def sets_needed(operation: BlockOperation, inputs: Tensors, cache_bytes: int) -> int:
-    """Input sets that together are more than twice the cache, so that no call finds its inputs there."""
-    return max(2, math.ceil((2 * cache_bytes + 1) / sum(inputs[name].nbytes for name in operation.forward.reads)))
+    def facts(self, implementation: Implementation, size: str, *checked: Any) -> dict[str, Any]:
+        return {"dimensions": vars(self.sizes[size]), **super().facts(implementation, size, *checked)}
 
 
 class _BiasOfProduct(torch.autograd.Function):
@@ -135,10 +114,6 @@ class _BiasOfProduct(torch.autograd.Function):
 
 def _product(product: Tensor, bias: Tensor) -> Tensor:
     return product + bias if product.dtype == torch.float64 else _BiasOfProduct.apply(product, bias)
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _quantized(x: Tensor) -> Quantized | Tensor:
@@ -160,17 +135,17 @@ def _no_grad(function: Callable) -> Callable:
 # adaln_modulate: LayerNorm, scale and shift. The vectors are chunks of a modulation of six or nine, as in the blocks.
 
 
-def _chunks(dimensions: Dimensions, randn, names: tuple[str, ...]) -> Tensors:
-    modulation = 0.5 * randn(dimensions.batch, max(6, len(names)) * dimensions.channels)
+def _chunks(dimensions: Dimensions, draw: Draw, names: tuple[str, ...]) -> Tensors:
+    modulation = 0.5 * draw(dimensions.batch, max(6, len(names)) * dimensions.channels)
     return dict(zip(names, modulation.split(dimensions.channels, dim=1), strict=False))
 
 
-def _image(dimensions: Dimensions, randn) -> Tensor:
-    return randn(dimensions.batch, dimensions.image, dimensions.channels)
+def _image(dimensions: Dimensions, draw: Draw) -> Tensor:
+    return draw(dimensions.batch, dimensions.image, dimensions.channels)
 
 
-def _make_adaln(dimensions: Dimensions, randn, names=("scale", "shift")) -> Tensors:
-    return {"x": _image(dimensions, randn), **_chunks(dimensions, randn, names)}
+def _make_adaln(dimensions: Dimensions, draw: Draw, names=("scale", "shift")) -> Tensors:
+    return {"x": _image(dimensions, draw), **_chunks(dimensions, draw, names)}
 
 
 def _norm(x: Tensor) -> Tensor:
@@ -182,11 +157,11 @@ def _modulated(n: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def _adaln_ours(x, scale, shift, quantize=False):
-    return (adaln_modulate(x, scale, shift, eps=EPS, quantize=quantize),)
+    return adaln_modulate(x, scale, shift, eps=EPS, quantize=quantize)
 
 
 def _adaln_peer(x, scale, shift):
-    return (_modulated(_norm(x), scale, shift),)
+    return _modulated(_norm(x), scale, shift)
 
 
 def _adaln_pair_ours(x, scale, shift, scale2, shift2):
@@ -201,20 +176,20 @@ def _adaln_pair_peer(x, scale, shift, scale2, shift2):
 # gated_residual, alone and followed by the next adaln_modulate; with a pair of branches as SD3.5's dual blocks have.
 
 
-def _make_gated(dimensions: Dimensions, randn, branches=1, adaln=True) -> Tensors:
+def _make_gated(dimensions: Dimensions, draw: Draw, branches=1, adaln=True) -> Tensors:
     names = ("gate", "scale", "shift")[: 3 if adaln else 1] + (("gate2",) if branches == 2 else ())
-    inputs = {"residual": _image(dimensions, randn)}
+    inputs = {"residual": _image(dimensions, draw)}
     for branch in ("", "2")[:branches]:
-        inputs |= {f"y{branch}": _image(dimensions, randn), f"bias{branch}": randn(dimensions.channels)}
-    return {**inputs, **_chunks(dimensions, randn, names)}
+        inputs |= {f"y{branch}": _image(dimensions, draw), f"bias{branch}": draw(dimensions.channels)}
+    return {**inputs, **_chunks(dimensions, draw, names)}
 
 
 def _gated_ours(residual, gate, y, bias):
-    return (gated_residual(residual, gate, y, bias=bias),)
+    return gated_residual(residual, gate, y, bias=bias)
 
 
 def _gated_peer(residual, gate, y, bias):
-    return (residual + gate.unsqueeze(1) * _product(y, bias),)
+    return residual + gate.unsqueeze(1) * _product(y, bias)
 
 
 def _gated_adaln_ours(residual, gate, y, bias, scale, shift, quantize=False):
@@ -222,7 +197,7 @@ def _gated_adaln_ours(residual, gate, y, bias, scale, shift, quantize=False):
 
 
 def _gated_adaln_peer(residual, gate, y, bias, scale, shift):
-    (h,) = _gated_peer(residual, gate, y, bias)
+    h = _gated_peer(residual, gate, y, bias)
     return h, _modulated(_norm(h), scale, shift)
 
 
@@ -231,7 +206,7 @@ def _gated_adaln_pair_ours(residual, gate, gate2, y, y2, bias, bias2, scale, shi
 
 
 def _gated_adaln_pair_peer(residual, gate, gate2, y, y2, bias, bias2, scale, shift):
-    (h,) = _gated_peer(residual, gate, y, bias)
+    h = _gated_peer(residual, gate, y, bias)
     return _gated_adaln_peer(h, gate2, y2, bias2, scale, shift)
 
 
@@ -242,33 +217,21 @@ PROJECTIONS = ("q", "k", "v")
 QKV_BIASES = {f"{stream}_{each}": f"{stream}_{each}_bias" for stream in ("image", "text") for each in PROJECTIONS}
 
 
-def _make_qk_norm(dimensions: Dimensions, randn) -> Tensors:
+def _make_qk_norm(dimensions: Dimensions, draw: Draw) -> Tensors:
     inputs = {}
     for stream, tokens in (("image", dimensions.image), ("text", dimensions.text)):
-        inputs[f"{stream}_qkv"] = randn(dimensions.batch, tokens, 3, dimensions.heads, dimensions.head_dim)
-        inputs |= {f"{stream}_{each}_weight": 1 + 0.1 * randn(dimensions.head_dim) for each in ("q", "k")}
-        inputs |= {f"{stream}_{each}_bias": 0.5 * randn(dimensions.channels) for each in PROJECTIONS}
+        inputs[f"{stream}_qkv"] = draw(dimensions.batch, tokens, 3, dimensions.heads, dimensions.head_dim)
+        inputs |= {f"{stream}_{each}_weight": 1 + 0.1 * draw(dimensions.head_dim) for each in ("q", "k")}
+        inputs |= {f"{stream}_{each}_bias": 0.5 * draw(dimensions.channels) for each in PROJECTIONS}
     return inputs
 
 
-def _make_qk_norm_rope(dimensions: Dimensions, randn) -> Tensors:
-    inputs = _make_qk_norm(dimensions, randn)
+def _make_qk_norm_rope(dimensions: Dimensions, draw: Draw) -> Tensors:
+    inputs = _make_qk_norm(dimensions, draw)
     tokens, device = dimensions.text + dimensions.image, inputs["image_qkv"].device
     frequencies = 10000 ** -torch.linspace(0, 1, dimensions.head_dim // 2, device=device)
     angles = (torch.arange(tokens, device=device)[:, None] * frequencies).repeat_interleave(2, dim=1)
     return {**inputs, "cos": angles.cos(), "sin": angles.sin()}
-
-
-def _separate_qkv(tensors: Tensors) -> Tensors:
-    """image_qkv (B, S, 3, H, D) as image_q, image_k, image_v (B, S, H D), as three linear layers make them."""
-    separate = {}
-    for name, tensor in tensors.items():
-        if name.endswith("_qkv"):
-            parts = (part.flatten(2).contiguous() for part in tensor.unbind(2))
-            separate |= {name.removesuffix("qkv") + each: part for each, part in zip(PROJECTIONS, parts, strict=True)}
-        else:
-            separate[name] = tensor
-    return separate
 
 
 def _stream(stream: str, inputs: Tensors) -> TokenStream:
@@ -286,7 +249,7 @@ def _qk_norm_rope_ours(cos, sin, **inputs):
 
 def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     """diffusers' RMSNorm."""
-    variance = _wide(x).pow(2).mean(-1, keepdim=True)
+    variance = wide(x).pow(2).mean(-1, keepdim=True)
     return (x * torch.rsqrt(variance + EPS)).to(weight.dtype) * weight
 
 
@@ -294,7 +257,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """diffusers' apply_rotary_emb, use_real_unbind_dim=-1, of x (B, S, H, D)."""
     real, imaginary = x.reshape(*x.shape[:-1], -1, 2).unbind(-1)
     turned = torch.stack([-imaginary, real], dim=-1).flatten(3)
-    return (_wide(x) * cos[None, :, None] + _wide(turned) * sin[None, :, None]).to(x.dtype)
+    return (wide(x) * cos[None, :, None] + wide(turned) * sin[None, :, None]).to(x.dtype)
 
 
 def _qk_norm_peer(**inputs):
@@ -329,30 +292,18 @@ def _qk_norm_rope_peer(cos, sin, **inputs):
 # The activations of the feed-forward layer, and FP8's quantisation of what nothing else writes: attention's output.
 
 
-def _make_activation(dimensions: Dimensions, randn, halves=1) -> Tensors:
+def _make_activation(dimensions: Dimensions, draw: Draw, halves=1) -> Tensors:
     width = halves * dimensions.mlp
-    return {"x": randn(dimensions.batch, dimensions.image, width), "bias": randn(width)}
-
-
-def _gelu_ours(x, bias, quantize=False):
-    return (gelu_tanh(x, bias, quantize=quantize),)
+    return {"x": draw(dimensions.batch, dimensions.image, width), "bias": draw(width)}
 
 
 def _gelu_peer(x, bias):
-    return (F.gelu(_product(x, bias), approximate="tanh"),)
-
-
-def _swiglu_ours(x, bias):
-    return (swiglu(x, bias),)
+    return F.gelu(_product(x, bias), approximate="tanh")
 
 
 def _swiglu_peer(x, bias):
     value, gate = _product(x, bias).chunk(2, dim=-1)
-    return (value * F.silu(gate),)
-
-
-def _make_quantize_rows(dimensions: Dimensions, randn) -> Tensors:
-    return {"x": _image(dimensions, randn)}
+    return value * F.silu(gate)
 
 
 def _quantizing(function: Callable) -> Callable:
@@ -360,49 +311,43 @@ def _quantizing(function: Callable) -> Callable:
 
 
 def _quantizing_peer(function: Callable) -> Callable:
-    """Quantises the last output."""
+    """Quantises the output, of several the last."""
 
     def quantizing(**inputs):
-        *others, last = function(**inputs)
-        return *others, _quantized(last)
+        made = function(**inputs)
+        return (*made[:-1], _quantized(made[-1])) if isinstance(made, tuple) else _quantized(made)
 
     return _no_grad(quantizing)
 
 
-def _variant(function: Callable, **settings: Any) -> Callable:
-    return lambda dimensions, randn: function(dimensions, randn, **settings)
-
-
-BLOCK_OPERATIONS = {
-    "adaln_modulate": BlockOperation(
+OPERATIONS = (
+    BlockOperation(
+        name="adaln_modulate",
         make=_make_adaln,
         ours=_adaln_ours,
         peer=_adaln_peer,
-        outputs=("out",),
         forward=Traffic(("x",), ("out",)),  # 2 tensors of tokens
         backward=Traffic(("x", "d out"), ("d x",)),  # 3
-        biases={},
     ),
-    "adaln_modulate_pair": BlockOperation(
-        make=_variant(_make_adaln, names=("scale", "shift", "scale2", "shift2")),
+    BlockOperation(
+        name="adaln_modulate_pair",
+        make=functools.partial(_make_adaln, names=("scale", "shift", "scale2", "shift2")),
         ours=_adaln_pair_ours,
         peer=_adaln_pair_peer,
         outputs=("out", "out2"),
         forward=Traffic(("x",), ("out", "out2")),  # 3
         backward=Traffic(("x", "d out", "d out2"), ("d x",)),  # 4
-        biases={},
     ),
-    "adaln_modulate_quantize": BlockOperation(
+    BlockOperation(
+        name="adaln_modulate_quantize",
         make=_make_adaln,
         ours=_quantizing(_adaln_ours),
         peer=_quantizing_peer(_adaln_peer),
-        outputs=("out",),
         forward=Traffic(("x",), ("out",)),  # 1.5: a byte an element is written
-        backward=None,
-        biases={},
     ),
-    "gated_residual": BlockOperation(
-        make=_variant(_make_gated, adaln=False),
+    BlockOperation(
+        name="gated_residual",
+        make=functools.partial(_make_gated, adaln=False),
         ours=_gated_ours,
         peer=_gated_peer,
         outputs=("h",),
@@ -410,7 +355,8 @@ BLOCK_OPERATIONS = {
         backward=Traffic(("d h", "y"), ("d y",)),  # 3: y for the gate; the gradient of residual is d h itself
         biases={"y": "bias"},
     ),
-    "gated_residual_adaln": BlockOperation(
+    BlockOperation(
+        name="gated_residual_adaln",
         make=_make_gated,
         ours=_gated_adaln_ours,
         peer=_gated_adaln_peer,
@@ -419,8 +365,9 @@ BLOCK_OPERATIONS = {
         backward=Traffic(("h", "y", "d h", "d out"), ("d residual", "d y")),  # 6
         biases={"y": "bias"},
     ),
-    "gated_residual_adaln_pair": BlockOperation(
-        make=_variant(_make_gated, branches=2),
+    BlockOperation(
+        name="gated_residual_adaln_pair",
+        make=functools.partial(_make_gated, branches=2),
         ours=_gated_adaln_pair_ours,
         peer=_gated_adaln_pair_peer,
         outputs=("h", "out"),
@@ -428,16 +375,17 @@ BLOCK_OPERATIONS = {
         backward=Traffic(("h", "y", "y2", "d h", "d out"), ("d residual", "d y", "d y2")),  # 8
         biases={"y": "bias", "y2": "bias2"},
     ),
-    "gated_residual_adaln_quantize": BlockOperation(
+    BlockOperation(
+        name="gated_residual_adaln_quantize",
         make=_make_gated,
         ours=_quantizing(_gated_adaln_ours),
         peer=_quantizing_peer(_gated_adaln_peer),
         outputs=("h", "out"),
         forward=Traffic(("residual", "y"), ("h", "out")),  # 3.5
-        backward=None,
         biases={"y": "bias"},
     ),
-    "qk_norm": BlockOperation(
+    BlockOperation(
+        name="qk_norm",
         make=_make_qk_norm,
         ours=_qk_norm_ours,
         peer=_qk_norm_peer,
@@ -446,10 +394,10 @@ BLOCK_OPERATIONS = {
         # 8: the norms want q and k again, of the packed tensors two thirds
         backward=Traffic(("d q", "d k", "d v", "q", "k"), ("d image_qkv", "d text_qkv")),
         biases=QKV_BIASES,
-        sizes=("sd35-b4", "awkward"),
-        separate=_separate_qkv,
+        sizes={size: SIZES[size] for size in ("sd35-b4", "awkward")},
     ),
-    "qk_norm_rope": BlockOperation(
+    BlockOperation(
+        name="qk_norm_rope",
         make=_make_qk_norm_rope,
         ours=_qk_norm_rope_ours,
         peer=_qk_norm_rope_peer,
@@ -458,44 +406,40 @@ BLOCK_OPERATIONS = {
         forward=Traffic(("image_qkv", "text_qkv", "cos", "sin"), PROJECTIONS),
         backward=Traffic(("d q", "d k", "d v", "q", "k", "cos", "sin"), ("d image_qkv", "d text_qkv")),  # 8 and them
         biases=QKV_BIASES,
-        sizes=("flux-b4", "awkward"),
+        sizes={size: SIZES[size] for size in ("flux-b4", "awkward")},
         constants=("cos", "sin"),
-        separate=_separate_qkv,
     ),
-    "gelu_tanh": BlockOperation(
+    BlockOperation(
+        name="gelu_tanh",
         make=_make_activation,
-        ours=_gelu_ours,
+        ours=gelu_tanh,
         peer=_gelu_peer,
-        outputs=("out",),
         forward=Traffic(("x",), ("out",)),  # 2 of the feed-forward layer's width
         backward=Traffic(("x", "d out"), ("d x",)),  # 3
         biases={"x": "bias"},
     ),
-    "gelu_tanh_quantize": BlockOperation(
+    BlockOperation(
+        name="gelu_tanh_quantize",
         make=_make_activation,
-        ours=_quantizing(_gelu_ours),
+        ours=_quantizing(gelu_tanh),
         peer=_quantizing_peer(_gelu_peer),
-        outputs=("out",),
         forward=Traffic(("x",), ("out",)),  # 1.5
-        backward=None,
         biases={"x": "bias"},
     ),
-    "swiglu": BlockOperation(
-        make=_variant(_make_activation, halves=2),
-        ours=_swiglu_ours,
+    BlockOperation(
+        name="swiglu",
+        make=functools.partial(_make_activation, halves=2),
+        ours=swiglu,
         peer=_swiglu_peer,
-        outputs=("out",),
         forward=Traffic(("x",), ("out",)),  # 3: x has two halves
         backward=Traffic(("x", "d out"), ("d x",)),  # 5
         biases={"x": "bias"},
     ),
-    "quantize_rows": BlockOperation(
-        make=_make_quantize_rows,
-        ours=_no_grad(lambda x: (quantize_rows(x),)),
-        peer=_quantizing_peer(lambda x: (x,)),
-        outputs=("out",),
+    BlockOperation(
+        name="quantize_rows",
+        make=lambda dimensions, draw: {"x": _image(dimensions, draw)},
+        ours=_no_grad(quantize_rows),
+        peer=_quantizing_peer(lambda x: x),
         forward=Traffic(("x",), ("out",)),  # 1.5
-        backward=None,
-        biases={},
     ),
-}
+)

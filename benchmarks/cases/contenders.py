@@ -1,4 +1,4 @@
-"""Who runs the cycle in benchmarks/cycle.py: this engine in several settings, and its peers on the same algorithm.
+"""Who runs the cycle in cases/cycle.py: this engine in several settings, and its peers on the same algorithm.
 
 A peer's networks are diffusers' own modules; its losses and sampler steps are plain PyTorch (DPDMD_KERNELS=reference). As
 trainers commonly have it: bfloat16 weights with torch's fused AdamW on them, gradient checkpointing of every block.
@@ -54,7 +54,7 @@ class Peer:
                 if isinstance(block, backbone.block_classes):
                     block.compile()
         self._engine, self._callable = None, module
-        lr = getattr(config, f"{role}_optimizer").lr if self.trained else None
+        lr = config.optimizer(role).lr if self.trained else None
         if kind == "tutorial":
             self._engine = self._callable = _deepspeed(module, lr, config, world)
         elif self.trained:
