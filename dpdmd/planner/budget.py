@@ -53,8 +53,6 @@ BESIDE = 0.3
 # Pinned bytes each way; parameters of a process with 16 cores; bytes a second of a machine's disk (assumed).
 PCIE, CPU_ADAMW, NVME = 25e9, 1.15e9, 5e9
 
-# Parameters of the text encoders that published models of a family come with (T5-XXL and CLIP's).
-TEXT_PARAMETERS = {"sd3": 5.58e9, "flux": 4.89e9}
 ALIKE = 0.015  # estimates that differ by less are the same: what is simpler is taken
 
 PARTS = ("weights", "gathered", "gradients", "optimizer", "ema", "activations", "buffers", "reserve")
@@ -355,7 +353,7 @@ class Memory:
         if config.ema is not None and config.ema.device == "same":
             parts["ema"] += 4 * self._at["student"].trained * self._share("student")
         if config.prompts.encoding == "stream" and not config.model.random_init:
-            parts["weights"] += self._at["teacher"].dtype_bytes * TEXT_PARAMETERS[config.model.family]
+            parts["weights"] += self._at["teacher"].dtype_bytes * self._footprints.backbone.family.text_parameters
         parts["buffers"] += WORKSPACE + self._conditions()
         return parts
 
@@ -696,7 +694,7 @@ def _time(work: Work, attention_rate: float) -> float:
 
 def _kind_of_attention(footprints: Footprints) -> int:
     """The head dimension whose rates are taken."""
-    return 64 if footprints.backbone.transformer_config("teacher")["attention_head_dim"] <= 64 else 128
+    return 64 if max(head_dim for head_dim, _ in footprints.backbone.attention_shapes()) <= 64 else 128
 
 
 def _update_bytes(config: Config, fp: Footprint, role: str) -> float:
