@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dpdmd.backbones.family import backbones, find
+from dpdmd.backbones.pipeline import PipelineFolder
+
 if TYPE_CHECKING:
     from dpdmd.backbones.base import Backbone
     from dpdmd.config import ModelConfig
@@ -16,9 +19,6 @@ def load_backbone(config: ModelConfig) -> Backbone:
     The family is config.family; where that is None the one of the pipeline's class, or, under random_init, the one that
     knows the name.
     """
-    from dpdmd.backbones.family import backbones, find
-    from dpdmd.backbones.pipeline import PipelineFolder
-
     if config.family is not None:
         return find(config.family)(config)
     there = backbones().values()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dpdmd.backbones.files import check_file
+from dpdmd.backbones.vae import AUTOENCODER_KL, Vae
 from dpdmd.config import ConfigError
 
 if TYPE_CHECKING:
@@ -23,9 +24,13 @@ if TYPE_CHECKING:
 
     from dpdmd.backbones.base import Backbone
     from dpdmd.backbones.text import Encoder
-    from dpdmd.backbones.vae import Vae
 
 Registered = TypeVar("Registered", bound="type[Backbone]")
+# Of diffusers' joint blocks: the projections of both streams' attention and feed-forwards.
+JOINT_TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("net.0.proj", "net.2"),
+)
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")  # diffusers' usual names
 
 
@@ -52,12 +57,14 @@ class Family:
     transformer: str | type[nn.Module]  # a class of diffusers, by its name, or the class itself
     blocks: tuple[str, ...]  # classes of the transformer blocks, by their names in the transformer's module
     block_lists: tuple[str, ...] = BLOCK_LISTS  # attributes of the transformer that hold blocks, where they are there
-    lora_targets: tuple[str, ...]  # linear layers of the blocks that get adapters by default: endings of their names
+    lora_targets: tuple[str, ...] = (
+        JOINT_TARGETS  # linear layers of the blocks that get adapters by default: endings of their names
+    )
     fused: bool = False  # kernels/fusion has forwards for the blocks
     text: tuple[Encoder, ...]
     longest_text: int = 512  # tokens that the pipeline takes at most
     text_parameters: float = 0.0  # of a published model's text encoders together, for the planner
-    vae: Vae
+    vae: Vae = AUTOENCODER_KL
     guidance: Guidance = Guidance.FROM_UNCOND
     common: tuple[str, ...]  # settings of the transformer that all roles must have alike
     optional: tuple[str, ...] = ()  # settings that may be null, whatever the transformer's class says

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from dpdmd.backbones.base import Backbone, network_dtype
-from dpdmd.backbones.family import Family, register
+from dpdmd.backbones.family import JOINT_TARGETS, Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding
-from dpdmd.backbones.vae import Vae
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import Flow
 
@@ -54,15 +53,10 @@ class Flux(Backbone):
         pipeline="FluxPipeline",
         transformer="FluxTransformer2DModel",
         blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
-        # The projections of both streams' attention and feed-forwards, and those of the single blocks.
-        lora_targets=(
-            *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            *("net.0.proj", "net.2", "proj_mlp", "proj_out"),
-        ),
+        lora_targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
         fused=True,
         text=(Clip("text_encoder", "CLIPTextModel"), T5("text_encoder_2", "T5EncoderModel")),
         text_parameters=4.89e9,
-        vae=Vae(),
         common=("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),
         packing=2,
         known=KNOWN,
@@ -153,11 +147,8 @@ class Flux(Backbone):
                 )
 
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
-        teacher, length = self._architectures["teacher"], self.config.max_sequence_length
-        return {  # CLIP's embedding is the pooled one alone
-            "prompt_embeds": (length, teacher["joint_attention_dim"]),
-            "pooled_prompt_embeds": (teacher["pooled_projection_dim"],),
-        }
+        # CLIP's embedding is the pooled one alone.
+        return sequence_and_pooled(self.config.max_sequence_length, self._architectures["teacher"])
 
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import FluxPipeline

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from dpdmd.backbones.base import Backbone, network_dtype
 from dpdmd.backbones.family import Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding
-from dpdmd.backbones.vae import Vae
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
 from dpdmd.config import ConfigError
 from dpdmd.diffusion import Flow
 
@@ -73,11 +72,6 @@ class SD3(Backbone):
         pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",
         blocks=("JointTransformerBlock",),
-        # The projections of both streams' attention and feed-forwards.
-        lora_targets=(
-            *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-            *("net.0.proj", "net.2"),
-        ),
         fused=True,
         text=(
             Clip("text_encoder", "CLIPTextModelWithProjection"),
@@ -85,7 +79,6 @@ class SD3(Backbone):
             T5("text_encoder_3", "T5EncoderModel", optional=True),
         ),
         text_parameters=5.58e9,
-        vae=Vae(),
         common=("in_channels", "joint_attention_dim", "pooled_projection_dim"),
         optional=("pos_embed_max_size",),
         known=KNOWN,
@@ -153,11 +146,7 @@ class SD3(Backbone):
             raise ConfigError(f"{where} joint_attention_dim = {joint}, but text_encoder_3 is {t5.d_model} wide")
 
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
-        teacher, length = self._architectures["teacher"], clip_length + self.config.max_sequence_length
-        return {
-            "prompt_embeds": (length, teacher["joint_attention_dim"]),
-            "pooled_prompt_embeds": (teacher["pooled_projection_dim"],),
-        }
+        return sequence_and_pooled(clip_length + self.config.max_sequence_length, self._architectures["teacher"])
 
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import StableDiffusion3Pipeline

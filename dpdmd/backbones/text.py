@@ -46,6 +46,7 @@ class Encoder:
     class_name: str
     optional: bool = False
 
+    config_class: ClassVar[str]  # of its settings, in transformers
     sizes: ClassVar[tuple[str, ...]]  # settings that are whole numbers from 1 on
     layers: ClassVar[str]  # the setting that is the number of layers
 
@@ -58,15 +59,17 @@ class Encoder:
         Raises ConfigError."""
         settings = pipeline.read(self.component)
         with pipeline.reading(self.component):
-            made = self._config_class(settings).from_dict(settings)
+            made = self._make_config(settings)
         where = f"{pipeline}: {self.component}/config.json"
         for name in self.sizes:
             check_setting(name, getattr(made, name), int, where)
         check_setting(self.layers, getattr(made, self.layers), _NumLayers, where)
         return made
 
-    def _config_class(self, settings: dict[str, Any]):
-        raise NotImplementedError
+    def _make_config(self, settings: dict[str, Any]):
+        import transformers
+
+        return getattr(transformers, self.config_class).from_dict(settings)
 
     def read(self, pipeline: PipelineFolder, device: torch.device | str, dtype: torch.dtype) -> tuple[Any, nn.Module]:
         """Tokenizer and encoder. Raises ConfigError for files that are damaged or do not fit."""
@@ -86,23 +89,15 @@ class Encoder:
 
 
 class Clip(Encoder):
+    config_class = "CLIPTextConfig"
     sizes = ("hidden_size", "projection_dim", "max_position_embeddings", "vocab_size")
     layers = "num_hidden_layers"
 
-    def _config_class(self, settings: dict[str, Any]):
-        from transformers import CLIPTextConfig
-
-        return CLIPTextConfig
-
 
 class T5(Encoder):
+    config_class = "T5Config"
     sizes = ("d_model", "vocab_size")
     layers = "num_layers"
-
-    def _config_class(self, settings: dict[str, Any]):
-        from transformers import T5Config
-
-        return T5Config
 
 
 class Llm(Encoder):
@@ -111,10 +106,10 @@ class Llm(Encoder):
     sizes = ("hidden_size", "vocab_size")
     layers = "num_hidden_layers"
 
-    def _config_class(self, settings: dict[str, Any]):
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    def _make_config(self, settings: dict[str, Any]):
+        from transformers import AutoConfig
 
-        return CONFIG_MAPPING[settings.get("model_type")]
+        return AutoConfig.for_model(**settings)
 
     def encode(self, parts: dict[str, Any], prompts: list[str], length: int, layer: int = -1) -> tuple[Tensor, Tensor]:
         """(hidden states of a layer (B, length, D), 0 at the padding; mask (B, length)), of parts that `read_parts` read."""
@@ -135,6 +130,14 @@ def read_configs(pipeline: PipelineFolder, encoders: Iterable[Encoder]) -> dict[
         pipeline.require(encoder.component, encoder.class_name)
         pipeline.require(encoder.tokenizer)
     return {encoder.component: encoder.read_config(pipeline) for encoder in encoders}
+
+
+def sequence_and_pooled(length: int, architecture: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """`Backbone.text_shapes` of a transformer that takes a sequence of embeddings and a pooled one."""
+    return {
+        "prompt_embeds": (length, architecture["joint_attention_dim"]),
+        "pooled_prompt_embeds": (architecture["pooled_projection_dim"],),
+    }
 
 
 def clip_length(pipeline: PipelineFolder, clips: list) -> int:

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 
 from dpdmd.backbones.files import check_finite, check_setting, read_shapes, reading, refuse_misfits
-from dpdmd.backbones.pipeline import PipelineFolder
 from dpdmd.config import ConfigError
+
+if typing.TYPE_CHECKING:
+    from dpdmd.backbones.pipeline import PipelineFolder
 
 _POSITIVE = typing.Annotated[pydantic.FiniteFloat, pydantic.Field(gt=0)]
 _SCALE = typing.Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=1)] | pydantic.PositiveInt
@@ -98,6 +100,9 @@ class Vae:
         vae = vae.eval().requires_grad_(False).to(device)
         check_finite(vae, f"{what}'s weights in {folder}")
         return Decoder(vae, self.statistics)
+
+
+AUTOENCODER_KL = Vae()
 
 
 class Decoder:
