@@ -193,7 +193,11 @@ class ModelConfig(_Section):
     critic: Location | None = Field(
         None, description="Pipeline whose transformer the critic starts from (default: teacher)."
     )
-    family: Literal["sd3", "flux"] = Field("sd3", description="Which backbones/ file knows this architecture.")
+    family: Location | None = Field(
+        None,
+        description="Which backbones/ file knows this architecture (default: that of the pipeline's class), or a Python file "
+        "of your own.",
+    )
     random_init: bool = Field(
         False, description="Build the architecture from its configuration alone, with random weights (benchmarks)."
     )
@@ -265,7 +269,11 @@ class DistillConfig(_Section):
     teacher_steps: Size = Field(30, description="T, steps of the teacher's grid.")
     anchor: Size = Field(5, description="K, how many teacher steps make the first-step target; K = T included.")
     diversity_weight: NonNegative = Field(0.05, description="lambda, weight of the first-step loss.")
-    guidance_scale: Guidance = Field(3.5, description="Classifier-free guidance of the teacher; 1 for none.")
+    guidance_scale: Guidance = Field(
+        3.5,
+        description="Classifier-free guidance s of the teacher, u + s (c - u); 1 for none. (The scale of a pipeline that "
+        "adds s (c - u) to c, plus 1.)",
+    )
     critic_updates: Count = Field(5, description="M, critic updates before each student update.")
     normalizer: Literal["teacher", "sample", "none"] = Field(
         "teacher", description="DMD weight a sample: mean|x_t - x_real| (paper), mean|x - x_real| (DMD2), or 1."

@@ -4,8 +4,9 @@ Flow                 z_t = (1 - t) x + t eps,           networks predict the vel
 VariancePreserving   z_t = alpha_t x + sigma_t eps,     networks predict the noise eps                (SDXL, ...)
                      with alpha^2 + sigma^2 = 1
 
-Both have the same methods, so distill.py is written once. Times are float32 and grids fall from noise to data; a grid
-of n steps has n + 1 times, the last being data. All come from the model's own diffusers scheduler, shift included.
+A model family picks one, or brings a `NoiseProcess` of its own; distill.py asks for nothing else. Times are float32 and
+grids fall from noise to data; a grid of n steps has n + 1 times, the last being data. All come from the model's own
+diffusers scheduler, shift included.
 Source: arXiv 2602.03139, with x0 for data and eps for the initial noise.
 """
 
@@ -13,6 +14,10 @@ from __future__ import annotations
 
 import copy
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,11 +30,92 @@ EARLIEST_START, LATEST = 0.999, 1.001  # of a flow's first time: that of noise i
 Grid = str | list[float]  # "scheduler", "uniform", or explicit times without the final data time
 
 
-class Flow:
+class NoiseProcess(ABC):
+    """What the method asks of a noise process, on the model's scheduler.
+
+    prediction: what networks predict. start, end: the times of noise and of data. anchor_needs_teacher: whether the
+    first step's target asks the teacher once more, at the anchor. num_train_timesteps: the number of training times.
+    train_times, renoise_times (num_train_timesteps,) float32: the times that the scheduler trains at, and those that
+    distill.renoise.distribution = scheduler draws from. Samples x, noise and predictions are (B, ...), t (B,) float32.
+    """
+
+    prediction: ClassVar[str]
+    start: float
+    end: float
+    anchor_needs_teacher: ClassVar[bool]
+    num_train_timesteps: int
+    train_times: Tensor
+    renoise_times: Tensor
+
+    @abstractmethod
+    def times(self, num_steps: int) -> Tensor:
+        """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
+
+    @abstractmethod
+    def student_times(self, num_steps: int, grid: Grid) -> Tensor:
+        """The student's grid, (num_steps + 1,) float32. Raises ValueError for a grid that the scheduler cannot walk."""
+
+    @abstractmethod
+    def uniform_time(self, u: Tensor) -> Tensor:
+        """Maps u in [0, 1] linearly to a time."""
+
+    @abstractmethod
+    def timestep(self, t: Tensor) -> Tensor:
+        """What the network takes as its timestep, (B,) float32."""
+
+    @abstractmethod
+    def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """(a, b), each (B,), with x0 = a x_t + b prediction."""
+
+    @abstractmethod
+    def renoise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of the sample x."""
+
+    @abstractmethod
+    def step(self, x, prediction, t, t_next, *, uncond=None, guidance_scale=1.0) -> Tensor:
+        """From t to t_next along the guided prediction, u + guidance_scale (c - u)."""
+
+    @abstractmethod
+    def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
+        """How far the student's prediction at the noise, time `start` (B,), is from what leads to the anchor."""
+
+    @abstractmethod
+    def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
+        """How far the critic's prediction at x, renoised with the noise, is from the one that leads back to x."""
+
+    def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
+        """See kernels.dmd_loss: a flow's velocities suffice under the paper's normaliser, as t cancels."""
+        free_of_t = self.prediction == "velocity" and normalizer == "teacher"
+        return kernels.dmd_loss(
+            x,
+            teacher,
+            critic,
+            teacher_uncond=teacher_uncond,
+            guidance_scale=guidance_scale,
+            x_t=None if free_of_t else x_t,
+            to_x0=None if free_of_t else self.to_x0(t, _arithmetic(x)),
+            normalizer=normalizer,
+        )
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Where the teacher's first steps have led: z (B, ...) at t (B,). teacher, teacher_uncond: its predictions there,
+    where they are needed; teacher None: z is data."""
+
+    z: Tensor
+    t: Tensor
+    teacher: Tensor | None = None
+    teacher_uncond: Tensor | None = None
+    guidance_scale: float = 1.0
+
+
+class Flow(NoiseProcess):
     """Linear path between data (t = 0) and noise (t = 1), networks predict the velocity.
 
     scheduler: a diffusers FlowMatchEulerDiscreteScheduler; it is copied, never changed.
-    mu: what a scheduler that shifts by resolution (use_dynamic_shifting) shifts by; others have no need of it.
+    mu: what a scheduler that shifts by resolution (use_dynamic_shifting) shifts by, or a function of the number of steps
+    to that; others have no need of it.
     even_steps: the pipeline takes n steps as sigmas 1, (n - 1) / n, ..., 1 / n before the shift (FluxPipeline); else
     it takes the steps that the scheduler makes of the number n (StableDiffusion3Pipeline).
     train_times (1000,) float32: the scheduler's training grid, falling, shift included.
@@ -44,28 +130,28 @@ class Flow:
     # The velocity target is made of states alone; the x0 target below asks the teacher once more at the anchor.
     anchor_needs_teacher = False
 
-    def __init__(self, scheduler, *, mu: float | None = None, even_steps: bool = False):
+    def __init__(self, scheduler, *, mu: float | Callable[[int], float] | None = None, even_steps: bool = False):
         self._scheduler = scheduler
-        self._mu = mu
+        self._mu = mu if callable(mu) else lambda num_steps: mu
         self._even_steps = even_steps
         self.num_train_timesteps = scheduler.config.num_train_timesteps
         times = type(scheduler).from_config(scheduler.config).sigmas
         if scheduler.config.use_dynamic_shifting:
             if mu is None:
                 raise ValueError("mu = None: a scheduler with use_dynamic_shifting needs the shift of its resolution")
-            times = scheduler.time_shift(mu, 1.0, times)
+            times = scheduler.time_shift(self._mu(self.num_train_timesteps), 1.0, times)
         self.train_times = times.float()
-        self.renoise_times = self._walked(num_inference_steps=self.num_train_timesteps)[:-1]
+        self.renoise_times = self._walked(self.num_train_timesteps)[:-1]
 
     def times(self, num_steps: int) -> Tensor:
-        """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
         if self._even_steps:
-            return self._walked(sigmas=self.pipeline_sigmas(num_steps, "scheduler"))
-        return self._walked(num_inference_steps=num_steps)
+            return self._walked(num_steps, self.pipeline_sigmas(num_steps, "scheduler"))
+        return self._walked(num_steps)
 
-    def _walked(self, **steps) -> Tensor:
+    def _walked(self, num_steps: int, sigmas: list[float] | None = None) -> Tensor:
         scheduler = copy.deepcopy(self._scheduler)
-        scheduler.set_timesteps(**steps, mu=self._mu)
+        steps = {"num_inference_steps": num_steps} if sigmas is None else {"sigmas": sigmas}
+        scheduler.set_timesteps(**steps, mu=self._mu(num_steps))
         return scheduler.sigmas.float()
 
     def pipeline_sigmas(self, num_steps: int, grid: Grid) -> list[float]:
@@ -78,22 +164,22 @@ class Flow:
         elif grid == "uniform":
             sigmas = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
         else:
-            shift = self._shift
+            shift = self._shift(num_steps)
             sigmas = np.array(grid, dtype=np.float64)
             sigmas = sigmas / (shift - (shift - 1.0) * sigmas)
         return [float(sigma) for sigma in sigmas.astype(np.float32)]
 
-    @property
-    def _shift(self) -> float:
+    def _shift(self, num_steps: int) -> float:
         """s, where the scheduler turns sigma into s sigma / (1 + (s - 1) sigma)."""
         config = self._scheduler.config
         if not config.use_dynamic_shifting:
             return self._scheduler.shift
-        return math.exp(self._mu) if config.time_shift_type == "exponential" else self._mu
+        mu = self._mu(num_steps)
+        return math.exp(mu) if config.time_shift_type == "exponential" else mu
 
     def student_times(self, num_steps: int, grid: Grid) -> Tensor:
-        """The student's grid, (num_steps + 1,) float32, bit for bit what a pipeline makes of `pipeline_sigmas`."""
-        times = self._walked(sigmas=self.pipeline_sigmas(num_steps, grid))
+        """Bit for bit what a pipeline makes of `pipeline_sigmas`."""
+        times = self._walked(num_steps, self.pipeline_sigmas(num_steps, grid))
         if isinstance(grid, list) and not np.allclose(times[:-1], grid, atol=1e-4):
             raise ValueError(
                 f"distill.student_grid = {grid}: the model's scheduler turns it into {times[:-1].tolist()} "
@@ -106,51 +192,31 @@ class Flow:
         return _falling(times, grid)
 
     def uniform_time(self, u: Tensor) -> Tensor:
-        """Maps u in [0, 1] linearly to a time."""
         return u
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network takes as its timestep: t (B,) float32 to (B,) float32 in [0, 1000]."""
+        """In [0, 1000]."""
         return t * self.num_train_timesteps
 
     def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(a, b), each (B,), with x0 = a x_t + b prediction."""
         return torch.ones_like(t, dtype=dtype), -t.to(dtype)
 
     def renoise(self, x: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         return kernels.renoise(x, noise, t)
 
     def step(self, x, prediction, t, t_next, *, uncond=None, guidance_scale=1.0) -> Tensor:
-        """From t to t_next (B,) along the guided prediction; x, prediction, uncond (B, ...)."""
         return kernels.guided_euler_step(x, prediction, t, t_next, v_uncond=uncond, guidance_scale=guidance_scale)
 
-    def first_step_loss(self, prediction, noise, start, z, t, *, teacher=None, teacher_uncond=None, guidance_scale=1.0):
-        """mean |v - (eps - z_K) / (1 - t_K)|^2 (PAPER, step 2).
-
-        prediction (B, ...) is the student's at the noise; z (B, ...) the teacher's state at the anchor time t (B,).
-        """
-        return kernels.v_prediction_loss(prediction, noise, z, t)
-
-    def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
-        """With the paper's normaliser t cancels and velocities suffice; see kernels.dmd_loss."""
-        free_of_t = normalizer == "teacher"
-        return kernels.dmd_loss(
-            x,
-            teacher,
-            critic,
-            teacher_uncond=teacher_uncond,
-            guidance_scale=guidance_scale,
-            x_t=None if free_of_t else x_t,
-            to_x0=None if free_of_t else self.to_x0(t, _arithmetic(x)),
-            normalizer=normalizer,
-        )
+    def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
+        """mean |v - (eps - z_K) / (1 - t_K)|^2 (PAPER, step 2)."""
+        return kernels.v_prediction_loss(prediction, noise, anchor.z, anchor.t)
 
     def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
         """mean |v - (eps - x)|^2."""
         return kernels.flow_matching_loss(prediction, noise, x)
 
 
-class VariancePreserving:
+class VariancePreserving(NoiseProcess):
     """Noise-predicting diffusion with alphabar_t = alpha_t^2 given at 1000 steps.
 
     A time is a (possibly fractional) training step, float32: 999 is noise, 0 the least noisy trained step, -1 is data
@@ -179,13 +245,13 @@ class VariancePreserving:
         self.renoise_times = self.train_times
 
     def times(self, num_steps: int) -> Tensor:
-        """The teacher's grid, (num_steps + 1,) float32: the scheduler's own timesteps and the data time."""
+        """The scheduler's own timesteps and the data time."""
         scheduler = copy.deepcopy(self._scheduler)
         scheduler.set_timesteps(num_steps)
         return self._with_end(scheduler.timesteps)
 
     def student_times(self, num_steps: int, grid: Grid) -> Tensor:
-        """The student's grid, (num_steps + 1,) float32; `uniform` is 999, 749, 499, 249 for four steps."""
+        """`uniform` is 999, 749, 499, 249 for four steps."""
         if grid == "scheduler":
             return self.times(num_steps)
         if grid == "uniform":
@@ -200,11 +266,10 @@ class VariancePreserving:
         return torch.cat([timesteps.float(), torch.tensor([self.end])])
 
     def uniform_time(self, u: Tensor) -> Tensor:
-        """Maps u in [0, 1] linearly to a time."""
         return u * self.start
 
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network takes as its timestep: the time itself."""
+        """The time itself."""
         return t
 
     def _ratio(self, t: Tensor) -> Tensor:
@@ -221,7 +286,7 @@ class VariancePreserving:
         return alpha, ratio * alpha
 
     def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-        """(a, b), each (B,), with x0 = a x_t + b prediction: a = 1 / alpha, b = -sigma / alpha."""
+        """a = 1 / alpha, b = -sigma / alpha."""
         ratio = self._ratio(t)
         return (1 + ratio.square()).sqrt().to(dtype), -ratio.to(dtype)
 
@@ -231,7 +296,7 @@ class VariancePreserving:
         return kernels.renoise(x, noise, (alpha.to(dtype), sigma.to(dtype)))
 
     def step(self, x, prediction, t, t_next, *, uncond=None, guidance_scale=1.0) -> Tensor:
-        """DDIM: an Euler step in (x / alpha, sigma / alpha) along the guided noise; x, prediction, uncond (B, ...)."""
+        """DDIM: an Euler step in (x / alpha, sigma / alpha) along the guided noise."""
         dtype = _arithmetic(x)
         now, following = self._ratio(t), self._ratio(t_next)
         shape = (-1, *([1] * (x.dim() - 1)))
@@ -241,30 +306,17 @@ class VariancePreserving:
         )
         return stepped * (1 + following.square()).rsqrt().to(dtype).view(shape)
 
-    def first_step_loss(self, prediction, noise, start, z, t, *, teacher=None, teacher_uncond=None, guidance_scale=1.0):
+    def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
         """mean |x_student - x_target|^2, both in x0 space (PAPER, noise-predicting models).
 
-        x_student from `prediction` at the noise, time `start` (B,); x_target from the guided `teacher` at z, time t
-        (B,), or z itself (teacher None) where the rollout reached the data.
+        x_target from the guided teacher at the anchor, or z itself where the rollout reached the data.
         """
-        target = z
-        if teacher is not None:
+        target = z = anchor.z
+        if anchor.teacher is not None:
             # A step to the data time is the conversion to x0, guidance included.
-            end = torch.full_like(t, self.end)
-            target = self.step(z, teacher, t, end, uncond=teacher_uncond, guidance_scale=guidance_scale)
+            end, guidance = torch.full_like(anchor.t, self.end), {"guidance_scale": anchor.guidance_scale}
+            target = self.step(z, anchor.teacher, anchor.t, end, uncond=anchor.teacher_uncond, **guidance)
         return kernels.x_prediction_loss(prediction, noise, self.to_x0(start, _arithmetic(noise)), target)
-
-    def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
-        return kernels.dmd_loss(
-            x,
-            teacher,
-            critic,
-            teacher_uncond=teacher_uncond,
-            guidance_scale=guidance_scale,
-            x_t=x_t,
-            to_x0=self.to_x0(t, _arithmetic(x)),
-            normalizer=normalizer,
-        )
 
     def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
         """mean |eps_critic - eps|^2: the x0 form with x0 = prediction."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.config import DistillConfig
-from dpdmd.diffusion import Flow, VariancePreserving
+from dpdmd.diffusion import Anchor, NoiseProcess
 from dpdmd.kernels import Philox
 
 Network = Callable[[Tensor, Tensor, Any], Tensor]
@@ -77,7 +77,7 @@ class Distillation:
     student_times (N + 1,), teacher_times (T + 1,): float32 grids, noise to data, from the model's own scheduler.
     """
 
-    def __init__(self, diffusion: Flow | VariancePreserving, config: DistillConfig, device: torch.device | str = "cpu"):
+    def __init__(self, diffusion: NoiseProcess, config: DistillConfig, device: torch.device | str = "cpu"):
         self.diffusion = diffusion
         self.config = config
         self.student_times = diffusion.student_times(config.student_steps, config.student_grid).to(device)
@@ -112,7 +112,7 @@ class Distillation:
             t, t_next = steps.pop(0)
             anchor = self._anchor(teacher, noise, cond, uncond)
             prediction = student(noise, t, cond)
-            diversity = diffusion.first_step_loss(prediction, noise, t, **anchor)
+            diversity = diffusion.first_step_loss(prediction, noise, t, anchor)
             remaining = config.diversity_weight * diversity
             x = diffusion.step(noise, prediction, t, t_next)
             if config.detach:
@@ -126,7 +126,7 @@ class Distillation:
         dmd, diversity = dmd.detach(), diversity.detach()
         return StudentLoss(remaining, dmd + config.diversity_weight * diversity, dmd, diversity, x.detach())
 
-    def _anchor(self, teacher, noise, cond, uncond) -> dict[str, Any]:
+    def _anchor(self, teacher, noise, cond, uncond) -> Anchor:
         """Where the teacher comes to from noise (B, ...) in K steps, as `first_step_loss` takes it."""
         config, diffusion = self.config, self.diffusion
         scale = config.guidance_scale
@@ -134,11 +134,9 @@ class Distillation:
         t = anchor_times[-1].expand(len(noise))
         with torch.no_grad():
             z = rollout(diffusion, teacher, noise, anchor_times, cond, uncond, scale)
-            anchor = {"z": z, "t": t}
             if diffusion.anchor_needs_teacher and config.anchor < config.teacher_steps:
-                at_anchor, at_anchor_uncond = guided(teacher, z, t, cond, uncond, scale)
-                anchor |= {"teacher": at_anchor, "teacher_uncond": at_anchor_uncond, "guidance_scale": scale}
-        return anchor
+                return Anchor(z, t, *guided(teacher, z, t, cond, uncond, scale), scale)
+        return Anchor(z, t)
 
     def _trained_rollout(self, student, x, steps, cond, draws) -> Tensor:
         """The steps that DMD trains: a graph through all of them, or through one drawn at random.

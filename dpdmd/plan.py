@@ -221,7 +221,9 @@ def _main(argv: list[str] | None) -> int:
     # For GPUs, wherever it is planned: what a file has for the CPU does not count.
     config = load_config(args.config, [*args.settings, "engine.device=cuda"])
     config = with_engine(config, device="auto")
-    planner = Planner(Footprints(architecture_only(config)), args.gpus[0], memory)
+    backbone = architecture_only(config)
+    config = backbone.resolved(config)
+    planner = Planner(Footprints(backbone), args.gpus[0], memory)
     if len(args.gpus) > 1:
         print(scaling_table(config, planner, args.gpus))
         return 0

@@ -16,12 +16,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
+from dpdmd.backbones import load_backbone
+from dpdmd.backbones.family import backbones, find
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import EARLIEST_START, LATEST
@@ -36,12 +38,12 @@ _FORMAT = 1  # of dpdmd.json
 
 
 def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (1, C, H, W) of one picture, float32 on the CPU: the same on every device and process."""
+    """Initial noise (1, *shape) of one picture, float32 on the CPU: the same on every device and process."""
     return Draws(seed, index, "sample", 0).noise((1, *shape))
 
 
 def first_noises(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """`sampling_noise` of the first `count` pictures, (count, C, H, W)."""
+    """`sampling_noise` of the first `count` pictures, (count, *shape)."""
     return torch.cat([sampling_noise(seed, index, shape) for index in range(count)])
 
 
@@ -61,7 +63,7 @@ class Student:
 
     @torch.no_grad()
     def latents(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
-        """Final latents (B, C, H, W) float32 from noise (B, C, H, W), one embedding a row."""
+        """Final latents (B, *latent_shape) float32 from noise of that shape, one embedding a row."""
 
         def network(x, t, cond):
             return self.backbone.predict(self.transformer, x, t, cond, self.dtype)
@@ -70,12 +72,20 @@ class Student:
         return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
 
 
+def _known(family: str) -> str:
+    if family not in backbones():
+        raise ValueError(
+            f"there is no such family; there are {', '.join(sorted(backbones()))} (of one's own: --family)"
+        )
+    return family
+
+
 class _Description(pydantic.BaseModel):
     """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
-    family: Literal["sd3", "flux"]
+    family: Annotated[str, pydantic.AfterValidator(_known)]
     adapter: bool = False
     base: str | None = None
     pipeline: str
@@ -130,12 +140,18 @@ def _refusal(folder: Path, error: pydantic.ValidationError) -> ConfigError:
 
 
 def load_student(
-    folder: str | Path, *, pipeline: str | None = None, device: str = "auto", dtype: str = "auto"
+    folder: str | Path,
+    *,
+    pipeline: str | None = None,
+    family: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
 ) -> Student:
-    """Reads an exported student. Raises ConfigError for a folder that is none or is damaged, and for a pipeline that does
-    not fit it."""
-    from dpdmd.backbones import load_backbone
-
+    """Reads an exported student. family: the Python file of the model family, where it is not one that ships: what a
+    student's folder names is not run. Raises ConfigError for a folder that is none or is damaged, and for a pipeline that
+    does not fit it."""
+    if family is not None:
+        find(family)
     folder = Path(folder)
     description = _read_description(folder)
     own = pipeline in (None, description.pipeline)
@@ -178,7 +194,7 @@ def load_student(
 
 
 def decode(decoder, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) of latents (B, C, h, w), one at a time: a VAE's activations at 1024 x 1024 are gigabytes."""
+    """Pictures (B, 3, H, W) of latents (B, ...), one at a time: a VAE's activations at 1024 x 1024 are gigabytes."""
     return torch.cat([decoder.decode(each[None]) for each in latents])
 
 
@@ -243,6 +259,7 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--student", type=command.path, required=True, help="folder `student` of a finished run")
     parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
     parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")
+    parser.add_argument("--family", type=command.location, help="Python file of a model family of one's own")
     parser.add_argument("--num-images", type=command.count, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=command.seed, default=0)
     parser.add_argument("--output", type=command.new_folder, default="samples", help="folder of the PNG files")
@@ -253,7 +270,9 @@ def _main(argv: list[str] | None) -> None:
     for prompt in args.prompt:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt {prompt!r}: is not UTF-8")
-    student = load_student(args.student, pipeline=args.pipeline, device=args.device, dtype=args.dtype)
+    student = load_student(
+        args.student, pipeline=args.pipeline, family=args.family, device=args.device, dtype=args.dtype
+    )
     args.output.mkdir(parents=True, exist_ok=True)
     embeddings = student.encode(args.prompt)
     decoder = student.backbone.load_decoder(student.device)

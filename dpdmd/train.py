@@ -213,6 +213,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
     command.quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
+    config = backbone.resolved(config)
     check(config, backbone)
     with contextlib.ExitStack() as opened:
         stop = opened.enter_context(Stop())

@@ -109,6 +109,23 @@ def test_a_shift_by_resolution_must_be_told():
     assert torch.equal(flow.times(30), scheduler.sigmas)
 
 
+def test_a_shift_by_the_number_of_steps():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    def mu(num_steps):
+        return 0.5 + 1 / num_steps
+
+    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
+    flow, fixed = Flow(scheduler, mu=mu, even_steps=True), Flow(scheduler, mu=mu(1000), even_steps=True)
+    for num_steps in (4, 30):
+        scheduler.set_timesteps(sigmas=flow.pipeline_sigmas(num_steps, "scheduler"), mu=mu(num_steps))
+        assert torch.equal(flow.times(num_steps), scheduler.sigmas)
+        assert not torch.allclose(flow.times(num_steps), fixed.times(num_steps))
+    times = flow.student_times(3, [1.0, 0.8, 0.3])
+    torch.testing.assert_close(times, torch.tensor([1, 0.8, 0.3, 0]))
+    assert torch.equal(flow.train_times, fixed.train_times) and torch.equal(flow.renoise_times, fixed.renoise_times)
+
+
 def test_the_model_s_scheduler_is_not_changed():
     scheduler = sd3_scheduler()
     before = scheduler.sigmas.clone()

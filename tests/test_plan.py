@@ -70,9 +70,7 @@ class ByHand(Footprints):
     """Three networks alike, of 210 parameters in bfloat16."""
 
     def __init__(self, whole=BY_HAND):
-        self.backbone = SimpleNamespace(
-            text_shapes={"prompt_embeds": (3, 5)}, transformer_config=lambda role: {"attention_head_dim": 64}
-        )
+        self.backbone = SimpleNamespace(text_shapes={"prompt_embeds": (3, 5)}, attention_shapes=lambda: [(64, 7)])
         self._whole = whole
 
     def of(self, config, role, batch):

@@ -16,6 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpdmd.backbones.family import families
+from dpdmd.backbones.flux import KNOWN as FLUX
+from dpdmd.backbones.sd3 import KNOWN as SD3
 from dpdmd.kernels import selective_checkpoint
 from dpdmd.kernels.attention.attention import DenseGradient
 from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, unfuse_transformer
@@ -23,7 +26,7 @@ from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, unfuse_trans
 # The last takes minutes to compile: a run that is cut off has the others.
 VARIANTS = ("eager", "fused", "fused_fp8", "fused_selective", "compiled")
 PEERS = ("eager", "compiled")
-BLOCKS = ("JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
+BLOCKS = tuple(block for family in families() for block in family.blocks)
 COMPILE = {"dynamic": False}
 RECOMPILE_LIMIT = 64  # blocks share code, and each kind of block, batch and mode of gradients is a graph of it
 
@@ -43,38 +46,14 @@ NETWORKS = {
         # stabilityai/stable-diffusion-3.5-medium, 1024 x 1024: 2.24 billion parameters
         "sd35": Network(
             "SD3Transformer2DModel",
-            {
-                "sample_size": 128,
-                "patch_size": 2,
-                "in_channels": 16,
-                "out_channels": 16,
-                "num_layers": 24,
-                "attention_head_dim": 64,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "caption_projection_dim": 1536,
-                "pooled_projection_dim": 2048,
-                "pos_embed_max_size": 384,
-                "dual_attention_layers": tuple(range(13)),
-                "qk_norm": "rms_norm",
-            },
+            SD3["stabilityai/stable-diffusion-3.5-medium"],
             side=128,
             text=333,
         ),
         # FLUX.1 with 4 of its 19 double blocks and 8 of its 38 single ones, 1024 x 1024
         "flux": Network(
             "FluxTransformer2DModel",
-            {
-                "in_channels": 64,
-                "num_layers": 4,
-                "num_single_layers": 8,
-                "attention_head_dim": 128,
-                "num_attention_heads": 24,
-                "joint_attention_dim": 4096,
-                "pooled_projection_dim": 768,
-                "guidance_embeds": True,
-                "axes_dims_rope": (16, 56, 56),
-            },
+            {**FLUX["black-forest-labs/FLUX.1-dev"], "num_layers": 4, "num_single_layers": 8},
             side=128,
             text=512,
         ),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from dpdmd.backbones.family import backbones, find
+from dpdmd.backbones.pipeline import PipelineFolder
 
 if TYPE_CHECKING:
     from dpdmd.backbones.base import Backbone
@@ -10,13 +14,18 @@ if TYPE_CHECKING:
 
 
 def load_backbone(config: ModelConfig) -> Backbone:
-    """Reads and checks the configuration files of config.pipeline; no weights yet. Raises ConfigError."""
-    if config.family == "sd3":
-        from dpdmd.backbones.sd3 import SD3
+    """Reads and checks the configuration files of config.pipeline; no weights yet. Raises ConfigError.
 
-        return SD3(config)
-    if config.family == "flux":
-        from dpdmd.backbones.flux import Flux
-
-        return Flux(config)
-    raise AssertionError(f"model.family = {config.family!r} has no backbone")
+    The family is config.family; where that is None the one of the pipeline's class, or, under random_init, the one that
+    knows the name.
+    """
+    if config.family is not None:
+        return find(config.family)(config)
+    there = backbones().values()
+    if config.random_init and not Path(config.pipeline).is_dir():
+        for backbone in there:
+            if config.pipeline in backbone.family.known:
+                return backbone(config)
+    families = [backbone.family for backbone in there]
+    pipeline = PipelineFolder("model.pipeline", config.pipeline, families, config.revision)
+    return find(pipeline.family.name)(config, pipeline)

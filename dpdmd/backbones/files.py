@@ -7,10 +7,13 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import typing
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +23,8 @@ from dpdmd.files import is_finite, open_file
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.
 VARIANTS = ("fp32", "bf16", "fp16")
+
+MOST_LAYERS = 1024  # of a network; more cannot be meant, and would be built without end
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -74,6 +79,18 @@ def read_json(path: Path, what: str) -> dict:
     if not isinstance(values, dict):
         raise ConfigError(f"{what}: {path} holds a {type(values).__name__} where an object is needed")
     return values
+
+
+def check_setting(name: str, value: Any, kind: Any, what: str) -> None:
+    """Raises ConfigError, which begins with `what`, unless a value from a JSON file is of a kind (a type or a union of
+    types); a whole number has to be 1 or more."""
+    if kind is int:
+        kind = typing.Annotated[int, pydantic.Field(ge=1)]
+    try:
+        pydantic.TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except pydantic.ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise ConfigError(f"{what} has {name} = {value!r}; {message[:1].lower()}{message[1:]}") from error
 
 
 @dataclass(frozen=True)

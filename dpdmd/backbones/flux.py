@@ -11,10 +11,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dpdmd.backbones.base import Backbone, EncodePrompt, network_dtype, read_scheduler
+from dpdmd.backbones.base import Backbone, network_dtype
+from dpdmd.backbones.family import JOINT_TARGETS, Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import Flow
 
@@ -40,35 +42,37 @@ KNOWN: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": _architecture(guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _architecture(guidance_embeds=False),
 }
-_KNOWN_SCHEDULERS: dict[str, dict[str, Any]] = {
-    "black-forest-labs/FLUX.1-dev": {"shift": 3.0, "use_dynamic_shifting": True},
-    "black-forest-labs/FLUX.1-schnell": {"shift": 1.0, "use_dynamic_shifting": False},
-}
 
 
+@register
 class Flux(Backbone):
     """Backbone of FluxPipeline folders, guidance-distilled (the guidance value is config.embedded_guidance) or not."""
 
-    family = "flux"
-    transformer_class = "FluxTransformer2DModel"
-    known = KNOWN
-    common = ("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds")
-    packing = 2
+    family = Family(
+        name="flux",
+        pipeline="FluxPipeline",
+        transformer="FluxTransformer2DModel",
+        blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
+        lora_targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
+        fused=True,
+        text=(Clip("text_encoder", "CLIPTextModel"), T5("text_encoder_2", "T5EncoderModel")),
+        text_parameters=4.89e9,
+        common=("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),
+        packing=2,
+        known=KNOWN,
+        schedulers={
+            "black-forest-labs/FLUX.1-dev": {"shift": 3.0, "use_dynamic_shifting": True},
+            "black-forest-labs/FLUX.1-schnell": {"shift": 1.0, "use_dynamic_shifting": False},
+        },
+    )
 
-    def __init__(self, config: ModelConfig):
-        super().__init__(config)
-        self._takes_guidance = self._architectures["teacher"]["guidance_embeds"]
+    def __init__(self, config: ModelConfig, teacher: PipelineFolder | None = None):
+        super().__init__(config, teacher)
         self._places: dict[tuple, tuple[Tensor, Tensor]] = {}
 
     @property
-    def block_classes(self) -> tuple[type[nn.Module], ...]:
-        from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-
-        return (FluxTransformerBlock, FluxSingleTransformerBlock)
-
-    @property
-    def pipeline_guidance_scale(self) -> float:
-        return self.config.embedded_guidance if self._takes_guidance else 1.0
+    def takes_guidance(self) -> bool:
+        return self._architectures["teacher"]["guidance_embeds"]
 
     def predict(
         self, transformer, x: Tensor, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype | None = None
@@ -77,7 +81,7 @@ class Flux(Backbone):
         height, width = x.shape[-2:]
         image_ids, text_ids = self._ids(height // 2, width // 2, cond["prompt_embeds"].shape[1], x.device)
         guidance = None
-        if self._takes_guidance:
+        if self.takes_guidance:
             guidance = torch.full((1,), self.config.embedded_guidance, dtype=torch.float32, device=x.device).expand(
                 len(x)
             )
@@ -117,10 +121,6 @@ class Flux(Backbone):
             self._places[key] = image_ids, torch.zeros(length, 3, device=device)
         return self._places[key]
 
-    @property
-    def _text_encoders(self) -> dict[str, str]:
-        return {"text_encoder": "CLIPTextModel", "text_encoder_2": "T5EncoderModel"}
-
     def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
         architecture = super()._read_architecture(settings, what)
         if architecture["patch_size"] != 1:
@@ -135,40 +135,37 @@ class Flux(Backbone):
             )
         return architecture
 
-    def _check_widths(self, pipeline: PipelineFolder, clips: list, t5) -> None:
+    def _check_widths(self, pipeline: PipelineFolder, encoders: dict[str, Any]) -> None:
         teacher = self._architectures["teacher"]
         for name, encoder, width in (
-            ("pooled_projection_dim", "text_encoder", clips[0].hidden_size),
-            ("joint_attention_dim", "text_encoder_2", t5.d_model),
+            ("pooled_projection_dim", "text_encoder", encoders["text_encoder"].hidden_size),
+            ("joint_attention_dim", "text_encoder_2", encoders["text_encoder_2"].d_model),
         ):
             if teacher[name] != width:
                 raise ConfigError(
                     f"{pipeline}: transformer/config.json has {name} = {teacher[name]}, but {encoder} is {width} wide"
                 )
 
-    def _text_length(self, clip_length: int) -> int:
-        return self.config.max_sequence_length  # CLIP's embedding is the pooled one alone
+    def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
+        # CLIP's embedding is the pooled one alone.
+        return sequence_and_pooled(self.config.max_sequence_length, self._architectures["teacher"])
 
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import FluxPipeline
 
         pipeline = FluxPipeline(transformer=None, vae=None, scheduler=None, **parts)
 
-        def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
-            return pipeline.encode_prompt(prompts, device=device, max_sequence_length=self.config.max_sequence_length)[
-                :2
-            ]
+        def encode(prompts: list[str]) -> Encoding:
+            prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(
+                prompts, device=device, max_sequence_length=self.config.max_sequence_length
+            )
+            return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
         return encode
 
-    def _flow(self, pipeline: PipelineFolder | None) -> Flow:
-        from diffusers import FlowMatchEulerDiscreteScheduler
+    def _process(self, scheduler, where: str) -> Flow:
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
-        if pipeline is None:
-            scheduler = FlowMatchEulerDiscreteScheduler(**_KNOWN_SCHEDULERS[self.config.pipeline])
-        else:
-            scheduler = read_scheduler(pipeline)
         settings = scheduler.config
         _, height, width = self.latent_shape
         mu = calculate_shift(

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from dpdmd.backbones.family import Family, families
 from dpdmd.backbones.files import (
     PICKLED,
     VARIANTS,
@@ -24,9 +26,6 @@ from dpdmd.backbones.files import (
 from dpdmd.config import ConfigError
 from dpdmd.files import open_file
 
-# By model.family.
-PIPELINE_CLASSES = {"sd3": "StableDiffusion3Pipeline", "flux": "FluxPipeline"}
-
 WORLDS = Path(__file__).parents[1] / "worlds"  # each a teacher, which its folder's name stands for
 
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
@@ -36,17 +35,19 @@ _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
 
 class PipelineFolder:
-    """The folder of a diffusers pipeline of one class.
+    """The folder of a diffusers pipeline of a family.
 
-    key: the setting that named it, for messages. name: a folder, a hub id, or a world that ships ("demo"). revision: of a hub id.
-    path: the folder; of a hub id the local snapshot, which holds the configuration and such weights as were fetched.
+    key: the setting that named it, for messages. name: a folder, a hub id, or a world that ships ("demo"). expected: the
+    families of which it may be. revision: of a hub id. family: the one that it is of. path: the folder; of a hub id the
+    local snapshot, which holds the configuration and such weights as were fetched.
 
     Raises ConfigError where there is no such folder or repository, and where it is no pipeline or one of another class.
     """
 
-    def __init__(self, key: str, name: str, pipeline_class: str, revision: str | None = None):
+    def __init__(self, key: str, name: str, expected: Sequence[Family], revision: str | None = None):
         self.key, self.name = key, name
         self._is_remote = False
+        needed = " or ".join(family.pipeline for family in expected)
         if name.isidentifier() and (WORLDS / name / "teacher").is_dir():
             self.path = WORLDS / name / "teacher"
         elif name and os.path.isdir(name):  # of any string: Path.is_dir raises for one that is too long
@@ -55,8 +56,14 @@ class PipelineFolder:
             self._is_remote = True
             self.path = self._fetch(_CONFIGURATION, revision, _COPIES)
         else:
-            raise ConfigError(f"{self}: {_no_pipeline(name, pipeline_class)}")
-        self._index = self._read_index(pipeline_class)
+            raise ConfigError(f"{self}: {_no_pipeline(name, needed)}")
+        self._index = self._read_index()
+        found = self._index.get("_class_name")
+        known = {family.pipeline: family for family in families()}
+        if found not in [family.pipeline for family in expected]:
+            hint = f"; it takes model.family={known[found].name}" if isinstance(found, str) and found in known else ""
+            raise ConfigError(f"{self}: is a {found}; a {needed} is needed (model.family){hint}")
+        self.family = known[found]
 
     def component_class(self, component: str) -> str | None:
         """Class name of a component as model_index.json has it; None where the pipeline has none."""
@@ -154,16 +161,10 @@ class PipelineFolder:
                 f"set {self.key} to its path"
             ) from error
 
-    def _read_index(self, pipeline_class: str) -> dict:
+    def _read_index(self) -> dict:
         if not (self.path / "model_index.json").exists():
             raise ConfigError(f"{self}: {_describe(self.path)}; a diffusers pipeline folder has a model_index.json")
-        index = read_json(self.path / "model_index.json", str(self))
-        found = index.get("_class_name")
-        if found != pipeline_class:
-            families = [family for family, its_class in PIPELINE_CLASSES.items() if its_class == found]
-            hint = f"; it takes model.family={families[0]}" if families else ""
-            raise ConfigError(f"{self}: is a {found}; a {pipeline_class} is needed (model.family){hint}")
-        return index
+        return read_json(self.path / "model_index.json", str(self))
 
 
 def _stem(component: str) -> str:

@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpdmd.backbones.base import Backbone, EncodePrompt, network_dtype, read_scheduler
+from dpdmd.backbones.base import Backbone, network_dtype
+from dpdmd.backbones.family import Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
 from dpdmd.config import ConfigError
 from dpdmd.diffusion import Flow
 
@@ -59,23 +61,29 @@ KNOWN: dict[str, dict[str, Any]] = {
         qk_norm=None,
     ),
 }
-_KNOWN_SHIFT = 3.0
 
 
+@register
 class SD3(Backbone):
     """Backbone of StableDiffusion3Pipeline folders, with T5 or without."""
 
-    family = "sd3"
-    transformer_class = "SD3Transformer2DModel"
-    known = KNOWN
-    common = ("in_channels", "joint_attention_dim", "pooled_projection_dim")
-    optional = ("pos_embed_max_size",)
-
-    @property
-    def block_classes(self) -> tuple[type[nn.Module], ...]:
-        from diffusers.models.attention import JointTransformerBlock
-
-        return (JointTransformerBlock,)
+    family = Family(
+        name="sd3",
+        pipeline="StableDiffusion3Pipeline",
+        transformer="SD3Transformer2DModel",
+        blocks=("JointTransformerBlock",),
+        fused=True,
+        text=(
+            Clip("text_encoder", "CLIPTextModelWithProjection"),
+            Clip("text_encoder_2", "CLIPTextModelWithProjection"),
+            T5("text_encoder_3", "T5EncoderModel", optional=True),
+        ),
+        text_parameters=5.58e9,
+        common=("in_channels", "joint_attention_dim", "pooled_projection_dim"),
+        optional=("pos_embed_max_size",),
+        known=KNOWN,
+        schedulers={name: {"shift": 3.0} for name in KNOWN},
+    )
 
     def predict(
         self, transformer, x: Tensor, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype | None = None
@@ -103,12 +111,6 @@ class SD3(Backbone):
                 shapes.add((head_dim, image))
         return sorted(shapes)
 
-    @property
-    def _text_encoders(self) -> dict[str, str]:
-        encoders = dict.fromkeys(("text_encoder", "text_encoder_2"), "CLIPTextModelWithProjection")
-        third = self._pipelines["teacher"].component_class("text_encoder_3")
-        return {**encoders, "text_encoder_3": "T5EncoderModel"} if third else encoders
-
     def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
         return super()._read_architecture(
             settings | {"dual_attention_layers": settings.get("dual_attention_layers") or ()}, what
@@ -125,9 +127,10 @@ class SD3(Backbone):
                     f"positions for {largest} pixels a side at most (pos_embed_max_size = {positions})"
                 )
 
-    def _check_widths(self, pipeline: PipelineFolder, clips: list, t5) -> None:
+    def _check_widths(self, pipeline: PipelineFolder, encoders: dict[str, Any]) -> None:
         teacher = self._architectures["teacher"]
         joint, pooled = teacher["joint_attention_dim"], teacher["pooled_projection_dim"]
+        clips, t5 = [encoders["text_encoder"], encoders["text_encoder_2"]], encoders.get("text_encoder_3")
         projected, width = sum(clip.projection_dim for clip in clips), sum(clip.hidden_size for clip in clips)
         where = f"{pipeline}: transformer/config.json has"
         if projected != pooled:
@@ -142,8 +145,8 @@ class SD3(Backbone):
         if t5 is not None and t5.d_model != joint:
             raise ConfigError(f"{where} joint_attention_dim = {joint}, but text_encoder_3 is {t5.d_model} wide")
 
-    def _text_length(self, clip_length: int) -> int:
-        return clip_length + self.config.max_sequence_length
+    def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
+        return sequence_and_pooled(clip_length + self.config.max_sequence_length, self._architectures["teacher"])
 
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import StableDiffusion3Pipeline
@@ -154,7 +157,7 @@ class SD3(Backbone):
         joint_attention_dim = self._architectures["teacher"]["joint_attention_dim"]
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
 
-        def encode(prompts: list[str]) -> tuple[Tensor, Tensor]:
+        def encode(prompts: list[str]) -> Encoding:
             prompt_embeds, _, pooled_prompt_embeds, _ = pipeline.encode_prompt(
                 prompts,
                 None,
@@ -163,19 +166,14 @@ class SD3(Backbone):
                 do_classifier_free_guidance=False,
                 max_sequence_length=self.config.max_sequence_length,
             )
-            return prompt_embeds, pooled_prompt_embeds
+            return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
         return encode
 
-    def _flow(self, pipeline: PipelineFolder | None) -> Flow:
-        from diffusers import FlowMatchEulerDiscreteScheduler
-
-        if pipeline is None:
-            return Flow(FlowMatchEulerDiscreteScheduler(shift=_KNOWN_SHIFT))
-        scheduler = read_scheduler(pipeline)
+    def _process(self, scheduler, where: str) -> Flow:
         if scheduler.config.use_dynamic_shifting:
             raise ConfigError(
-                f"{pipeline}: its scheduler shifts by resolution (use_dynamic_shifting), which has no fixed grid"
+                f"{where}: its scheduler shifts by resolution (use_dynamic_shifting), which has no fixed grid"
             )
         return Flow(scheduler)
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dpdmd.backbones.family import BLOCK_LISTS, families, family_of
 from dpdmd.backbones.files import check_file, check_finite, check_fit, reading
 from dpdmd.config import ConfigError
 from dpdmd.files import save_tensors
@@ -30,15 +31,6 @@ TEACHER = "teacher"
 WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the names here are diffusers'
 _METADATA_KEY = "lora_adapter_metadata"
 _PREFIX = "transformer."
-_BLOCKS = ("transformer_blocks", "single_transformer_blocks")
-
-_ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
-_FEED_FORWARD = ("net.0.proj", "net.2")
-# Of each class of transformer: the projections of both streams' attention and feed-forwards.
-DEFAULT_TARGETS = {
-    "SD3Transformer2DModel": (*_ATTENTION, *_FEED_FORWARD),
-    "FluxTransformer2DModel": (*_ATTENTION, *_FEED_FORWARD, "proj_mlp", "proj_out"),
-}
 
 
 @dataclass
@@ -64,7 +56,7 @@ def add_adapters(
         on any device. Its own parameters are frozen, those of all adapters require gradients, whatever the role.
     rank, alpha: what an adapter adds is scaled by alpha / rank.
     targets: endings of the names of linear layers in the transformer's blocks, such as "to_q" or "ff.net.2". None for
-        the class's DEFAULT_TARGETS.
+        those of the model family.
     seed: of A, uniform between +- 1 / sqrt(K) as nn.Linear's, drawn on the CPU: the same in every process and on every
         device. B is 0, so that all roles begin as the teacher.
 
@@ -120,16 +112,18 @@ def largest_rank(transformer: nn.Module, targets: Iterable[str] | None = None) -
 def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:
     """A regular expression of the full names of the targeted layers."""
     name = type(transformer).__name__
+    family = family_of(name)
+    lists = BLOCK_LISTS if family is None else family.block_lists
     if targets is None:
-        if name not in DEFAULT_TARGETS:
-            known = " and ".join(DEFAULT_TARGETS)
+        if family is None:
+            known = " and ".join(each.transformer_name for each in families())
             raise ConfigError(f"targets: none is known for a {name}, only for {known}; name the layers to adapt")
-        targets = DEFAULT_TARGETS[name]
+        targets = family.lora_targets
     targets = tuple(targets)
     linear = {
         path.split(".", 2)[2]
         for path, module in transformer.named_modules()
-        if path.startswith(tuple(f"{blocks}." for blocks in _BLOCKS)) and isinstance(module, nn.Linear)
+        if path.startswith(tuple(f"{blocks}." for blocks in lists)) and isinstance(module, nn.Linear)
     }
     endings = {".".join(path.split(".")[start:]) for path in linear for start in range(path.count(".") + 1)}
     if not targets:
@@ -140,7 +134,7 @@ def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:
             raise ConfigError(
                 f"target {target!r} is no linear layer in the blocks of a {name}; the nearest are {', '.join(nearest)}"
             )
-    return rf"({'|'.join(_BLOCKS)})\.\d+\.(.+\.)?({'|'.join(map(re.escape, targets))})"
+    return rf"({'|'.join(lists)})\.\d+\.(.+\.)?({'|'.join(map(re.escape, targets))})"
 
 
 def _draw(layer: nn.Module, role: str, generator: torch.Generator) -> None:

@@ -37,9 +37,6 @@ WORKSPACE = 0.1 * GIB  # cuBLAS's, latents and losses
 # a bucket of this size from the start, however small the network.
 DEEPSPEED_BUCKET = 5e8
 
-# Parameters of the text encoders that published models of a family come with (T5-XXL and CLIP's).
-TEXT_PARAMETERS = {"sd3": 5.58e9, "flux": 4.89e9}
-
 PARTS = ("weights", "gathered", "gradients", "optimizer", "ema", "activations", "buffers", "reserve")
 
 
@@ -94,7 +91,7 @@ class Memory:
         if config.ema is not None and config.ema.device == "same":
             parts["ema"] += 4 * self._at["student"].trained * self._share("student")
         if config.prompts.encoding == "stream" and not config.model.random_init:
-            parts["weights"] += self._at["teacher"].dtype_bytes * TEXT_PARAMETERS[config.model.family]
+            parts["weights"] += self._at["teacher"].dtype_bytes * self._footprints.backbone.family.text_parameters
         parts["buffers"] += WORKSPACE + self._conditions()
         return parts
 

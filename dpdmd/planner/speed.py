@@ -154,7 +154,7 @@ def _time(work: Work, attention_rate: float) -> float:
 
 def _kind_of_attention(footprints: Footprints) -> int:
     """The head dimension whose rates are taken."""
-    return 64 if footprints.backbone.transformer_config("teacher")["attention_head_dim"] <= 64 else 128
+    return 64 if max(head_dim for head_dim, _ in footprints.backbone.attention_shapes()) <= 64 else 128
 
 
 def _update_bytes(config: Config, fp: Footprint, role: str) -> float:

@@ -740,7 +740,7 @@ def export_student(
         description = {
             "format": 1,
             "iterations": config.run.iterations,
-            "family": config.model.family,
+            "family": backbone.family.name,
             "adapter": config.lora is not None,
             "base": backbone.teacher_fingerprint().get("transformer") if config.lora is not None else None,
             "pipeline": pipeline,

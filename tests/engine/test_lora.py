@@ -273,7 +273,7 @@ def test_what_cannot_be_added(settings, message):
 
 
 def test_other_models_and_adapters_twice():
-    with pytest.raises(ConfigError, match="none is known for a Linear, only for SD3Transformer2DModel and Flux"):
+    with pytest.raises(ConfigError, match="none is known for a Linear, only for FluxTransformer2DModel and SD3"):
         add_adapters(nn.Linear(2, 2), rank=1, alpha=1, seed=0)
     with pytest.raises(ConfigError, match="has adapters already: student, critic"):
         add_adapters(adapted(sd3), rank=1, alpha=1, seed=0)
