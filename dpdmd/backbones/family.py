@@ -57,9 +57,7 @@ class Family:
     transformer: str | type[nn.Module]  # a class of diffusers, by its name, or the class itself
     blocks: tuple[str, ...]  # classes of the transformer blocks, by their names in the transformer's module
     block_lists: tuple[str, ...] = BLOCK_LISTS  # attributes of the transformer that hold blocks, where they are there
-    lora_targets: tuple[str, ...] = (
-        JOINT_TARGETS  # linear layers of the blocks that get adapters by default: endings of their names
-    )
+    lora_targets: tuple[str, ...] = JOINT_TARGETS  # endings of names: linear layers of the blocks with adapters
     fused: bool = False  # kernels/fusion has forwards for the blocks
     text: tuple[Encoder, ...]
     longest_text: int = 512  # tokens that the pipeline takes at most
@@ -143,6 +141,7 @@ def _from_file(path: Path) -> type[Backbone]:
     check_file(path, "model.family")
     before = set(backbones())
     spec = importlib.util.spec_from_file_location(f"dpdmd_family_{path.stem}", path)
+    assert spec is not None and spec.loader is not None, path  # it ends in .py
     sys.modules[spec.name] = module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     added = [name for name in _REGISTERED if name not in before]

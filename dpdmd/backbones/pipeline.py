@@ -48,9 +48,10 @@ class PipelineFolder:
         self.key, self.name = key, name
         self._is_remote = False
         needed = " or ".join(family.pipeline for family in expected)
-        if name.isidentifier() and (WORLDS / name / "teacher").is_dir():
+        # os.path.isdir takes any string, where Path.is_dir raises for one that is too long.
+        if name.isidentifier() and os.path.isdir(WORLDS / name / "teacher"):
             self.path = WORLDS / name / "teacher"
-        elif name and os.path.isdir(name):  # of any string: Path.is_dir raises for one that is too long
+        elif name and os.path.isdir(name):
             self.path = Path(name)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not _is_file_name(name):
             self._is_remote = True
