@@ -30,7 +30,7 @@ import gpu_time
 import torch
 from contenders import CONTENDERS, Peer
 
-from dpdmd import train
+from dpdmd import trainer as train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
 from dpdmd.engine.residency import Traffic

@@ -14,7 +14,7 @@ import torch
 from fuse_zero3 import Backbone, distance, inputs, make
 from gradients import full_gradient, report
 
-from dpdmd.config import parse_config
+from dpdmd.config import ROLES, parse_config
 from dpdmd.engine import roles as engine
 from dpdmd.engine.lora import adapter_parameters, load_adapter, save_adapter, use
 
@@ -58,7 +58,7 @@ def run(world, kind, residency, checkpointing, folder):
     for block in stock.modules():
         block.__dict__.pop("forward", None)  # the class's own, neither fused nor checkpointed
     phases = engine.Phases()
-    networks = {role: engine.Network(role, base, Backbone, config, world, phases) for role in engine.ROLES}
+    networks = {role: engine.Network(role, base, Backbone, config, world, phases) for role in ROLES}
     base.shard(config, world)
 
     def plain(role):
@@ -122,7 +122,6 @@ def run(world, kind, residency, checkpointing, folder):
 
 def main():
     engine.FUSED_ON, engine.why_not = ("cpu",), lambda *device: ""  # the fused operations' reference
-    engine.ROLES = ("teacher", "student", "critic")
     world = engine.start(parse_config({"prompts": {"file": "unused"}, "engine": {"device": "cpu"}}).engine)
     folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--")))
     cases = {
