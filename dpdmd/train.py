@@ -12,6 +12,7 @@ from dpdmd import command  # isort: skip  first: the others take seconds, in whi
 import argparse
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from dpdmd.backbones import load_backbone
@@ -80,29 +81,35 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
             networks = trainer.networks.values()
             print("\n".join([*(network.describe() for network in networks), plan.summary()]), flush=True)
         with stop.deferred(), contextlib.closing(Progress(config, first, world)) as progress:
-            loop(trainer, checkpoints, journal, progress, path, first, stop)
-        finish(trainer, checkpoints, journal, progress, path, first, plan)
+            run = Run(trainer, checkpoints, journal, progress, path, first)
+            loop(run, stop)
+        finish(run, plan)
 
 
-def loop(
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    journal: Journal | None,
-    progress: Progress,
-    folder: Path,
-    first: int,
-    stop: Stop,
-) -> None:
-    """Updates number `first` (from 0) to the last, each logged, sampled and saved when that is due."""
-    config, run = trainer.config, trainer.config.run
+@dataclass(frozen=True)
+class Run:
+    """Who takes part from the first update on. journal: of the main process alone. first: the update that comes next, from 0."""
+
+    trainer: Trainer
+    checkpoints: Checkpoints
+    journal: Journal | None
+    progress: Progress
+    folder: Path
+    first: int
+
+
+def loop(run: Run, stop: Stop) -> None:
+    """All updates that are left, each logged, sampled, measured and saved when that is due."""
+    trainer, checkpoints, journal, progress = run.trainer, run.checkpoints, run.journal, run.progress
+    config, settings = trainer.config, trainer.config.run
     checkpoint_due = False
-    for iteration in range(first, run.iterations):
+    for iteration in range(run.first, settings.iterations):
         role = role_of(iteration, config.distill.critic_updates)
         update = trainer.update(role, iteration)
         done = iteration + 1
-        checkpoint_due |= due(done, run.checkpoint_every) and done < run.iterations
-        logged = iteration % run.log_every == 0
-        if logged or checkpoint_due or done == run.iterations:
+        checkpoint_due |= due(done, settings.checkpoint_every) and done < settings.iterations
+        logged = iteration % settings.log_every == 0
+        if logged or checkpoint_due or done == settings.iterations:
             trainer.settle()
         progress.advance(role)
         if logged:
@@ -118,13 +125,13 @@ def loop(
         if trainer.stop_requested:
             saved = checkpoints.save(done, trainer.networks, trainer.state(), last=True)
             raise RunEnded(
-                f"{stop.reason}: ended after {done} of {run.iterations} updates, which {saved} holds; the same command "
+                f"{stop.reason}: ended after {done} of {settings.iterations} updates, which {saved} holds; the same command "
                 "with --resume goes on from there",
                 agreed=True,
             )
         student_updates = done // (config.distill.critic_updates + 1)
-        if role == "student" and due(student_updates, run.sample_every):
-            draw_samples(trainer, folder / "samples" / f"step_{done:06d}.png")
+        if role == "student" and due(student_updates, settings.sample_every):
+            draw_samples(trainer, run.folder / "samples" / f"step_{done:06d}.png")
         if role == "student" and trainer.evaluation and due(student_updates, config.evaluation.every):
             measurements = measure_student(trainer)
             if journal:
@@ -132,12 +139,12 @@ def loop(
         if checkpoint_due and not any(trainer.skipped_in_a_row.values()):
             checkpoints.save(done, trainer.networks, trainer.state())
             checkpoint_due = False
-    if first < run.iterations:
-        saved = checkpoints.save(run.iterations, trainer.networks, trainer.state(), last=True)
+    if run.first < settings.iterations:
+        saved = checkpoints.save(settings.iterations, trainer.networks, trainer.state(), last=True)
         if any(trainer.world.gather(stop.requested)):
             raise RunEnded(
-                f"{stop.reason}: ended after all {run.iterations} updates, which {saved} holds; the same command with --resume "
-                "exports the student",
+                f"{stop.reason}: ended after all {settings.iterations} updates, which {saved} holds; the same command with "
+                "--resume exports the student",
                 agreed=True,
             )
 
@@ -146,51 +153,31 @@ def due(count: int, every: int) -> bool:
     return every > 0 and count % every == 0
 
 
-def finish(
-    trainer: Trainer,
-    checkpoints: Checkpoints,
-    journal: Journal | None,
-    progress: Progress,
-    folder: Path,
-    first: int,
-    plan: Plan,
-) -> None:
+def finish(run: Run, plan: Plan) -> None:
     """After the last update: the student is exported, measured and described."""
-    config, world = trainer.config, trainer.world
+    trainer, student = run.trainer, run.folder / "student"
+    config, main = trainer.config, trainer.world.main
     check_export(trainer)
-    export_student(
-        folder / "student", trainer.networks["student"], trainer.backbone, trainer.distillation, config, world
-    )
-    state = trainer.state()
-    student = digests(folder / "student") if journal else {}
+    export_student(student, trainer.networks["student"], trainer.backbone, trainer.distillation, config, trainer.world)
     summary = {
         "iterations": config.run.iterations,
-        "student": student,
-        "updates": state["updates"],
-        "skipped": state["skipped"],
+        "student": digests(student) if main else {},
+        **trainer.summary(config.run.iterations - run.first),
+        **run.progress.summary(plan.peak),
+        **run.checkpoints.summary(),
     }
-    summary |= progress.summary(plan.peak)
-    if checkpoints.pauses:
-        summary["checkpoint_pause_seconds"] = checkpoints.pauses
-        summary["checkpoint_write_seconds"] = checkpoints.write_seconds
-    if trainer.num_skipped:
-        prompts = sorted(trainer.skipped_prompts().items())
-        summary["skipped_prompts"] = {str(iteration + 1): texts for iteration, texts in prompts}
-        if world.main:
-            print(trainer.describe_skipped())
-    if received := trainer.received_bytes():
-        cycles = (config.run.iterations - first) / (config.distill.critic_updates + 1)
-        summary["received_bytes_a_cycle"] = received / max(cycles, 1)
-        if world.main:
-            print(f"communication: each process received {summary['received_bytes_a_cycle'] / 1e9:.3g} GB a cycle")
+    if main and trainer.num_skipped:
+        print(trainer.describe_skipped())
+    if main and (received := summary.get("received_bytes_a_cycle")):
+        print(f"communication: each process received {received / 1e9:.3g} GB a cycle")
     if trainer.evaluation:
-        summary["evaluation"] = report(trainer, folder)
-    if journal:
-        journal.finish(summary)
+        summary["evaluation"] = report(trainer, run.folder)
+    if run.journal:
+        run.journal.finish(summary)
         if "peak_memory_gib" in summary:
             predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
             print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
-        print(f"student: {folder / 'student'}  (python -m dpdmd.sample --student {folder / 'student'} --prompt ...)")
+        print(f"student: {student}  (python -m dpdmd.sample --student {student} --prompt ...)")
 
 
 def main(argv: list[str] | None = None) -> int:

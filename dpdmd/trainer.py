@@ -175,10 +175,19 @@ class Trainer:
         more = f" and {len(prompts) - most} more" if len(prompts) > most else ""
         return f"skipped as not finite: {counts} updates" + (f"; prompts in them: {shown}{more}" if prompts else "")
 
-    def received_bytes(self) -> int:
-        """By gathers and reductions of ZeRO stage 3, on this process, so far."""
+    def summary(self, iterations: int) -> dict:
+        """What became of the updates, and what this process received by gathers and reductions of ZeRO stage 3 in the last
+        `iterations` of them."""
+        state = self.state()
+        summary = {"updates": state["updates"], "skipped": state["skipped"]}
+        if self.num_skipped:
+            prompts = sorted(self.skipped_prompts().items())
+            summary["skipped_prompts"] = {str(iteration + 1): texts for iteration, texts in prompts}
         traffic = [network.traffic for network in self.networks.values() if network.traffic is not None]
-        return sum(each.gathered_bytes + each.reduced_bytes for each in traffic)
+        if received := sum(each.gathered_bytes + each.reduced_bytes for each in traffic):
+            cycles = iterations / (self.config.distill.critic_updates + 1)
+            summary["received_bytes_a_cycle"] = received / max(cycles, 1)
+        return summary
 
     def state(self) -> dict:
         """What a checkpoint keeps beside weights and optimizer state."""

@@ -8,6 +8,7 @@ All functions are called by all processes. trainer: trainer.py's, whose networks
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from dpdmd.files import write_json
 from dpdmd.run.journal import without_infinities
 
 _BATCH = {"cpu": 128, "cuda": 1024}  # pictures a forward pass: what keeps the device busy
+_SHOWN = 6  # samples of a prompt in the grid
 _EVALUATIONS = "network_evaluations"
 
 
@@ -92,32 +94,25 @@ def report(trainer, folder: Path) -> dict[str, Any] | None:
                 columns.append((title, images))
     if not trainer.world.main:
         return None
-    output = folder / "evaluation"
+    output, samples = folder / "evaluation", trainer.config.evaluation.num_samples
+    texts = trainer.evaluation.texts(trainer.config.evaluation)
     write_json(output / "table.json", without_infinities(table))
-    _save_examples(output / "grid.png", trainer, columns)
-    _print_table(table, trainer)
+    examples = [
+        (texts[number], [(title, images[number * samples :][: min(samples, _SHOWN)]) for title, images in columns])
+        for number in trainer.evaluation.shown(texts)
+    ]
+    save_grid(output / "grid.png", examples)
+    title = f"{len(texts)} prompts x {samples} samples, the same noise in each row"
+    _print_table(title, table, trainer.evaluation.columns)
     print(f"pictures: {output / 'grid.png'}")
     return table
 
 
-def _save_examples(path: Path, trainer, columns: list[tuple[str, Tensor]], most: int = 6) -> None:
-    samples = trainer.config.evaluation.num_samples
-    texts = trainer.evaluation.texts(trainer.config.evaluation)
-    count = min(most, samples)
-    rows = [
-        (texts[number], [(title, images[number * samples :][:count]) for title, images in columns])
-        for number in trainer.evaluation.shown(texts)
-    ]
-    save_grid(path, rows)
-
-
-def _print_table(table: dict[str, dict[str, float]], trainer) -> None:
+def _print_table(title: str, table: dict[str, dict[str, float]], columns: Mapping[str, str]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    config, columns = trainer.config.evaluation, trainer.evaluation.columns
-    num_prompts = len(trainer.evaluation.texts(config))
-    shown = Table(title=f"{num_prompts} prompts x {config.num_samples} samples, the same noise in each row")
+    shown = Table(title=title)
     shown.add_column("")
     for title in (*columns.values(), "network evaluations"):
         shown.add_column(title, justify="right")

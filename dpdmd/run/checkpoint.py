@@ -217,6 +217,14 @@ class Checkpoints:
         self.pauses.append(time.perf_counter() - began)
         return final
 
+    def summary(self) -> dict[str, list[float]]:
+        """Seconds that each save kept the training waiting, and that its writing took."""
+        return (
+            {"checkpoint_pause_seconds": self.pauses, "checkpoint_write_seconds": self.write_seconds}
+            if self.pauses
+            else {}
+        )
+
     def _together(self, function: Callable[[], None], *, main_only: bool) -> None:
         """Calls a function that may raise OSError, on all processes or the main one; the error is raised on all."""
         problem = None

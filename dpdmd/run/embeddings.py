@@ -114,7 +114,9 @@ class EmbeddingCache:
                     if not path.is_file():
                         raise _NotOurs("not a file")
                     shard = _Shard(path, self._text_key)
-                    self._layout = _same_layout(path, shard.layout, self._layout)
+                    if self._layout not in (None, shard.layout):
+                        raise DamagedFile(f"{path} is of no use: {_difference(shard.layout, self._layout)}")
+                    self._layout = shard.layout
                 except FileNotFoundError:  # another process has set it aside meanwhile
                     continue
                 except _NotOurs as error:
@@ -446,13 +448,6 @@ def _short(prompt: str) -> str:
 
 def _layout(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Layout:
     return {name: (dtype, tuple(shape)) for name, shape in shapes.items()}
-
-
-def _same_layout(path: Path, layout: Layout, expected: Layout | None) -> Layout:
-    """The layout, which must be the expected one where that is known. Raises DamagedFile."""
-    if expected is not None and layout != expected:
-        raise DamagedFile(f"{path} is of no use: {_difference(layout, expected)}")
-    return layout
 
 
 def _difference(layout: Layout, expected: Layout) -> str:
