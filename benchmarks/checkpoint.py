@@ -21,10 +21,12 @@ from pathlib import Path
 import torch
 from cases.cycle import PROMPTS, run_cycle, start_run
 
-from dpdmd import train
+from dpdmd import trainer as train
+from dpdmd.config import TRAINED
 from dpdmd.files import readable_bytes, write_json
 from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes
 from dpdmd.run.provenance import provenance
+from dpdmd.run.resume import identity
 
 
 class Clock:
@@ -57,7 +59,7 @@ def cycle(trainer, number: int) -> None:
 
 def deepspeeds(trainer, folder: Path) -> None:
     """As it was until there were checkpoints of our own: pickled, by each engine."""
-    for role in train.TRAINED:
+    for role in TRAINED:
         network = trainer.networks[role]
         network.release()
         network._partition.engine.save_checkpoint(str(folder), tag=role, save_latest=False)
@@ -68,13 +70,14 @@ def measure(trainer, folder: Path, peer: bool) -> dict[str, float]:
     clock = Clock(world)
     for number in range(3):  # the second records graphs
         clock(f"a cycle, number {number + 1}", cycle, trainer, number)
-    identity = train.identity(trainer.config, trainer.backbone, world)
     if peer:
         clock("DeepSpeed's save_checkpoint: the training waits", deepspeeds, trainer, folder / "deepspeed")
         if world.main:
             shutil.rmtree(folder / "deepspeed")
         world.barrier()
-    checkpoints = Checkpoints(folder / "checkpoints", 1, world, identity, trainer.config)
+    checkpoints = Checkpoints(
+        folder / "checkpoints", 1, world, identity(trainer.config, trainer.backbone, world), trainer.config
+    )
     for number, which in enumerate(("first", "second")):
         if number and world.main:  # room for the next
             shutil.rmtree(folder / "checkpoints")

@@ -41,6 +41,7 @@ CONFIG_FOLDER = next(
     Path("configs"),
 )
 DEFAULT_CONFIG = CONFIG_FOLDER / "demo.yaml"
+SHIPPED_WORLDS = sorted(file.parent.name for file in (Path(__file__).parent / "worlds").glob("*/evaluation.py"))
 
 
 class _Section(pydantic.BaseModel):
@@ -73,6 +74,15 @@ def _name(value: str) -> str:
 def _clip(value: float) -> float:
     if 0 < value < 1e-6:
         raise ValueError("input should be 0, or from 1e-6 on: less leaves nothing of a gradient")
+    return value
+
+
+def _world(value: str) -> str:
+    module, _, attribute = value.partition(":")
+    if value not in SHIPPED_WORLDS and not all(name.isidentifier() for name in (*module.split("."), attribute)):
+        raise ValueError(
+            f"no world of that name ships ({', '.join(SHIPPED_WORLDS)} does); one of your own is package.module:attribute"
+        )
     return value
 
 
@@ -226,7 +236,7 @@ class ModelConfig(_Section):
 
 class PromptsConfig(_Section):
     file: Location | None = Field(
-        None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the demo's own list."
+        None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the list of the evaluation's world."
     )
     field: Name = Field("prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
     encoding: Literal["cache", "stream"] = Field(
@@ -379,9 +389,14 @@ class EmaConfig(_Section):
 
 
 class EvaluationConfig(_Section):
-    enabled: bool = Field(False, description="Measure samples in the demo's picture world; only for its models.")
+    enabled: bool = Field(False, description="Measure samples in a world (evaluation/protocol.py).")
+    world: Annotated[Name, AfterValidator(_world)] | None = Field(
+        None,
+        description="The world: the name of one that ships, or package.module:attribute for one of your own (default: the "
+        "one that model.pipeline names).",
+    )
     every: CountFrom0 = Field(0, description="Student updates between measurements of the student; 0: only at the end.")
-    num_prompts: int = Field(64, ge=1, le=4096, description="Evaluation prompts; the world has some 5000 captions.")
+    num_prompts: int = Field(64, ge=1, le=4096, description="Evaluation prompts.")
     num_samples: Size = Field(16, description="Samples a prompt.")
 
 
@@ -450,10 +465,11 @@ class Config(_Section):
         low, high = distill.renoise.low, distill.renoise.high
         if low >= high:
             raise ValueError(f"distill.renoise.low = {low} is not below distill.renoise.high = {high}")
-        if self.evaluation.enabled and model.pipeline != "demo":
+        shipped = " or ".join(SHIPPED_WORLDS)
+        if self.evaluation.enabled and self.world is None:
             raise ValueError(
-                "evaluation.enabled = true measures the demo's picture world, but model.pipeline = "
-                f"{model.pipeline!r}: set model.pipeline=demo or evaluation.enabled=false"
+                f"evaluation.enabled = true needs a world to measure in, and model.pipeline = {model.pipeline!r} names none "
+                f"that ships: set evaluation.world={shipped}, a world of your own, or evaluation.enabled=false"
             )
         if model.random_init and self.run.sample_every:
             raise ValueError(
@@ -472,22 +488,27 @@ class Config(_Section):
                 "model.teacher_storage=full"
             )
         if self.lora is not None:
-            for role in ("student", "critic"):
+            for role in TRAINED:
                 if getattr(model, role) is not None:
                     raise ValueError(
                         f"model.{role} = {getattr(model, role)!r} with lora: the {role} is an adapter on the teacher's "
                         f"weights; set model.{role}=null or lora=null"
                     )
-        if self.prompts.file is None and model.pipeline != "demo":
+        if self.prompts.file is None and self.world is None:
             raise ValueError(
                 "prompts.file is not set: name a .txt, .jsonl or .csv file of prompts "
-                "(only model.pipeline=demo has a list of its own)"
+                f"(only model.pipeline={shipped} has a list of its own)"
             )
         return self
 
     def optimizer(self, role: str) -> OptimizerConfig:
         """The student's or the critic's."""
         return self.student_optimizer if role == "student" else self.critic_optimizer
+
+    @property
+    def world(self) -> str | None:
+        """The world that the run is measured in, and whose prompts it takes where no others are given; None for none."""
+        return self.evaluation.world or (self.model.pipeline if self.model.pipeline in SHIPPED_WORLDS else None)
 
     def num_updates(self, role: Literal["student", "critic"]) -> int:
         """Of a role in the whole run: `distill.critic_updates` of the critic come before each of the student."""
@@ -504,7 +525,7 @@ class Config(_Section):
                     f"to DeepSpeed, so this would change nothing; set engine.deepspeed=null or engine.offload={offload}"
                 )
             return
-        for role in ("student", "critic"):
+        for role in TRAINED:
             optimizer = getattr(self, f"{role}_optimizer")
             if optimizer.name not in ("auto", "torch") or optimizer.state != "float32":
                 raise ValueError(

@@ -62,6 +62,16 @@ class Draws:
         return int(torch.randint(high, (), generator=self._shared))
 
 
+def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
+    """Initial noise (1, C, H, W) of one picture, float32 on the CPU: the same on every device and process."""
+    return Draws(seed, index, "sample", 0).noise((1, *shape))
+
+
+def first_noises(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """`sampling_noise` of the first `count` pictures, (count, C, H, W)."""
+    return torch.cat([sampling_noise(seed, index, shape) for index in range(count)])
+
+
 @dataclass(frozen=True)
 class StudentLoss:
     remaining: Tensor  # what is left to differentiate: all of total, or what the first step does not hold

@@ -16,35 +16,23 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
 from dpdmd.backbones import load_backbone
-from dpdmd.backbones.family import backbones, find
+from dpdmd.backbones.family import find
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import EARLIEST_START, LATEST
-from dpdmd.distill import Draws, rollout
+from dpdmd.distill import first_noises, rollout
 from dpdmd.engine.lora import WEIGHTS_FILE, check_adapter
 from dpdmd.engine.start import resolve_dtype
 from dpdmd.engine.world import resolve_device
+from dpdmd.evaluation.pictures import decode, save_png
 from dpdmd.run.agreement import check_kernels
-from dpdmd.run.checkpoint import STUDENT_FILE
-
-_FORMAT = 1  # of dpdmd.json
-
-
-def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (1, *shape) of one picture, float32 on the CPU: the same on every device and process."""
-    return Draws(seed, index, "sample", 0).noise((1, *shape))
-
-
-def first_noises(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """`sampling_noise` of the first `count` pictures, (count, *shape)."""
-    return torch.cat([sampling_noise(seed, index, shape) for index in range(count)])
+from dpdmd.run.export import STUDENT_FILE, STUDENT_FORMAT, Description
 
 
 @dataclass(frozen=True)
@@ -72,37 +60,7 @@ class Student:
         return rollout(self.backbone.diffusion, network, noise.to(self.device), self.times.to(self.device), cond)
 
 
-def _known(family: str) -> str:
-    if family not in backbones():
-        raise ValueError(
-            f"there is no such family; there are {', '.join(sorted(backbones()))} (of one's own: --family)"
-        )
-    return family
-
-
-class _Description(pydantic.BaseModel):
-    """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
-
-    model_config = pydantic.ConfigDict(strict=True, frozen=True)
-
-    family: Annotated[str, pydantic.AfterValidator(_known)]
-    adapter: bool = False
-    base: str | None = None
-    pipeline: str
-    revision: str | None
-    times: list[float] = pydantic.Field(min_length=2)
-    guidance_scale: float = pydantic.Field(ge=0, allow_inf_nan=False)
-    resolution: pydantic.PositiveInt
-    max_sequence_length: pydantic.PositiveInt
-    iterations: pydantic.NonNegativeInt | None = None
-    prediction: str | None = None
-    method: str | None = None
-    num_steps: pydantic.PositiveInt | None = None
-    pipeline_sigmas: list[pydantic.FiniteFloat] | None = None
-    pipeline_call: dict[str, Any] | None = None
-
-
-def _read_description(folder: Path) -> _Description:
+def _read_description(folder: Path) -> Description:
     path = folder / STUDENT_FILE
     if not path.exists():
         raise ConfigError(
@@ -110,12 +68,12 @@ def _read_description(folder: Path) -> _Description:
         )
     values = read_json(path, f"--student {folder}")
     version = values.get("format")
-    if version != _FORMAT or isinstance(version, bool):
-        newer = isinstance(version, int) and version > _FORMAT
+    if version != STUDENT_FORMAT or isinstance(version, bool):
+        newer = isinstance(version, int) and version > STUDENT_FORMAT
         by = "was written by a newer dpdmd" if newer else "is of no kind that is known"
-        raise ConfigError(f"--student {folder}: {STUDENT_FILE} {by} (format = {version!r}; {_FORMAT} is needed)")
+        raise ConfigError(f"--student {folder}: {STUDENT_FILE} {by} (format = {version!r}; {STUDENT_FORMAT} is needed)")
     try:
-        description = _Description.model_validate(values)
+        description = Description.model_validate(values)
     except pydantic.ValidationError as error:
         raise _refusal(folder, error) from error
     times = description.times
@@ -179,7 +137,7 @@ def load_student(
     if description.adapter:
         transformer = backbone.load_transformer("teacher", precision, resolved)
         check_adapter(transformer, folder)
-        if description.base not in (None, backbone.teacher_fingerprint().get("transformer")):
+        if description.base not in (None, backbone.weights_fingerprint("transformer")):
             print(
                 f"warning: --student {folder} is an adapter of other weights than those of {model.pipeline}: it was not trained "
                 "for these",
@@ -191,57 +149,6 @@ def load_student(
     else:
         transformer = backbone.load_exported(folder, precision, resolved)
     return Student(backbone, transformer, torch.tensor(description.times), precision, resolved)
-
-
-def decode(decoder, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) of latents (B, ...), one at a time: a VAE's activations at 1024 x 1024 are gigabytes."""
-    return torch.cat([decoder.decode(each[None]) for each in latents])
-
-
-def save_png(image: Tensor, path: Path) -> None:
-    """image (3, H, W) in [0, 1]."""
-    _pil(image).save(path)
-
-
-def _pil(image: Tensor):
-    from PIL import Image
-
-    return Image.fromarray((image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy())
-
-
-def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> None:
-    """A picture of pictures: a titled row for each prompt, and in it titled blocks of images side by side.
-
-    rows: (title, [(block title, images (n, 3, H, W) in [0, 1]), ...]).
-    """
-    from PIL import Image, ImageDraw
-
-    height, width = rows[0][1][0][1].shape[-2:]
-    # Small pictures are enlarged by whole pixels, large ones shown at 256 at most.
-    scale = max(1, 64 // height)
-    cell = min(256, height * scale), min(256, width * scale)
-    gap, text = 6, 16
-    widths = [len(images) * cell[1] for _, images in rows[0][1]]
-    canvas = Image.new(
-        "RGB", (sum(widths) + gap * (len(widths) + 1), text + len(rows) * (cell[0] + text + gap)), "white"
-    )
-    draw = ImageDraw.Draw(canvas)
-    left = gap
-    for (title, _), block_width in zip(rows[0][1], widths, strict=True):
-        draw.text((left, 2), title, fill="black")
-        left += block_width + gap
-    for row, (title, blocks) in enumerate(rows):
-        top = text + row * (cell[0] + text + gap)
-        draw.text((gap, top + 2), title, fill="dimgray")
-        left = gap
-        for _, images in blocks:
-            for image in images:
-                resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
-                canvas.paste(_pil(image).resize((cell[1], cell[0]), resample), (left, top + text))
-                left += cell[1]
-            left += gap
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
 
 
 def next_number(folder: Path) -> int:

@@ -14,7 +14,7 @@ from dpdmd.backbones.base import Backbone
 from dpdmd.config import Config
 from dpdmd.distill import Distillation
 from dpdmd.engine.lora import adapter_parameters, add_adapters, use
-from dpdmd.run.checkpoint import export_student
+from dpdmd.run.export import export_student
 
 _WORLD = SimpleNamespace(main=True, barrier=lambda: None)
 
@@ -51,5 +51,5 @@ def exported(folder: Path, config: Config) -> tuple[Backbone, nn.Module]:
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     network = _Network(transformer, {name: tensor.detach().clone() for name, tensor in state.items()})
     distillation = Distillation(backbone.diffusion, config.distill)
-    export_student(folder, {"student": network}, backbone, distillation, config, _WORLD)
+    export_student(folder, network, backbone, distillation, config, _WORLD)
     return backbone, transformer

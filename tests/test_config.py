@@ -43,7 +43,16 @@ def test_shipped_files_are_valid_and_read_back(file, tmp_path):
         ("distill.renoise.low=0.99", "distill.renoise.low = 0.99 is not below distill.renoise.high = 0.98"),
         ("engine.zero.teacher=2", "engine.zero.teacher = 2: input should be 0 or 3"),
         ("student_optimizer.lr=fast", "student_optimizer.lr = 'fast': input should be a valid number"),
-        ("model.pipeline=/some/where", "measures the demo's picture world, but model.pipeline = '/some/where'"),
+        (
+            "model.pipeline=/some/where",
+            "evaluation.enabled = true needs a world to measure in, and model.pipeline = '/some/where' names none that ships: "
+            "set evaluation.world=demo, a world of your own, or evaluation.enabled=false",
+        ),
+        (
+            "evaluation.world=dmeo",
+            r"^evaluation.world = 'dmeo': no world of that name ships \(demo does\); one of your own is package.module:attr",
+        ),
+        ("evaluation.world=a.1b:c", r"^evaluation.world = 'a.1b:c': no world of that name ships \(demo does\)"),
         ("model.fp8=yes", "model.fp8 = .*: input should be 'off' or 'no_grad'"),
         ("distill.anchor", "override 'distill.anchor': the form is section.key=value"),
         ("distill.anchor.deeper.still=3", "distill.anchor = .*: input should be a valid integer"),

@@ -50,8 +50,10 @@ FLOORS = (
     ("engine",),
     ("planner",),
     ("run",),
+    ("evaluation",),
     ("plan", "sample"),
     ("worlds",),
+    ("trainer",),
     ("train",),
 )
 
@@ -82,3 +84,18 @@ def test_imports_go_one_way(name):
             break
     for file in path.rglob("*.py") if path.is_dir() else [path.with_suffix(".py")]:
         assert {each.split(".")[1] for each in imported(file)} <= below, file
+
+
+def test_nothing_but_its_folder_knows_a_world_by_name():
+    """Beside what is taken where nothing is given: the pipeline's default, and the configuration file's."""
+    names = {path.name for path in (ROOT / "dpdmd" / "worlds").iterdir() if (path / "evaluation.py").exists()}
+    assert names
+    found = {}
+    for file in (ROOT / "dpdmd").rglob("*.py"):
+        if "worlds" in file.parts:
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and node.value in names:
+                found[file.name] = found.get(file.name, 0) + 1
+        assert not any(name.startswith("dpdmd.worlds.") for name in imported(file)), file
+    assert found == {"config.py": 1}

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dpdmd import plan, train
+from dpdmd import plan, trainer
 from dpdmd.backbones import flux, load_backbone
 from dpdmd.config import CONFIG_FOLDER, ConfigError, KeptPassesConfig, LoraConfig, load_config, parse_config
 from dpdmd.engine.optimizer import STATE_BYTES
@@ -688,12 +688,12 @@ def test_tight_runs_are_not_refused(medium):
 
 
 def test_train_takes_the_smallest_gpu_of_all_processes(medium, monkeypatch):
-    monkeypatch.setattr(train, "gpu_bytes", lambda: 81 * GIB)
+    monkeypatch.setattr(trainer, "gpu_bytes", lambda: 81 * GIB)
     world = SimpleNamespace(size=8, device=torch.device("cuda"), gather=lambda value: [value, 80 * GIB, 90 * GIB])
-    config, found = train.plan_run(configured(), medium.backbone, world)
+    config, found = trainer.plan_run(configured(), medium.backbone, world)
     assert found.gpu_memory == 80 * GIB and found.config == config and config.engine.residency != "auto"
     world = SimpleNamespace(size=2, device=torch.device("cpu"))
-    config, found = train.plan_run(configured(), medium.backbone, world)
+    config, found = trainer.plan_run(configured(), medium.backbone, world)
     assert found.gpu_memory is None and config.engine.residency == "phase"
 
 

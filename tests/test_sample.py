@@ -13,7 +13,7 @@ from students import exported
 from dpdmd import sample
 from dpdmd.config import Config, ConfigError, parse_config
 from dpdmd.engine.lora import WEIGHTS_FILE
-from dpdmd.run.checkpoint import STUDENT_FILE
+from dpdmd.run.export import STUDENT_FILE
 
 FAMILIES = {"sd3": "tiny_pipeline", "flux": "tiny_flux"}
 RANK, ALPHA = 3, 5.0
@@ -50,7 +50,7 @@ def test_the_student_computes_what_was_trained(made):
     folder, backbone, transformer = made
     student = sample.load_student(folder, device="cpu")
     cond = student.encode(["a red ring"])
-    noise = sample.sampling_noise(0, 0, backbone.latent_shape)
+    noise = sample.first_noises(0, 1, backbone.latent_shape)
     with torch.no_grad():
         t = torch.tensor([0.7])
         ours = backbone.predict(student.transformer, noise, t, cond)

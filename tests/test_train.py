@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from dpdmd import train
 from dpdmd.config import load_config
-from dpdmd.run.checkpoint import STUDENT_FILE
+from dpdmd.run.export import STUDENT_FILE
 
 
 @pytest.fixture(scope="module")
@@ -250,12 +250,12 @@ def test_resume_refuses_what_changed(settings, straight, tiny_pipeline, tmp_path
 def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, tiny_pipeline):
     from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 
-    from dpdmd.sample import load_student, sampling_noise
+    from dpdmd.sample import first_noises, load_student
 
     folder = straight / "run" / "student"
     student = load_student(folder, device="cpu")
     prompts = ["a red ring", "a blue square"]
-    noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
+    noise = first_noises(0, 2, student.backbone.latent_shape)
     ours = student.backbone.load_decoder("cpu").decode(student.latents(student.encode(prompts), noise))
 
     description = json.loads((folder / STUDENT_FILE).read_text())
@@ -282,14 +282,14 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
 def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, tiny_pipeline, tmp_path):
     from diffusers import StableDiffusion3Pipeline
 
-    from dpdmd.sample import load_student, sampling_noise
+    from dpdmd.sample import first_noises, load_student
 
     folder = tmp_path / "run"
     options = ["lora={rank: 4, alpha: 8}", "engine.zero.teacher=0", "student_optimizer.lr=0.1"]
     checked(run_script(0, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     assert not (folder / "student" / "config.json").exists()
     student = load_student(folder / "student", device="cpu")
-    noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
+    noise = first_noises(0, 2, student.backbone.latent_shape)
     ours = student.latents(student.encode(["a red ring", "a blue square"]), noise)
 
     description = json.loads((folder / "student" / STUDENT_FILE).read_text())

@@ -11,7 +11,7 @@ from processes import run_script
 from runs import TRAIN
 from safetensors.torch import load_file
 
-from dpdmd.run.checkpoint import STUDENT_FILE
+from dpdmd.run.export import STUDENT_FILE
 
 
 @pytest.fixture(scope="module")
@@ -88,11 +88,11 @@ def test_exported_student_gives_the_same_pictures_in_a_stock_pipeline(straight, 
     from diffusers import FluxPipeline, FluxTransformer2DModel
 
     from dpdmd.backbones.flux import pack
-    from dpdmd.sample import load_student, sampling_noise
+    from dpdmd.sample import first_noises, load_student
 
     student = load_student(straight / "student", device="cpu")
     prompts = ["a red ring", "a blue square"]
-    noise = torch.cat([sampling_noise(0, index, student.backbone.latent_shape) for index in range(2)])
+    noise = first_noises(0, 2, student.backbone.latent_shape)
     ours = student.backbone.load_decoder("cpu").decode(student.latents(student.encode(prompts), noise))
 
     description = json.loads((straight / "student" / STUDENT_FILE).read_text())

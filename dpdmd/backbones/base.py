@@ -225,8 +225,14 @@ class Backbone(ABC):
         scheduler = pipeline.read("scheduler", "scheduler_config.json")
         return {
             "scheduler": {name: value for name, value in scheduler.items() if not name.startswith("_")},
-            **{name: pipeline.weights_fingerprint(name)[:24] for name in ("transformer", *self._text_encoders)},
+            **{name: self.weights_fingerprint(name) for name in ("transformer", *self._text_encoders)},
         }
+
+    def weights_fingerprint(self, component: str) -> str | None:
+        """Hex digest of the weights of one of the teacher's components; None under random_init."""
+        if self.config.random_init:
+            return None
+        return self._pipelines["teacher"].weights_fingerprint(component)[:24]
 
     def empty_transformer(self, role: Role) -> nn.Module:
         """The role's transformer without memory: on the meta device."""

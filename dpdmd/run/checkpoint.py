@@ -1,12 +1,9 @@
-"""What a run leaves on disk so that it can go on, and what others can use.
+"""What a run leaves on disk so that it can go on.
 
 checkpoints/step_000600/   student/ and critic/, each with a file of tensors for each process (shards.py), and index.json: which
                            files there must be, each one's size and SHA-256, what they hold, and the state of the run. It
                            appears under its name when all of it has reached the disk; nothing in it is pickled.
     confirmed, suspect     what the updates after it showed: the next one of each role was finite, or not
-student/                   the distilled transformer as a stock diffusers folder (safetensors), or under LoRA the adapter
-                           that a stock pipeline's load_lora_weights takes, with its time grid
-                           (dpdmd.json) and the run's configuration (config.yaml) beside it.
 
 No generator state is kept: every draw is a function of (seed, iteration, role, shard).
 """
@@ -15,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -27,25 +23,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Any
 
 import psutil
-import pydantic
 import torch
-from pydantic import Field, PlainValidator
 from torch import Tensor
 
-from dpdmd.config import Config, ConfigError, flattened, to_yaml
-from dpdmd.distill import Distillation
-from dpdmd.engine.lora import save_adapter
+from dpdmd.config import TRAINED, Config, ConfigError
 from dpdmd.engine.optimizer import STATE_BYTES
-from dpdmd.engine.role import Trained as Network
+from dpdmd.engine.role import Trained
 from dpdmd.engine.shards import Layout, SavedRole
 from dpdmd.engine.world import World
 from dpdmd.files import (
     UNFINISHED,
     DamagedFile,
-    digests,
     disk_errors,
     is_finite,
     publish,
@@ -55,18 +46,16 @@ from dpdmd.files import (
     save_tensors,
     sha256,
     write_json,
-    write_text,
 )
-from dpdmd.run.folder import OF_A_CHECKPOINT, matching
+from dpdmd.run.folder import OF_A_CHECKPOINT, free_name, matching
+from dpdmd.run.index import problem_of_index
 
 _NAME = re.compile(r"step_(\d+)")
 _DELETED = ".deleted-"
 _FORMAT, _VERSION = "dpdmd checkpoint", 1
 _INDEX, _CONFIRMED, _SUSPECT = "index.json", "confirmed", "suspect"
-_ROLES = ("student", "critic")
 _READERS = 4  # files of a process that are read at a time: SHA-256 takes a core at some 1 GB/s
 _HOST_SHARE = 0.8  # of the memory that is free, what copies of the state may take
-STUDENT_FILE = "dpdmd.json"
 
 
 @dataclass(frozen=True)
@@ -173,7 +162,14 @@ class Checkpoints:
             self.write_seconds.append(writing.result())
         self._mark()
 
-    def save(self, iteration: int, networks: dict[str, Network], state: dict[str, Any], *, last: bool = False) -> Path:
+    def close(self) -> None:
+        """Returns when nothing is being written any more, however that ended, and gives back the memory of the copies."""
+        self._writer.shutdown()
+        for buffer in self._host.values():
+            _unpin(buffer)
+        self._host.clear()
+
+    def save(self, iteration: int, networks: dict[str, Trained], state: dict[str, Any], *, last: bool = False) -> Path:
         """Saves the state after `iteration` updates; all processes call.
 
         The training waits while the state is copied to host memory, and for the checkpoint before where that is still being
@@ -186,7 +182,7 @@ class Checkpoints:
         self._together(lambda: self._prepare(final), main_only=True)
         copied = self._background and not last and self._has_room(networks)
         files, parameters = [], {}
-        for role in _ROLES:
+        for role in TRAINED:
             layout = networks[role].layout()
             parameters[role] = layout.groups
             for group, tensors in networks[role].state_groups():
@@ -213,13 +209,21 @@ class Checkpoints:
             "config": self._config,
         }
         job = _Job(iteration, files, contents)
-        self._awaited[final] = set(_ROLES)
+        self._awaited[final] = set(TRAINED)
         if copied:
             self._writing = self._writer.submit(self._write, final, job)
         else:
             self.write_seconds.append(self._write(final, job))
         self.pauses.append(time.perf_counter() - began)
         return final
+
+    def summary(self) -> dict[str, list[float]]:
+        """Seconds that each save kept the training waiting, and that its writing took."""
+        return (
+            {"checkpoint_pause_seconds": self.pauses, "checkpoint_write_seconds": self.write_seconds}
+            if self.pauses
+            else {}
+        )
 
     def _together(self, function: Callable[[], None], *, main_only: bool) -> None:
         """Calls a function that may raise OSError, on all processes or the main one; the error is raised on all."""
@@ -248,21 +252,21 @@ class Checkpoints:
             print(f"{final} {why} and stays as {kept.name}", file=sys.stderr, flush=True)
         unfinished = self._unfinished(final)
         with disk_errors(final):
-            for role in _ROLES:
+            for role in TRAINED:
                 (unfinished / role).mkdir(parents=True)
 
     @staticmethod
     def _unfinished(final: Path) -> Path:
         return final.with_name(UNFINISHED + final.name)
 
-    def _has_room(self, networks: dict[str, Network]) -> bool:
+    def _has_room(self, networks: dict[str, Trained]) -> bool:
         """Whether host memory holds a copy of the state of all processes of this machine; the same on every process."""
-        if any(networks[role].swaps for role in _ROLES):
+        if any(networks[role].swaps for role in TRAINED):
             return False
         if self._host:
             return True
         needed = sum(
-            x.nbytes for role in _ROLES for _, tensors in networks[role].state_groups() for x in tensors.values()
+            x.nbytes for role in TRAINED for _, tensors in networks[role].state_groups() for x in tensors.values()
         )
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = min(self._world.gather(_HOST_SHARE * available_memory() - needed)) > 0
@@ -427,7 +431,7 @@ class Checkpoints:
             if problem is None:
                 self._check_identity(checkpoint)
                 confirmed = self._world.on_main(os.path.exists, path / _CONFIRMED)
-                self._awaited[path] = set() if confirmed else set(_ROLES)
+                self._awaited[path] = set() if confirmed else set(TRAINED)
                 return checkpoint
             self._left_out.add(path)
             if self._world.main:
@@ -449,10 +453,8 @@ class Checkpoints:
         digest = index.pop("sha256", None)
         if digest != _digest(index):
             return None, f"{path / _INDEX} is damaged: its content is not what was written"
-        try:
-            _Index.model_validate(index)
-        except pydantic.ValidationError as error:
-            return None, f"{path / _INDEX} is not that of a checkpoint: {_first_problem(error)}"
+        if problem := problem_of_index(index):
+            return None, f"{path / _INDEX} is not that of a checkpoint: {problem}"
         if index["iteration"] != _iteration(path):
             return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
         if os.path.exists(path / _SUSPECT):
@@ -480,12 +482,12 @@ class Checkpoints:
                     "Resume with what it was saved with, or start a new run (another run.output_dir)"
                 )
 
-    def load(self, checkpoint: Checkpoint, networks: dict[str, Network]) -> None:
+    def load(self, checkpoint: Checkpoint, networks: dict[str, Trained]) -> None:
         """Restores weights and optimizer state, bit for bit on the number of processes that saved them; all processes call.
 
         Raises ConfigError where the parameters are others or hold NaN or infinity, OSError for a file that cannot be read.
         """
-        for role in _ROLES:
+        for role in TRAINED:
             network = networks[role]
             layout, saved = network.layout(), checkpoint.layout(role)
             if layout.sizes != saved.sizes:
@@ -507,81 +509,6 @@ class Checkpoints:
         tensors = source.group(layout, self._world.rank, group)
         broken.extend(name for name, tensor in tensors.items() if not is_finite(tensor))
         return tensors
-
-
-_Count = Annotated[int, Field(ge=0, lt=2**53)]
-_Number = Annotated[int, Field(ge=1, lt=2**31)]
-
-
-_Value = TypeVar("_Value")
-
-
-class _Strict(pydantic.BaseModel, strict=True):
-    pass
-
-
-def _parameter(value: Any) -> Any:
-    if not isinstance(value, list) or list(map(type, value)) != [str, int] or value[1] < 0:
-        raise ValueError("a name and a number of elements are needed")
-    return value
-
-
-_Parameter = Annotated[Any, PlainValidator(_parameter)]
-
-
-class _File(_Strict):
-    path: str
-    bytes: _Count
-    sha256: str
-
-
-class _Roles(_Strict, Generic[_Value]):
-    student: _Value
-    critic: _Value
-
-
-class _State(_Strict):
-    """What `Trainer.state` gives."""
-
-    updates: _Roles[_Count]
-    skipped: _Roles[list[_Count]]
-    skipped_in_a_row: _Roles[_Count]
-    attention_times: dict[str, Any] | None = None
-    prompts: str | None = None
-    text: str | None = None
-
-
-class _Index(_Strict):
-    iteration: _Count
-    processes: _Number
-    global_batch: _Number
-    identity: dict[str, Any]
-    parameters: _Roles[list[list[_Parameter]]]
-    state: _State
-    config: Annotated[dict[str, Any], Field(min_length=1)]
-    files: list[_File]
-
-    @pydantic.model_validator(mode="after")
-    def _complete(self) -> _Index:
-        """A file for each role, process and group of parameters, and no other."""
-        named = {file.path for file in self.files}
-        groups = {role: getattr(self.parameters, role) for role in _ROLES}
-        if self.processes * sum(map(len, groups.values())) == len(named) == len(self.files):
-            layouts = {role: Layout.from_json(self.processes, groups[role]) for role in _ROLES}
-            if named == {
-                f"{role}/{layout.name(rank, group)}"
-                for role, layout in layouts.items()
-                for rank in range(self.processes)
-                for group in range(len(layout.groups))
-            }:
-                return self
-        raise ValueError("it names other files than its processes and parameters have")
-
-
-def _first_problem(error: pydantic.ValidationError) -> str:
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(map(str, problem["loc"]))
-    return f"{where}: {problem['msg']}" if where else problem["msg"].removeprefix("Value error, ")
 
 
 def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
@@ -607,13 +534,13 @@ def _foreign(folder: Path) -> list[str]:
     """What lies in a checkpoint's folder that no run wrote."""
     if not folder.is_dir() or folder.is_symlink():
         return []
-    ours = {*_own(folder), *(folder / role for role in _ROLES)}
+    ours = {*_own(folder), *(folder / role for role in TRAINED)}
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path not in ours)
 
 
 def _leave_out(path: Path) -> Path:
     """Gives what lies under a checkpoint's name another one, under which no run takes it or deletes it."""
-    kept = _free_name(path.with_name(f"{path.name}.left_out"))
+    kept = free_name(path.with_name(f"{path.name}.left_out"))
     with disk_errors(path):
         os.rename(path, kept)
     return kept
@@ -664,6 +591,14 @@ def _host_memory(tensor: Tensor) -> Tensor:
     return buffer
 
 
+def _unpin(buffer: Tensor) -> None:
+    """What a tensor of `_host_memory` needs before its memory is free again."""
+    with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+        if buffer.is_pinned():
+            torch.cuda.synchronize()  # a copy to it may be under way
+            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+
+
 def _difference(key: str, saved: Any, now: Any) -> str:
     if isinstance(saved, dict) and isinstance(now, dict):
         for inner in sorted({*saved, *now}):
@@ -672,37 +607,9 @@ def _difference(key: str, saved: Any, now: Any) -> str:
     return f"{key} = {saved!r}, and this run has {now!r}"
 
 
-def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
-    """A text for each setting that differs from `saved`, an index's config. Not for where the run lies, for what was chosen
-    for the machine then and now, and for settings that the program had not then."""
-    before = dict(flattened(saved))
-    return [
-        f"{name} = {value} (was {before[name]})"
-        for name, value in flattened(config.model_dump(mode="json"))
-        if name in before and value != before[name] and not name.startswith(_FREE) and value != "auto"
-    ]
-
-
-# The planner chooses kept_passes; the accumulation follows the number of processes, which is said.
-_FREE = ("run.output_dir", "engine.accumulation", "engine.kept_passes")
-
-
 def global_batch(config: Config, num_processes: int) -> int:
     """Samples of one update, of all processes together."""
     return config.engine.batch_size * config.engine.accumulation * num_processes
-
-
-def with_global_batch(config: Config, wanted: int, num_processes: int) -> Config:
-    """`config` with the accumulation that makes an update of `wanted` samples. Raises ConfigError where none does."""
-    batch = config.engine.batch_size * num_processes
-    if wanted % batch:
-        fitting = [size for size in range(1, wanted + 1) if wanted % (size * num_processes) == 0]
-        advice = f"engine.batch_size={fitting[-1]} would do" if fitting else f"{wanted} or fewer processes would do"
-        raise ConfigError(
-            f"--resume: the run's updates are of {wanted} samples, and {num_processes} process{'es' * (num_processes > 1)} with "
-            f"engine.batch_size = {config.engine.batch_size} take {batch} at a time, which do not add up to that: {advice}"
-        )
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"accumulation": wanted // batch})})
 
 
 def checkpoint_bytes(config: Config, num_parameters: int) -> int:
@@ -712,83 +619,12 @@ def checkpoint_bytes(config: Config, num_parameters: int) -> int:
     return math.ceil(num_parameters * each)
 
 
-def export_student(
-    folder: Path,
-    networks: dict[str, Network],
-    backbone,
-    distillation: Distillation,
-    config: Config,
-    world: World,
-) -> None:
-    """Writes the student for others to use; all processes call. One that an earlier, shorter part of the run exported stays,
-    as student_step_<its iterations>."""
-    with networks["student"].averaged():
-        state_dict = networks["student"].full_state_dict()
-    if world.main:
-        unfinished = folder.with_name(UNFINISHED + folder.name)
-        remove(unfinished)
-        with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
-            if config.lora is None:
-                backbone.export(state_dict, unfinished)
-            else:
-                save_adapter(networks["student"].base.transformer, "student", unfinished, state_dict)
-        diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
-        sigmas = diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid)
-        side, length = config.model.resolution, config.model.max_sequence_length
-        if pipeline != "demo" and Path(pipeline).is_dir():
-            pipeline = str(Path(pipeline).resolve())
-        description = {
-            "format": 1,
-            "iterations": config.run.iterations,
-            "family": backbone.family.name,
-            "adapter": config.lora is not None,
-            "base": backbone.teacher_fingerprint().get("transformer") if config.lora is not None else None,
-            "pipeline": pipeline,
-            "revision": config.model.revision,
-            "prediction": diffusion.prediction,
-            "method": distill.method,
-            "num_steps": distill.student_steps,
-            "times": distillation.student_times.tolist(),
-            "pipeline_sigmas": sigmas,
-            "guidance_scale": backbone.pipeline_guidance_scale,
-            "resolution": side,
-            "max_sequence_length": length,
-            # Whatever a stock pipeline has to be called with beside the prompt.
-            "pipeline_call": {
-                "sigmas": sigmas,
-                "guidance_scale": backbone.pipeline_guidance_scale,
-                "height": side,
-                "width": side,
-                "max_sequence_length": length,
-            },
-        }
-        write_json(unfinished / STUDENT_FILE, description)
-        write_text(unfinished / "config.yaml", to_yaml(config))
-        _set_aside(folder, unfinished)
-        publish(unfinished, folder)
-    world.barrier()
-
-
-def _set_aside(folder: Path, new: Path) -> None:
-    """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
-    if not os.path.lexists(folder):
-        return
-    if folder.is_dir() and _names(folder) <= _names(new) and digests(folder) == digests(new):
-        return
-    try:
-        earlier = read_json(folder / STUDENT_FILE).get("iterations")
-    except (OSError, AttributeError):
-        earlier = None
-    name = f"{folder.name}_step_{earlier:06d}" if isinstance(earlier, int) else f"{folder.name}_earlier"
-    with disk_errors(folder):
-        os.rename(folder, _free_name(folder.with_name(name)))
-
-
-def _names(folder: Path) -> set[Path]:
-    return {path.relative_to(folder) for path in folder.rglob("*")}
-
-
-def _free_name(path: Path) -> Path:
-    """The path, or the first of path_2, path_3, ... that nobody has."""
-    names = (path if number == 1 else path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
-    return next(each for each in names if not os.path.lexists(each))
+def space_needed(config: Config, num_parameters: int, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Bytes of a checkpoint, how many there are at once at most, bytes of the exported student. num_parameters: the
+    student's, which computes in dtype."""
+    run = config.run
+    made = 1 + (run.iterations // run.checkpoint_every if run.checkpoint_every else 0)
+    # Those that are kept, the one that is being written, and the last good one where it is older than those.
+    at_once = min(made, run.keep_checkpoints + 2)
+    weight_bytes = 4 if config.lora else dtype.itemsize  # adapters are exported as their masters are
+    return checkpoint_bytes(config, num_parameters), at_once, num_parameters * weight_bytes

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import fnmatch
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 
 from dpdmd.command import problem_of_place
-from dpdmd.config import ConfigError
+from dpdmd.config import TRAINED, ConfigError
 from dpdmd.files import readable_bytes
 
 MARK = ".dpdmd-run.json"
@@ -32,7 +33,7 @@ OF_A_CHECKPOINT = (
     *("index.json", "confirmed", "suspect"),
     *(
         f"{role}/{unfinished}{file}.safetensors"
-        for role in ("student", "critic")
+        for role in TRAINED
         for unfinished in ("", ".unfinished-")
         for file in (_RANK, f"{_RANK}_####")
     ),
@@ -76,13 +77,13 @@ def _form(pattern: str) -> re.Pattern:
     return re.compile(digits)
 
 
-def check_place(folder: Path, embeddings: Path | None = None) -> None:
+def check_place(folder: Path, embeddings: Path | str | None = None) -> None:
     """Raises ConfigError where a run cannot have its folder, or its embeddings theirs, as far as that shows without making
     them."""
     if problem := problem_of_place(folder) or _within_a_run(folder):
         raise ConfigError(f"run.output_dir = {str(folder)!r}: {problem}")
-    if embeddings is not None and (problem := _within_a_run(embeddings, folder)):
-        raise ConfigError(f"prompts.cache_dir = {str(embeddings)!r}: {problem}")
+    if embeddings is not None and (problem := _within_a_run(Path(embeddings), folder)):
+        raise ConfigError(f"prompts.cache_dir = {str(Path(embeddings))!r}: {problem}")
 
 
 def _within_a_run(place: Path, *runs: Path) -> str | None:
@@ -144,6 +145,7 @@ class RunFolder:
                 pass
             self._take(name)
         except OSError as error:
+            self.close()
             raise ConfigError(f"{name}: cannot be written to ({error.strerror or error})") from error
         self._overwrite = overwrite and marked
 
@@ -234,3 +236,9 @@ def check_space(folder: Path, checkpoint: int, at_once: int, student: int) -> No
             "(run.keep_checkpoints, the one that is being written and the last good one) and the exported student of "
             f"{readable_bytes(student)}"
         )
+
+
+def free_name(path: Path) -> Path:
+    """The path, or the first of path_2, path_3, ... that nobody has."""
+    names = (path if number == 1 else path.with_name(f"{path.name}_{number}") for number in itertools.count(1))
+    return next(each for each in names if not os.path.lexists(each))

@@ -2,7 +2,7 @@
 
 config.yaml      the resolved configuration          metrics.jsonl   a line for each logged update and measurement
 samples/         grids of pictures                   tensorboard/    the same numbers, where tensorboard is installed
-finished.json    exists once the run is complete     checkpoints/, student/, embeddings/   see checkpoint.py, prompts.py
+finished.json    exists once the run is complete     checkpoints/, student/, embeddings/   see the files of these names
 """
 
 from __future__ import annotations
@@ -38,20 +38,22 @@ class Journal:
         write_text(folder / "config.yaml", to_yaml(config))
         (folder / "finished.json").unlink(missing_ok=True)
         self._forget_from(first)
-        with disk_errors(self._path):
-            self._metrics = self._path.open("a", encoding="utf-8")
-        self._writers = []
-        if config.run.tensorboard:
-            self._writers.append(_tensorboard(folder / "tensorboard", first))
-        if config.run.wandb:
-            self._writers.append(_wandb(config, folder))
+        with contextlib.ExitStack() as opened:
+            with disk_errors(self._path):
+                self._metrics = opened.enter_context(self._path.open("a", encoding="utf-8"))
+            self._writers = []
+            if config.run.tensorboard:
+                self._writers.append(_tensorboard(folder / "tensorboard", first, opened))
+            if config.run.wandb:
+                self._writers.append(_wandb(config, folder, opened))
+            self._opened = opened.pop_all()
 
     def __enter__(self) -> Journal:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         with contextlib.suppress(OSError):  # of a full disk, which was said already
-            self._metrics.close()
+            self._opened.__exit__(*error)
 
     def _forget_from(self, first: int) -> None:
         """Drops lines of updates that a resumed run makes anew."""
@@ -93,12 +95,12 @@ def _parse(line: str) -> dict[str, Any] | None:
     return entry if isinstance(entry, dict) and isinstance(entry.get("iteration"), int) else None
 
 
-def _tensorboard(folder: Path, first: int):
+def _tensorboard(folder: Path, first: int, opened: contextlib.ExitStack):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return lambda iteration, numbers: None
-    writer = SummaryWriter(str(folder), purge_step=first)
+    writer = opened.enter_context(SummaryWriter(str(folder), purge_step=first))
 
     def write(iteration: int, numbers: dict[str, float]) -> None:
         for key, value in numbers.items():
@@ -108,8 +110,9 @@ def _tensorboard(folder: Path, first: int):
     return write
 
 
-def _wandb(config: Config, folder: Path):
+def _wandb(config: Config, folder: Path, opened: contextlib.ExitStack):
     import wandb
 
-    run = wandb.init(project=config.run.wandb, dir=str(folder), config=config.model_dump(mode="json"), resume="allow")
+    settings = config.model_dump(mode="json")
+    run = opened.enter_context(wandb.init(project=config.run.wandb, dir=str(folder), config=settings, resume="allow"))
     return lambda iteration, numbers: run.log(numbers, step=iteration)

@@ -10,7 +10,7 @@ from collections import OrderedDict, defaultdict
 
 import torch.distributed as dist
 
-from dpdmd import train
+from dpdmd import trainer as train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import parse_config
 from dpdmd.engine.residency import Traffic, Unit

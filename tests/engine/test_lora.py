@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from dpdmd.config import ConfigError
+from dpdmd.config import ROLES, ConfigError
 from dpdmd.engine.lora import (
     adapter_parameters,
     add_adapters,
@@ -32,7 +32,6 @@ from dpdmd.engine.lora import (
 from dpdmd.kernels import fuse_transformer, selective_checkpoint
 
 RANK, ALPHA = 3, 5.0  # odd and unequal, so that neither can stand for the other or for a size
-ROLES = ("teacher", "student", "critic")
 DUAL, PLAIN_LAST = 16, 9  # adapted layers of SD3.5's first block here, with a second attention, and of its last
 
 

@@ -23,7 +23,8 @@ from dpdmd.engine.shards import Layout, SavedRole, pieces
 from dpdmd.files import load_tensors, read_json, save_tensors, sha256
 from dpdmd.kernels.optim.adamw import Float8State, exp_avg_of, exp_avg_sq_of
 from dpdmd.run import checkpoint
-from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes, global_batch, with_global_batch
+from dpdmd.run.checkpoint import Checkpoints, checkpoint_bytes, global_batch
+from dpdmd.run.resume import with_global_batch
 
 SIZES = {"first": 1000, "second": 7, "empty": 0, "third": 513, "scalar": 1}
 CONFIG = parse_config({"prompts": {"file": "p"}, "engine": {"batch_size": 2, "accumulation": 2}})

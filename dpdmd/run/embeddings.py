@@ -1,0 +1,596 @@
+"""Embeddings: from prompts to the conditions that a network takes.
+
+EmbeddingCache     text embeddings on disk, each prompt encoded once in the life of the folder
+Conditioner        prompts -> {"prompt_embeds": (B, L, D), ...}, from the cache or from the text encoders
+make_conditioner   brings the cache up to date, and frees the text encoders
+
+Text encoders are the largest thing that a distillation holds without training it (T5-XXL: 9.5 GB in bfloat16), so by
+default every prompt is encoded before the first iteration and the encoders are gone by then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import hashlib
+import logging
+import math
+import os
+import secrets
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpdmd.config import ConfigError, PromptsConfig
+from dpdmd.files import (
+    UNFINISHED,
+    DamagedFile,
+    free_bytes,
+    open_tensors,
+    readable_bytes,
+    save_tensors,
+    tensor_bytes,
+)
+
+logger = logging.getLogger(__name__)
+
+Encode = Callable[[list[str]], dict[str, Tensor]]
+Progress = Callable[[int, int, int], None]
+
+_SHARD_BYTES = 256 << 20  # also what a killed build loses at most; SD3's embedding of a prompt is 2.7 MB in bfloat16
+_VERIFY_BYTES = 4 << 30  # 5 s: one core reads and hashes 0.8 GB/s (Xeon with SHA instructions, file in memory)
+_STALE_SECONDS = 3600.0
+_FORMAT = "2"
+_KEYS, _DIGESTS = "keys", "digests"
+_DIGEST_BYTES = hashlib.sha256().digest_size
+
+Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+def estimate_bytes(num_prompts: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    """What the embeddings of num_prompts prompts take on disk; shapes are those of one prompt, without the batch."""
+    numbers = sum(math.prod(shape) for shape in shapes.values())
+    return num_prompts * (numbers * dtype.itemsize + 2 * _DIGEST_BYTES)
+
+
+class EmbeddingCache:
+    """Text embeddings in safetensors shards under folder/text_key, one row a prompt, keyed by the SHA-256 of its text.
+
+    text_key names everything else that an embedding depends on (encoders, length, dtype), so others never mix with
+    these. shapes, dtype: of one prompt's embeddings, without the batch; None: what the first shard or encoding has.
+    quiet: another process names the files that are left alone.
+
+    A shard holds what `encode` returned, (n, ...) each, with `keys` and `digests` of its rows, (n, 32) uint8. A row's
+    digest is the SHA-256 of text_key, key, names, dtypes, shapes and every byte; the metadata have the format's number,
+    text_key, and the SHA-256 of them, the layout, keys and digests. A shard appears under its name, which no other ever
+    bears, when it is complete.
+
+    What is verified, and what that costs:
+      opening  header, layout, keys and digests of every shard; reads 64 bytes a prompt
+      `get`    the digest of each row, every time that it is read and before anybody sees it; 1.5 to 3.5 ms for SD3's 2.7 MB
+      `verify` the same at the start of a run, for up to 4 GB of its rows a process; what lies beyond is verified by `get`
+    A shard that fails on opening is set aside as <name>.damaged, and its prompts are missing: they are encoded again. A
+    row that `verify` finds damaged is missing too, and encoded again into another shard. One that `get` finds, when the
+    encoders are gone, stops the run with one line; its shard is set aside, so that the next start encodes it. Files that
+    are no shard of this cache are named and left alone: another format's, another text_key's, folders.
+
+    Raises ConfigError where the folder or a shard in it cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        text_key: str,
+        shapes: dict[str, tuple[int, ...]] | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quiet: bool = False,
+    ):
+        self.folder = Path(folder) / text_key
+        self._text_key = text_key
+        self._layout = None if shapes is None else _layout(shapes, dtype)
+        self._quiet = quiet
+        self._seen: set[Path] = set()
+        self._places: dict[bytes, list[tuple[_Shard, int]]] = {}
+        self._verified: set[bytes] = set()
+        self._left_to_verify = _VERIFY_BYTES
+        self._lost: dict[bytes, str] = {}
+        self._lock = threading.RLock()  # `get` may run in a thread beside another
+        self._remove_leftovers()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Takes in the shards that other processes have written since."""
+        others: dict[str, list[str]] = {}
+        with self._lock:
+            for path in self._list():
+                try:
+                    if not path.is_file():
+                        raise _NotOurs("not a file")
+                    shard = _Shard(path, self._text_key)
+                    if self._layout not in (None, shard.layout):
+                        raise DamagedFile(f"{path} is of no use: {_difference(shard.layout, self._layout)}")
+                    self._layout = shard.layout
+                except FileNotFoundError:  # another process has set it aside meanwhile
+                    continue
+                except _NotOurs as error:
+                    others.setdefault(str(error), []).append(path.name)
+                except DamagedFile as error:
+                    if (aside := _set_aside(path)) is not None:
+                        logger.warning("%s; %s, and its prompts are encoded anew", error, aside)
+                except OSError as error:
+                    raise ConfigError(
+                        f"prompts.cache_dir: {path} cannot be read ({error.strerror}): have its owner allow it (chmod "
+                        "g+r), or take another folder"
+                    ) from error
+                else:
+                    for row, key in enumerate(shard.keys):
+                        self._places.setdefault(key, []).append((shard, row))
+                self._seen.add(path)
+        for reason, names in others.items():
+            if not self._quiet:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                logger.warning("%s: %s%s: %s; not used, and left alone", self.folder, names[0], more, reason)
+
+    def _list(self) -> list[Path]:
+        """The files that are new and bear a shard's name, oldest first."""
+        try:
+            found = sorted(path for path in self.folder.iterdir() if path.suffix == ".safetensors")
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise ConfigError(f"prompts.cache_dir: {self.folder} cannot be read ({error.strerror})") from error
+        return [path for path in found if path not in self._seen and not path.name.startswith(".")]
+
+    def missing(self, prompts: Iterable[str], rank: int = 0, world_size: int = 1) -> list[str]:
+        """The different prompts of this rank's share that have no embedding yet.
+
+        The share depends on `prompts` alone and not on what others have written meanwhile: ranks that look at different
+        moments still leave no prompt to nobody.
+        """
+        return [prompt for prompt in _share(prompts, rank, world_size) if _key(prompt) not in self._places]
+
+    def verify(self, prompts: Iterable[str], rank: int = 0, world_size: int = 1) -> None:
+        """Reads the embeddings of this rank's share of the prompts, those that it has not verified yet and up to 4 GB in
+        all; damaged ones are missing from then on, which one line a shard says."""
+        damaged: dict[Path, int] = {}
+        for prompt in _share(prompts, rank, world_size):
+            key = _key(prompt)
+            if self._left_to_verify > 0 and key in self._places and key not in self._verified:
+                try:
+                    row = self._row(key)
+                except _Unusable as error:
+                    damaged[error.path] = damaged.get(error.path, 0) + 1
+                else:
+                    self._verified.add(key)
+                    self._left_to_verify -= sum(tensor.nbytes for tensor in row.values())
+        for path, count in damaged.items():
+            logger.warning(
+                "%s is damaged: %d of its embeddings, which are encoded anew, %s",
+                path,
+                count,
+                "is not what was written" if count == 1 else "are not what was written",
+            )
+
+    def check_space(self, num_bytes: int) -> None:
+        """Raises ConfigError when the disk has no room for num_bytes more, or the folder cannot be written to."""
+        free = free_bytes(self.folder)
+        if num_bytes > free:
+            raise ConfigError(
+                f"prompts.cache_dir: the embeddings need {readable_bytes(num_bytes)} in {self.folder}, but "
+                f"{readable_bytes(free)} are free there: take another folder or fewer prompts, or prompts.encoding=stream"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise ConfigError(f"prompts.cache_dir: {self.folder} cannot be written to ({error.strerror})") from error
+
+    def build(
+        self,
+        prompts: Sequence[str],
+        encode: Encode,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        progress: Progress | None = None,
+    ) -> int:
+        """Encodes this rank's share of the prompts that are missing or damaged and returns how many those were.
+
+        encode: list of b prompts -> {name: (b, ...)}, on any device.
+        progress: called with (prompts done, prompts to do, bytes they take in all), first when the size is known.
+        Raises ConfigError where the disk is too small, before anything is written, and for an embedding that is not
+        finite, or of another shape or dtype; OSError when a shard cannot be written. What was encoded before stays.
+        """
+        self.refresh()
+        self.verify(prompts, rank, world_size)
+        everybody, mine = self.missing(prompts), self.missing(prompts, rank, world_size)
+        if not mine:
+            return 0
+        pending: list[tuple[list[str], dict[str, Tensor]]] = []
+        pending_bytes = 0
+        try:
+            for start in range(0, len(mine), batch_size):
+                batch = mine[start : start + batch_size]
+                encoded = {name: tensor.detach().cpu() for name, tensor in encode(batch).items()}
+                self._layout = _check_embeddings(batch, encoded, self._layout)
+                num_bytes = sum(tensor.nbytes for tensor in encoded.values())
+                if start == 0:
+                    each = num_bytes // len(batch)
+                    self.check_space(len(everybody) * (each + 2 * _DIGEST_BYTES))
+                    logger.info(
+                        "encoding %d prompts, %s, into %s",
+                        len(everybody),
+                        readable_bytes(len(everybody) * each),
+                        self.folder,
+                    )
+                    if progress:
+                        progress(0, len(mine), len(mine) * each)
+                pending.append((batch, encoded))
+                pending_bytes += num_bytes
+                if pending_bytes >= _SHARD_BYTES:
+                    done, pending, pending_bytes = pending, [], 0
+                    self._write(done)
+                if progress:
+                    progress(min(start + batch_size, len(mine)), len(mine), len(mine) * each)
+        finally:  # after an error too: encoding these took its time
+            if pending:
+                self._write(pending)
+        self.refresh()
+        return len(mine)
+
+    def get(self, prompts: Sequence[str]) -> dict[str, Tensor]:
+        """{name: (B, ...)} on the CPU, row i that of prompts[i]; only those rows are read.
+
+        Raises LookupError for a prompt that has no embedding, DamagedFile for one whose embedding is not what was written.
+        """
+        with self._lock:
+            absent = [prompt for prompt in prompts if _key(prompt) not in self._places]
+            for prompt in absent:
+                if _key(prompt) in self._lost:
+                    raise DamagedFile(self._lost[_key(prompt)])
+            if absent:
+                raise LookupError(
+                    f"no embedding of {absent[0]!r} in {self.folder} ({len(absent)} of {len(prompts)} prompts have none)"
+                )
+            rows = {prompt: self._sound_row(prompt) for prompt in dict.fromkeys(prompts)}
+        layout = self._layout or {}
+        found = {name: torch.empty(len(prompts), *shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
+        for index, prompt in enumerate(prompts):
+            for name, tensor in found.items():
+                tensor[index : index + 1] = rows[prompt][name]
+        return found
+
+    def _sound_row(self, prompt: str) -> dict[str, Tensor]:
+        key = _key(prompt)
+        try:
+            return self._row(key)
+        except _Unusable as error:
+            self.refresh()  # another run may have encoded it anew
+            with contextlib.suppress(_Unusable, KeyError):
+                return self._row(key)
+            aside = _set_aside(error.path) or "it has been set aside"
+            message = (
+                f"{error.path} is damaged: the embedding of {_short(prompt)} {error}; {aside}, and the next start "
+                "(--resume) encodes its prompts anew"
+            )
+            self._lost[key] = message
+            raise DamagedFile(message) from error
+
+    def _row(self, key: bytes) -> dict[str, Tensor]:
+        """{name: (1, ...)} from the first shard that holds what was written; the others are forgotten. Raises _Unusable
+        where none does, KeyError where none is known."""
+        problem = None
+        for place in self._places[key]:
+            shard, row = place
+            try:
+                found = shard.read(row)
+                if _row_digest(self._text_key, key, found) == shard.digests[row]:
+                    return found
+                problem = _Unusable("is not what was written", shard.path)
+            except OSError as error:
+                problem = _Unusable(f"cannot be read ({error.strerror or error})", shard.path)
+            self._places[key] = [other for other in self._places[key] if other is not place]
+        del self._places[key]
+        raise problem
+
+    def _write(self, batches: list[tuple[list[str], dict[str, Tensor]]]) -> None:
+        keys = [_key(prompt) for batch, _ in batches for prompt in batch]
+        tensors = {name: torch.cat([encoded[name] for _, encoded in batches]) for name in batches[0][1]}
+        digests = [
+            _row_digest(self._text_key, key, {name: tensor[row : row + 1] for name, tensor in tensors.items()})
+            for row, key in enumerate(keys)
+        ]
+        tensors[_KEYS], tensors[_DIGESTS] = _as_tensor(keys), _as_tensor(digests)
+        layout = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        metadata = {
+            "embeddings": _FORMAT,
+            "text_key": self._text_key,
+            "sha256": _index_digest(self._text_key, layout, keys, digests),
+        }
+        # The older of two that hold a prompt comes first, and runs that build at once never meet under one name.
+        save_tensors(self.folder / f"{time.time_ns():016x}-{secrets.token_hex(8)}.safetensors", tensors, metadata)
+
+    def _remove_leftovers(self) -> None:
+        # A killed process cannot clean up behind itself (*.tmp and .tmp*: earlier versions, safetensors' own); the age
+        # keeps off those that another process is writing just now.
+        for pattern in (f"{UNFINISHED}*", "*.tmp", ".tmp*"):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                        path.unlink()
+
+
+class _NotOurs(Exception):
+    """A file that is no shard of this cache; the message says what it is."""
+
+
+class _Unusable(Exception):
+    """An embedding that cannot be used; the message says why. path: its shard's."""
+
+    def __init__(self, message: str, path: Path):
+        super().__init__(message)
+        self.path = path
+
+
+class _Shard:
+    """An opened shard. keys, digests: of its rows. layout: of one row's tensors, without keys and digests.
+
+    Raises _NotOurs, DamagedFile, or OSError where it cannot be read.
+    """
+
+    def __init__(self, path: Path, text_key: str):
+        self._file = file = open_tensors(path)
+        form = file.metadata.get("embeddings")
+        if form is None:
+            raise _NotOurs(
+                "embeddings in an earlier format, whose prompts are encoded anew (they can be deleted)"
+                if "sha256" in file.layout
+                else "not a shard of an embedding cache"
+            )
+        if form != _FORMAT:
+            raise _NotOurs(f"embeddings in format {form!r}, and this version of dpdmd has {_FORMAT!r}")
+        if file.metadata.get("text_key") != text_key:
+            raise _NotOurs(f"embeddings of {file.metadata.get('text_key')!r}, which belong in another folder")
+        count = file.layout.get(_KEYS, (None, (0,)))[1][:1]
+        for name in (_KEYS, _DIGESTS):
+            if file.layout.get(name) != (torch.uint8, (*count, _DIGEST_BYTES)):
+                raise DamagedFile(f"{path} is damaged: it has no {name} of {_DIGEST_BYTES} bytes for each of its rows")
+        for name, (_, shape) in file.layout.items():
+            if shape[:1] != count:
+                raise DamagedFile(f"{path} is damaged: {name!r} has the shape {shape}, and there are {count[0]} keys")
+        self.keys, self.digests = _rows(file.read(_KEYS)), _rows(file.read(_DIGESTS))
+        if _index_digest(text_key, file.layout, self.keys, self.digests) != file.metadata.get("sha256"):
+            raise DamagedFile(f"{path} is damaged: its header, keys and digests are not what was written")
+        self.layout = {
+            name: (dtype, shape[1:]) for name, (dtype, shape) in file.layout.items() if name not in (_KEYS, _DIGESTS)
+        }
+
+    @property
+    def path(self) -> Path:
+        return self._file.path
+
+    def read(self, row: int) -> dict[str, Tensor]:
+        """{name: (1, ...)} of a row, unverified."""
+        try:
+            return self._read(row)
+        except FileNotFoundError:
+            # Another process has met a damaged row and set the shard aside; this one may be whole.
+            if self.path.suffix == _ASIDE:
+                raise
+            self._file.path = self.path.with_name(self.path.name + _ASIDE)
+            return self._read(row)
+
+    def _read(self, row: int) -> dict[str, Tensor]:
+        return {name: self._file.read(name, row, row + 1) for name in self.layout}
+
+
+_ASIDE = ".damaged"
+
+
+def _set_aside(path: Path) -> str | None:
+    """Renames a shard so that nobody opens it again. What was done, in words; None where another process was first."""
+    if path.suffix == _ASIDE:
+        return None
+    try:
+        os.rename(path, path.with_name(path.name + _ASIDE))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"it cannot be set aside ({error.strerror}): delete it"
+    return f"set aside as {path.name}{_ASIDE}"
+
+
+def _row_digest(text_key: str, key: bytes, row: dict[str, Tensor]) -> bytes:
+    digest = hashlib.sha256(text_key.encode("utf-8"))
+    digest.update(key)
+    for name in sorted(row):
+        digest.update(f"\n{name} {row[name].dtype} {tuple(row[name].shape)}\n".encode())
+        digest.update(tensor_bytes(row[name]))
+    return digest.digest()
+
+
+def _index_digest(text_key: str, layout: Layout, keys: list[bytes], digests: list[bytes]) -> str:
+    """layout: of all tensors of a shard."""
+    parts = [_FORMAT, text_key, *(f"{name} {dtype} {shape}" for name, (dtype, shape) in sorted(layout.items()))]
+    return hashlib.sha256(b"".join(["\n".join(parts).encode("utf-8"), *keys, *digests])).hexdigest()
+
+
+def _as_tensor(values: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(values)), dtype=torch.uint8).reshape(len(values), -1)
+
+
+def _rows(tensor: Tensor) -> list[bytes]:
+    return [row.tobytes() for row in tensor.numpy()]
+
+
+def _share(prompts: Iterable[str], rank: int, world_size: int) -> list[str]:
+    return list(dict.fromkeys(prompts))[rank::world_size]
+
+
+def _key(prompt: str) -> bytes:
+    try:
+        return hashlib.sha256(prompt.encode("utf-8")).digest()
+    except UnicodeEncodeError as error:
+        raise ConfigError(f"prompt {_short(prompt)} holds an unpaired surrogate, which is no character") from error
+
+
+def _short(prompt: str) -> str:
+    return repr(prompt if len(prompt) <= 80 else prompt[:77] + "...")
+
+
+def _layout(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Layout:
+    return {name: (dtype, tuple(shape)) for name, shape in shapes.items()}
+
+
+def _difference(layout: Layout, expected: Layout) -> str:
+    """What distinguishes two layouts of a prompt's embeddings, in words."""
+    for name in sorted({*layout, *expected}):
+        if layout.get(name) != expected.get(name):
+            found, needed = (
+                "none" if name not in each else f"{str(each[name][0]).removeprefix('torch.')} {each[name][1]}"
+                for each in (layout, expected)
+            )
+            return f"{name} of a prompt is {found}, and {needed} is needed"
+    raise AssertionError("the layouts are the same")
+
+
+def _check_embeddings(prompts: list[str], encoded: dict[str, Tensor], expected: Layout | None) -> Layout:
+    """The layout of a prompt's embeddings. encoded: {name: (b, ...)} of b prompts, fresh from the text encoders.
+
+    Raises ConfigError where the layout is not the expected one, or an embedding is not finite.
+    """
+    layout = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in encoded.items()}
+    assert all(len(tensor) == len(prompts) for tensor in encoded.values()), (len(prompts), layout)
+    assert not {_KEYS, _DIGESTS} & layout.keys(), layout
+    if expected is not None and layout != expected:
+        raise ConfigError(f"prompts: the text encoders do not fit the model: {_difference(layout, expected)}")
+    for name, tensor in encoded.items():
+        bad = (~torch.isfinite(tensor).flatten(1).all(dim=1)).nonzero()
+        if len(bad):
+            raise ConfigError(
+                f"prompts: {name} of {_short(prompts[int(bad[0])])} is not finite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}; a wider model.dtype (bfloat16) may help, or leave the prompt out"
+            )
+    return layout
+
+
+class Conditioner:
+    """Prompts in, conditions of the network out, on `device`, wherever the embeddings come from.
+
+    lookup: list of B prompts -> {name: (B, ...)} (`EmbeddingCache.get`, or `encode` of the text encoders).
+    ahead: whether lookup may run in a thread of its own, for `prefetch`.
+    negative_prompt: prompt of the unconditional branch, None for none.
+    """
+
+    def __init__(self, lookup: Encode, negative_prompt: str | None, device: torch.device | str, *, ahead: bool = False):
+        self._lookup = lookup
+        self._device = torch.device(device)
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="prefetch") if ahead else None
+        self._coming: tuple[list[str], Future] | None = None
+        self._negative = None if negative_prompt is None else self.cond([negative_prompt])
+
+    def cond(self, prompts: list[str]) -> dict[str, Tensor]:
+        """{name: (B, ...)} of B prompts. Raises what lookup does, also where `prefetch` has met it."""
+        coming, self._coming = self._coming, None
+        found = coming[1].result() if coming is not None and coming[0] == prompts else self._read(prompts)
+        return {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
+
+    def close(self) -> None:
+        """Ends the thread that reads ahead, and forgets what it has read."""
+        self._coming = None
+        if self._reader is not None:
+            self._reader.shutdown(cancel_futures=True)
+
+    def prefetch(self, prompts: list[str]) -> None:
+        """Has the next `cond(prompts)` read from disk meanwhile, where embeddings come from there."""
+        if self._reader is not None:
+            self._coming = (prompts, self._reader.submit(self._read, prompts))
+
+    def _read(self, prompts: list[str]) -> dict[str, Tensor]:
+        found = self._lookup(prompts)
+        if self._device.type == "cuda":  # from pinned memory the copy to the device takes no time of the host's
+            found = {name: x if x.is_cuda else x.pin_memory() for name, x in found.items()}
+        return found
+
+    def uncond(self, batch_size: int) -> dict[str, Tensor] | None:
+        """{name: (batch_size, ...)} of the negative prompt, every row the same memory: not to be written to."""
+        if self._negative is None:
+            return None
+        return {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in self._negative.items()}
+
+
+def make_conditioner(
+    backbone,
+    config: PromptsConfig,
+    prompts: Sequence[str],
+    device: torch.device | str,
+    rank: int,
+    world_size: int,
+    barrier: Callable[[], None],
+    extra_prompts: Sequence[str] = (),
+    dtype: torch.dtype | None = None,
+    progress: Progress | None = None,
+) -> Conditioner:
+    """The conditions of `prompts`, `extra_prompts` (those of sample grids) and config.negative_prompt.
+
+    encoding = stream keeps the text encoders on `device`. encoding = cache brings the cache up to date first, each rank
+    its share, then frees the encoders; where nothing is missing or damaged they are not loaded at all. `barrier` is called once,
+    by every rank, in cache mode. config.cache_dir must be set then, and be a folder that all ranks see.
+
+    dtype: of the text encoders; None: bfloat16 on CUDA, else float32.
+    backbone: has `load_text(device, dtype).encode(prompts)`, and for the cache `text_key` and `text_shapes`.
+
+    Raises ConfigError for a folder that cannot be used, and for embeddings that are not finite or do not fit the model;
+    OSError where one cannot be written. So does `Conditioner.cond` later, and for a cached embedding that has been damaged
+    since.
+
+    Both give the same bits for the same batch. (A matrix product may round a row otherwise when the batch has another
+    size, so an encoder asked for batches of another size than the cache was built with can differ in the last bit.)
+    """
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
+    if config.encoding == "stream":
+        text, layout = backbone.load_text(device, dtype), _layout(backbone.text_shapes, dtype)
+
+        def encode(prompts: list[str]) -> dict[str, Tensor]:
+            encoded = text.encode(prompts)
+            _check_embeddings(prompts, encoded, layout)
+            return encoded
+
+        return Conditioner(encode, config.negative_prompt, device)
+
+    if config.cache_dir is None:
+        raise ConfigError(
+            "prompts.cache_dir is not set, and prompts.encoding = cache needs a folder for the embeddings"
+        )
+    negative = () if config.negative_prompt is None else (config.negative_prompt,)
+    needed = [*prompts, *extra_prompts, *negative]
+    text_key = f"{backbone.text_key}-{str(dtype).removeprefix('torch.')}"
+    cache = EmbeddingCache(config.cache_dir, text_key, backbone.text_shapes, dtype, quiet=rank > 0)
+    cache.verify(needed, rank, world_size)
+    if cache.missing(needed, rank, world_size):
+        # Asked before the encoders are loaded, which takes minutes; build asks again with the sizes that it gets.
+        cache.check_space(estimate_bytes(len(cache.missing(needed)), backbone.text_shapes, dtype))
+        text = backbone.load_text(device, dtype)
+        cache.build(needed, text.encode, config.encode_batch_size, rank, world_size, progress)
+        del text
+        gc.collect()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+    barrier()
+    cache.refresh()
+    absent = cache.missing(needed)
+    if absent:
+        raise ConfigError(
+            f"prompts.cache_dir {config.cache_dir}: {len(absent)} prompts have no embedding here though every process "
+            "has written its share: all processes must see the same folder"
+        )
+    return Conditioner(cache.get, config.negative_prompt, device, ahead=True)

@@ -1,0 +1,217 @@
+"""The student that a run exports: whether it is one that anybody wants, and what others use of it.
+
+student/   the distilled transformer as a stock diffusers folder (safetensors), or under LoRA the adapter that a stock
+           pipeline's load_lora_weights takes, with its time grid (dpdmd.json) and the run's configuration (config.yaml)
+           beside it
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic
+import torch
+
+from dpdmd.backbones.family import backbones
+from dpdmd.command import RunStopped
+from dpdmd.config import SHIPPED_WORLDS, TRAINED, Config, to_yaml
+from dpdmd.distill import Distillation, first_noises
+from dpdmd.engine.lora import save_adapter
+from dpdmd.engine.role import Trained
+from dpdmd.engine.world import World
+from dpdmd.files import UNFINISHED, digests, disk_errors, publish, read_json, remove, sha256, write_json, write_text
+from dpdmd.run.folder import free_name
+
+STUDENT_FILE = "dpdmd.json"
+STUDENT_FORMAT = 1
+
+
+def _known(family: str) -> str:
+    if family not in backbones():
+        raise ValueError(
+            f"there is no such family; there are {', '.join(sorted(backbones()))} (of one's own: --family)"
+        )
+    return family
+
+
+class Description(pydantic.BaseModel):
+    """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
+
+    model_config = pydantic.ConfigDict(strict=True, frozen=True)
+
+    format: int = STUDENT_FORMAT
+    iterations: pydantic.NonNegativeInt | None = None
+    family: Annotated[str, pydantic.AfterValidator(_known)]
+    adapter: bool = False
+    base: str | None = None  # the digest of the weights that an adapter is for
+    pipeline: str
+    revision: str | None
+    prediction: str | None = None
+    method: str | None = None
+    num_steps: pydantic.PositiveInt | None = None
+    times: list[float] = pydantic.Field(min_length=2)
+    pipeline_sigmas: list[pydantic.FiniteFloat] | None = None
+    guidance_scale: float = pydantic.Field(ge=0, allow_inf_nan=False)
+    resolution: pydantic.PositiveInt
+    max_sequence_length: pydantic.PositiveInt
+    pipeline_call: dict[str, Any] | None = None  # whatever a stock pipeline has to be called with beside the prompt
+
+
+def describe_student(backbone, distillation: Distillation, config: Config) -> Description:
+    diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
+    sigmas = diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid)
+    side, length = config.model.resolution, config.model.max_sequence_length
+    if pipeline not in SHIPPED_WORLDS and Path(pipeline).is_dir():
+        pipeline = str(Path(pipeline).resolve())
+    call = {
+        "sigmas": sigmas,
+        "guidance_scale": backbone.pipeline_guidance_scale,
+        "height": side,
+        "width": side,
+        "max_sequence_length": length,
+    }
+    return Description(
+        iterations=config.run.iterations,
+        family=backbone.family.name,
+        adapter=config.lora is not None,
+        base=backbone.weights_fingerprint("transformer") if config.lora is not None else None,
+        pipeline=pipeline,
+        revision=config.model.revision,
+        prediction=diffusion.prediction,
+        method=distill.method,
+        num_steps=distill.student_steps,
+        times=distillation.student_times.tolist(),
+        pipeline_sigmas=sigmas,
+        guidance_scale=backbone.pipeline_guidance_scale,
+        resolution=side,
+        max_sequence_length=length,
+        pipeline_call=call,
+    )
+
+
+def export_student(
+    folder: Path, student: Trained, backbone, distillation: Distillation, config: Config, world: World
+) -> None:
+    """Writes the student for others to use; all processes call. One that an earlier, shorter part of the run exported stays,
+    as student_step_<its iterations>."""
+    with student.averaged():
+        state_dict = student.full_state_dict()
+    if world.main:
+        unfinished = folder.with_name(UNFINISHED + folder.name)
+        remove(unfinished)
+        with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
+            if config.lora is None:
+                backbone.export(state_dict, unfinished)
+            else:
+                save_adapter(student.base.transformer, "student", unfinished, state_dict)
+        write_json(unfinished / STUDENT_FILE, describe_student(backbone, distillation, config).model_dump())
+        write_text(unfinished / "config.yaml", to_yaml(config))
+        _set_aside(folder, unfinished)
+        publish(unfinished, folder)
+    world.barrier()
+
+
+def _set_aside(folder: Path, new: Path) -> None:
+    """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
+    if not os.path.lexists(folder):
+        return
+    if folder.is_dir() and _names(folder) <= _names(new) and digests(folder) == digests(new):
+        return
+    try:
+        earlier = read_json(folder / STUDENT_FILE).get("iterations")
+    except (OSError, AttributeError):
+        earlier = None
+    name = f"{folder.name}_step_{earlier:06d}" if isinstance(earlier, int) else f"{folder.name}_earlier"
+    with disk_errors(folder):
+        os.rename(folder, free_name(folder.with_name(name)))
+
+
+def _names(folder: Path) -> set[Path]:
+    return {path.relative_to(folder) for path in folder.rglob("*")}
+
+
+def problem_of_student(path: Path) -> str | None:
+    """What is not as it was exported in the student of a finished run, or None."""
+    try:
+        summary = read_json(path / "finished.json")
+    except OSError as error:  # damaged, too
+        return str(error)
+    exported = summary.get("student") if isinstance(summary, dict) else None
+    if not isinstance(exported, dict) or STUDENT_FILE not in exported:
+        return f"{path / 'finished.json'} does not say what was exported"
+    for name, digest in exported.items():
+        file = path / "student" / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if sha256(file) != digest:
+            return f"{file} is damaged or changed: its content is not what was exported (SHA-256)"
+    return None
+
+
+def check_export(trainer) -> None:
+    """Raises RunStopped where the student is not one that anybody wants: still what it began as, or broken. All processes
+    call. trainer: trainer.py's, after the last update."""
+    updates = trainer.networks["student"].updates
+    if updates == 0:
+        raise RunStopped(
+            f"the student was never updated, so it is not exported: it is still the teacher. {trainer.describe_skipped()}"
+        )
+    if problem := _problem_of_export(trainer):
+        raise RunStopped(f"after {updates} updates {problem}, so it is not exported; {_describe_rate(trainer.config)}")
+
+
+def _problem_of_export(trainer) -> str | None:
+    networks, world = trainer.networks, trainer.world
+    prompts = trainer.prompts_of_batch(0, world.rank)
+    noise = first_noises(0, len(prompts), trainer.backbone.latent_shape).to(world.device)
+    cond = trainer.conditioner.cond(prompts)
+    with torch.no_grad(), networks["student"].averaged():
+        finite = networks["student"].is_finite()
+        moved = networks["student"].bits() != trainer.initial_bits
+        made = trainer.distillation.sample(networks["student"], noise, cond)
+        if trainer.config.lora is not None:  # An adapter's bits change at once; what it adds may be lost in rounding.
+            moved = not torch.equal(made, trainer.distillation.sample(networks["teacher"], noise, cond))
+    size = float(made.double().square().mean().sqrt())
+    finite, moved, sizes = zip(*world.gather((finite, moved, size)), strict=True)
+    if not all(finite):
+        return "the student's weights hold NaN or infinity"
+    if exploded := [size for size in sizes if not size < _LARGEST_LATENTS]:  # NaN is not, either
+        return f"the student makes latents of size {exploded[0]:.3g} (root mean square) of noise of size 1"
+    if any(moved):
+        return None
+    if trainer.config.lora is None:
+        return "the student's weights are to the bit those that it began with"
+    return "the adapter changes no bit of what the teacher makes in as many steps"
+
+
+_LARGEST_LATENTS = 1000.0  # latents of pictures have a root mean square of about 1
+
+
+def _describe_rate(config: Config) -> str:
+    """What decides how far the exported student moves."""
+    optimizer, average = config.student_optimizer, "null" if config.ema is None else f"{{decay: {config.ema.decay}}}"
+    return (
+        f"student_optimizer.lr = {optimizer.lr:g}, warmup = {optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = "
+        f"{config.engine.clip:g} and ema = {average} decide how far it moves"
+    )
+
+
+def doubts(config: Config) -> list[str]:
+    """What is possible, and leaves a student that has hardly been trained."""
+    found = []
+    for role in TRAINED:
+        optimizer, updates = getattr(config, f"{role}_optimizer"), config.num_updates(role)
+        if optimizer.warmup > updates:
+            found.append(
+                f"{role}_optimizer.warmup = {optimizer.warmup} is longer than the run's {updates} updates of the {role}: the "
+                f"rate ends at {optimizer.lr * updates / optimizer.warmup:.2g} and never comes to lr = {optimizer.lr:g}"
+            )
+    updates = config.num_updates("student")
+    if config.ema is not None and config.ema.decay**updates > 0.5:
+        found.append(
+            f"ema.decay = {config.ema.decay}: of the average, which is what is exported, {config.ema.decay**updates:.0%} is "
+            f"still the student's beginning after the run's {updates} updates; {0.5 ** (4 / updates):.4g} would leave 6 %"
+        )
+    return found
