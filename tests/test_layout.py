@@ -53,6 +53,7 @@ FLOORS = (
     ("plan", "sample"),
     ("worlds",),
     ("train",),
+    ("__main__",),
 )
 
 
