@@ -49,6 +49,7 @@ kernels: headers
 
 # In dist/: the source distribution, and a wheel made of it, with the compiled library and the tag of the oldest glibc that it
 # runs with. Then the wheel is installed in a fresh environment, where the library must load.
+wheel: export PYTHONPATH =
 wheel: headers
 	$(BIN)/python kernels/runtime/build.py --check
 	$(call INSTALL,$(VENV)) -e '.[release]'
@@ -58,14 +59,14 @@ wheel: headers
 	mv build/dist/*.tar.gz dist/
 	$(PYTHON) -m venv build/fresh
 	$(call INSTALL,build/fresh) dist/*.whl
-	cd / && XDG_CACHE_HOME=$(CURDIR)/build $(CURDIR)/build/fresh/bin/python -c "$$LOADS"
+	cd / && XDG_CACHE_HOME=$(CURDIR)/build $(CURDIR)/build/fresh/bin/python -I -c "$$LOADS"
 	build/fresh/bin/dpdmd --version
 
 define LOADS
-import dpdmd.kernels
-from dpdmd.kernels.runtime import build, csrc
+import sys, dpdmd.kernels
+from dpdmd.kernels.runtime import csrc
 found, reason = csrc.find(), csrc.load()
-assert found and found.parent.samefile(build.__file__ + '/..') and not reason, reason or f'{found} is not the wheel own library'
+assert found and found.is_relative_to(sys.prefix) and not reason, reason or f'the wheel has no library, but there is {found}'
 print(f'{found} loads')
 endef
 export LOADS
