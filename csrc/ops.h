@@ -96,8 +96,8 @@ struct Scale {
 // out (rows, columns) = epilogue(x w), all row-major and dense, with x (rows, inner); w is weight^T of a weight
 // (columns, inner), or the weight (inner, columns) itself. float16 or bfloat16.
 struct Matmul {
-  // cuBLASLt's codes. gelu_aux_bias: gelu(x w + bias), and x w + bias to aux; dgelu: x w times gelu's slope at aux.
-  enum class Epilogue : uint32_t { gelu_aux_bias = 164, dgelu = 192 };
+  // gelu_aux_bias: gelu(x w + bias), and x w + bias to aux; dgelu: x w times gelu's slope at aux.
+  enum class Epilogue : int { gelu_aux_bias, dgelu };
   Epilogue epilogue = Epilogue::dgelu;
   bool weight_transposed = false;
   int64_t rows = 0, columns = 0, inner = 0;

@@ -276,12 +276,15 @@ def _end(number: int, frame: FrameType | None) -> None:
     os._exit(ENDED)
 
 
-if _OURS & {*Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents}:
-    # A command of dpdmd runs, and its other imports follow.
+def answer_signals() -> None:
     sys.excepthook = _failed  # Python's own status is 130, too, or 1
-    for _each in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
-        if signal.getsignal(_each) == signal.SIG_DFL:
-            signal.signal(_each, _end)
+    for each in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if signal.getsignal(each) == signal.SIG_DFL:
+            signal.signal(each, _end)
+
+
+if _OURS & {*Path(getattr(sys.modules["__main__"], "__file__", None) or "/").resolve().parents}:
+    answer_signals()  # a command of dpdmd runs, and its other imports follow
 
 
 # What command lines hold

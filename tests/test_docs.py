@@ -19,7 +19,7 @@ from students import exported
 from dpdmd.config import known_keys, load_config
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What stands where the documents have a hub id.
 HUB = {
     "stabilityai/stable-diffusion-3.5-medium": "tiny_pipeline",
@@ -207,7 +207,7 @@ def command_lines() -> list[tuple[str, str]]:
     for document in DOCUMENTS:
         text = "\n".join(blocks(document, "bash", "")).replace("\\\n", " ")
         for line in text.splitlines():
-            if re.match(r"(python|deepspeed|make|pip) ", line):
+            if re.match(r"(python|deepspeed|dpdmd|make|pip) ", line):
                 found.append((document.name, line.split("  #")[0].strip()))
     return found
 
@@ -254,6 +254,10 @@ def test_every_command_is_understood(document, line, monkeypatch):
         assert arguments[0] == "install" and (ROOT / arguments[arguments.index("-c") + 1]).is_file()
         assert set(re.findall(r"\w+", re.search(r"\[(.*)\]", arguments[-1])[1])) <= set(extras)
         return
+    if program == "dpdmd":
+        from dpdmd.__main__ import COMMANDS
+
+        arguments = ["-m", COMMANDS[arguments[0]][0], *arguments[1:]]
     if program == "deepspeed":
         from deepspeed.launcher import runner
 

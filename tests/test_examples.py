@@ -1,15 +1,16 @@
-"""The example scripts do what they say, with stand-ins for the commands of a cluster."""
+"""The example scripts do what they say; that of a cluster with stand-ins for its commands."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from processes import reserved_port, run_command, running
+from processes import ends, reserved_port, run_command, running
 
 from dpdmd import command
 
@@ -92,3 +93,38 @@ def test_a_job_that_is_pre_empted_goes_on_where_it_was(tmp_path, port):
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"going on from iteration {iteration} " in done.stdout and (folder / "student" / "dpdmd.json").exists()
     assert (tmp_path / "requeued").read_text() == "requeue 4242\n"
+
+
+def run(name: str, *arguments: object) -> str:
+    """What an example prints, as a user starts it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    answer = run_command([sys.executable, ROOT / "examples" / name, *arguments], env=env)
+    assert answer.returncode == 0, ends(answer.stdout, answer.stderr)
+    return answer.stdout
+
+
+def test_one_step_learns_what_the_teacher_does_in_many():
+    table = dict(re.findall(r"^(\w+, \d+ steps?) +(\d.*)$", run("dmd2_loop.py"), re.MULTILINE))
+    rows = {name: [float(each) for each in text.split()] for name, text in table.items()}
+    (many, _), (one, _) = rows["teacher, 20 steps"], rows["teacher, 1 step"]
+    distance, rarer = rows["student, 1 step"]
+    assert many < 0.2 and one > 0.6 and distance < 0.45
+    assert rarer > 0.3  # both of a class's clusters
+
+
+def test_a_lora_of_a_fused_transformer_is_one_of_diffusers(tmp_path):
+    printed = run("sd3_lora.py", "--output", tmp_path / "lora")
+    assert "SD3Transformer2DModel: fused 3 JointTransformerBlock" in printed
+    before, after = map(float, re.search(r"loss ([\d.]+) before, ([\d.]+) after", printed).groups())
+    assert after < before / 2
+    assert {path.name for path in (tmp_path / "lora").iterdir()} == {"picture.png", "pytorch_lora_weights.safetensors"}
+
+
+def test_a_lora_learns_from_pictures_with_captions(tmp_path):
+    from PIL import Image
+
+    for name, colour in (("one", "red"), ("two", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"{colour}\n")
+    printed = run("sd3_lora.py", "--pictures", tmp_path, "--steps", 1, "--output", tmp_path / "lora")
+    assert "made with it for 'red'" in printed

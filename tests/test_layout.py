@@ -55,6 +55,7 @@ FLOORS = (
     ("worlds",),
     ("trainer",),
     ("train",),
+    ("__main__",),
 )
 
 

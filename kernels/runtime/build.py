@@ -1,5 +1,5 @@
 """Compiles csrc/ into one shared library, with nvcc and ninja: `python -m dpdmd.kernels.runtime.build`, or setup.py, or the
-first call on a GPU.
+first call on a GPU. With --check it says what is missing for that, and compiles nothing.
 
 It is built against LibTorch's stable ABI, so it needs torch's headers but no CUDA build of torch, no GPU, and no
 particular Python; one library serves torch 2.11 and newer. Nothing is imported here but the standard library, as
@@ -37,6 +37,8 @@ def unable() -> str:
         return "ninja is not installed (pip install ninja)"
     if importlib.util.find_spec("torch") is None:
         return "torch, whose headers it needs, is not installed in the environment that builds (--no-build-isolation)"
+    if _cublas_headers() is None:
+        return "cublasLt.h is neither in nvcc's toolkit nor in a package (pip install nvidia-cublas brings it)"
     return ""
 
 
@@ -67,6 +69,19 @@ def _nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
 
 
+def _cublas_headers() -> Path | None:
+    """The folder of cublasLt.h. It is no part of the compiler's own packages: it comes with a whole CUDA toolkit, and with
+    the cuBLAS that a CUDA build of torch installs."""
+    toolkits = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
+    if compiler := _nvcc():
+        toolkits.append(Path(os.path.realpath(compiler)).parents[1])
+    nvidia = importlib.util.find_spec("nvidia")  # a namespace package: a folder for each place where something of it is
+    packages = [Path(each) for each in (nvidia.submodule_search_locations or ())] if nvidia else []
+    headers = [each / "include" / "cublasLt.h" for each in toolkits]
+    headers += [header for each in packages for header in sorted(each.glob("*/include/cublasLt.h"))]
+    return next((header.parent for header in headers if header.is_file()), None)
+
+
 def _ninja() -> str | None:
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
@@ -76,10 +91,12 @@ def _rules() -> str:
     codes = " ".join(f"-gencode=arch={code}" for code in ARCHITECTURES)
     sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.cu"))]
     objects = " ".join(f"{source.stem}.o" for source in sources)
-    # nvcc for the host's part too, as it knows where its headers and its static runtime are.
+    # nvcc for the host's part too, as it knows where its headers and its static runtime are. The folder of cuBLAS's header
+    # comes last: it may hold the CUDA headers of another release.
+    flags = f"-Xcompiler -fPIC -I{torch}/include -Xcompiler -idirafter -Xcompiler {_cublas_headers()}"
     lines = [
         "rule compile",
-        f"  command = {_nvcc()} {COMPILE} {codes} --threads 0 -Xcompiler -fPIC -I{torch}/include -c $in -o $out",
+        f"  command = {_nvcc()} {COMPILE} {codes} --threads 0 {flags} -c $in -o $out",
         "rule link",
         f"  command = {_nvcc()} -shared -o $out $in -L{torch}/lib -ltorch_cpu",
         *(f"build {source.stem}.o: compile {source}" for source in sources),
@@ -90,6 +107,8 @@ def _rules() -> str:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:] == ["--check"]:
+        sys.exit(unable() or 0)
     here = Path(__file__).resolve().parent
     built = build(here)
     for stale in set(here.glob("_ops_*.so")) - {built}:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,8 @@ from dpdmd.kernels.runtime import backend, build, csrc
 # Two roundings of the gradient, and another where d is kept as bfloat16.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 
-compiled = pytest.mark.skipif(csrc.find() is None, reason="csrc/ is not compiled: python kernels/build.py, with nvcc")
-needs_nvcc = pytest.mark.skipif(bool(build.unable()), reason="needs nvcc and ninja")
+compiled = pytest.mark.skipif(csrc.find() is None, reason="csrc/ is not compiled: make kernels, with nvcc")
+needs_nvcc = pytest.mark.skipif(bool(build.unable()), reason="needs nvcc, ninja and cublasLt.h: make kernels")
 
 
 @compiled
@@ -78,6 +79,10 @@ def test_what_does_not_compile_says_why_and_leaves_nothing(tmp_path, monkeypatch
     [
         ({"_nvcc": None, "_ninja": "ninja"}, "nvcc, CUDA's compiler, is not on PATH"),
         ({"_nvcc": "nvcc", "_ninja": None}, r"ninja is not installed \(pip install ninja\)"),
+        (
+            {"_nvcc": "nvcc", "_ninja": "ninja", "_cublas_headers": None},
+            "cublasLt.h is neither in nvcc's toolkit ",
+        ),
     ],
 )
 def test_missing_tools_are_named(tmp_path, monkeypatch, tools, reason):
@@ -85,6 +90,22 @@ def test_missing_tools_are_named(tmp_path, monkeypatch, tools, reason):
         monkeypatch.setattr(build, name, lambda path=path: path)
     with pytest.raises(RuntimeError, match=f"cannot be compiled: {reason}"):
         build.build(tmp_path)
+
+
+def test_the_header_of_cublas_is_sought_in_the_toolkit_and_in_packages(tmp_path, monkeypatch):
+    """Each kind of package has a folder of its own: nvidia-cublas-cu12, and nvidia-cublas with those that it needs."""
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "toolkit"))
+    monkeypatch.setattr(build, "_nvcc", lambda: str(tmp_path / "toolkit" / "bin" / "nvcc"))
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: None)
+    assert build._cublas_headers() is None
+    package = SimpleNamespace(submodule_search_locations=[str(tmp_path / "nvidia")])
+    monkeypatch.setattr(build.importlib.util, "find_spec", lambda name: package if name == "nvidia" else None)
+    assert build._cublas_headers() is None
+    for folder in (tmp_path / "nvidia/cublas/include", tmp_path / "nvidia/cu13/include", tmp_path / "toolkit/include"):
+        folder.mkdir(parents=True)
+        (folder / "cublasLt.h").touch()
+        if folder.parts[-2] != "cublas":
+            assert build._cublas_headers() == folder
 
 
 def _build_once(folder: str, log: str) -> None:
