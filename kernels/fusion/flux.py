@@ -44,6 +44,7 @@ from dpdmd.kernels.fusion.parts import (
     unequal_eps,
     unlike_parts,
 )
+from dpdmd.kernels.runtime.registration import plain
 
 LARGEST_FLOAT16 = 65504
 FP8_LAYERS_DOUBLE = ("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0", "ff.net.0.proj", "ff.net.2")
@@ -189,39 +190,43 @@ def _finite(x: Tensor) -> Tensor:
 
 
 # Diffusers hands the two parts of the joint tokens from single block to single block, and each block would join them
-# again: 2 (T + S) C elements read and written a block. So the joint tensor travels with its parts, as an attribute.
+# again: 2 (T + S) C elements read and written a block. Parts that still lie side by side are taken as one tensor.
 
 
 def part(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(text, image): views of joint (B, T + S, C), which `join` finds again."""
-    text, image = joint[:, :length], joint[:, length:]
-    if not torch.compiler.is_compiling():
-        text._joint = image._joint = joint
-    return text, image
+    return joint[:, :length], joint[:, length:]
 
 
 def join(text: Tensor, image: Tensor) -> Tensor:
-    """[text; image] (B, T + S, C): the tensor that they are the parts of, if they are as `part` left them, also after
-    writing into them; else a copy of the two."""
-    if not torch.compiler.is_compiling():
-        joint = getattr(text, "_joint", None)
-        if joint is not None and joint is getattr(image, "_joint", None) and _intact(joint, text, image):
-            return joint
-    return torch.cat((text, image), dim=1)
+    """[text; image] (B, T + S, C): the tensor that `part` made them of, also after writing into them; else a copy."""
+    joint = None if torch.compiler.is_compiling() else _joint_of(text, image)
+    return torch.cat((text, image), dim=1) if joint is None else joint
 
 
-def _intact(joint: Tensor, text: Tensor, image: Tensor) -> bool:
-    """Whether memory and gradients of the parts are still the joint tensor's. The outputs of a reentrant checkpoint are
-    not: they have a gradient where the joint tensor, made in no_grad mode, has none. Hooks on a part want its gradient,
-    which would not pass there."""
-    offset = text.shape[1] * joint.stride(1) * joint.element_size()
-    return (
-        type(joint) is Tensor
-        and text.shape[1] + image.shape[1] == joint.shape[1]
-        and text.data_ptr() == joint.data_ptr()
-        and image.data_ptr() == joint.data_ptr() + offset
-        and all(
-            each.requires_grad == joint.requires_grad and not each._backward_hooks and not each.retains_grad
-            for each in (text, image)
-        )
-    )
+def _joint_of(text: Tensor, image: Tensor) -> Tensor | None:
+    """The tensor that both are parts of, if their memory and their gradients are its own."""
+    batch, length, channels = text.shape
+    shape, stride, offset = (batch, length + image.shape[1], channels), text.stride(), text.storage_offset()
+    if not plain((text, image)) or not torch._C._is_alias_of(text, image) or text.dtype != image.dtype:
+        return None
+    beside = (batch, channels), stride, offset + length * stride[1]
+    if (image.shape[::2], image.stride(), image.storage_offset()) != beside:
+        return None
+    if not text.requires_grad and not image.requires_grad:
+        return text.as_strided(shape, stride, offset)
+    joint = text._base
+    if joint is None or joint is not image._base:
+        return None
+    if (joint.shape, joint.stride(), joint.storage_offset()) != (shape, stride, offset):
+        return None
+    # What a part's gradient goes through on its way to the joint tensor would be passed over: another view, such as the
+    # one that a module's hooks make, hooks, and the outputs of a reentrant checkpoint, whose joint tensor has no graph.
+    return joint if all(_leads_to(each, joint) for each in (text, image)) else None
+
+
+def _leads_to(part: Tensor, joint: Tensor) -> bool:
+    """Whether the gradient of a part becomes that of the joint tensor and nothing else sees it."""
+    if part.grad_fn is None or joint.grad_fn is None or part._backward_hooks or part.retains_grad:
+        return False
+    return part.grad_fn.next_functions[0][0] is joint.grad_fn

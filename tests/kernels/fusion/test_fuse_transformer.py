@@ -961,18 +961,39 @@ def test_joint_tensor_when_recomputing(joins):
     assert joins == [False, True]
 
 
-def test_joint_tensor_of_other_parts():
-    joint = torch.randn(2, 7, 4)
+@pytest.mark.parametrize("graph", [True, False])
+def test_joint_tensor_of_other_parts(graph):
+    def made():
+        return torch.randn(2, 7, 4, requires_grad=graph) * 2
+
+    joint = made()
     text, image = flux_blocks.part(joint, 3)
-    assert flux_blocks.join(text, image) is joint
-    other_text, other_image = flux_blocks.part(torch.randn(2, 7, 4), 3)
+    joined = flux_blocks.join(text, image)
+    assert joined is joint or (not graph and joined.data_ptr() == joint.data_ptr() and torch.equal(joined, joint))
+    other_text, other_image = flux_blocks.part(made(), 3)
     # The views of a hook's identity function have the memory of the parts, and another gradient.
-    views = [(text, image.view_as(image)), (text.view_as(text), image)]
-    for parts in ((text, other_image), (other_text, image), (image, text), (text, image.clone()), *views):
+    views = [(text, image.view_as(image)), (text.view_as(text), image)] if graph else []
+    apart = made()[:, :3], made()[:, 3:]
+    less, swapped = (text, image[:, 1:]), (joint[:, 4:], joint[:, :4])
+    narrow, strided = (text[..., :2], image[..., 2:]), (text, joint.transpose(0, 1)[3:].transpose(0, 1).flip(1))
+    others = [(text, other_image), (other_text, image), (image, text), (text, image.clone()), (text.clone(), image)]
+    for parts in (*others, *views, apart, less, swapped, strided, (text[:1], image[:1].clone())):
         joined = flux_blocks.join(*parts)
-        assert joined is not joint and torch.equal(joined, torch.cat(parts, dim=1))
+        assert joined.data_ptr() not in (joint.data_ptr(), parts[0].data_ptr())
+        assert torch.equal(joined, torch.cat(parts, dim=1))
+    assert torch.equal(flux_blocks.join(*narrow), torch.cat(narrow, dim=1))
     image.data = image.data[:, :-1]
     assert flux_blocks.join(text, image).shape == (2, 6, 4)
+
+
+def test_joint_tensor_leaves_no_trace_and_needs_no_base():
+    """Nothing is noted in the parts; under inference_mode, where views know no base, the copy is spared too."""
+    with torch.inference_mode():
+        joint = torch.randn(2, 7, 4)
+        parts = flux_blocks.part(joint, 3)
+        joined = flux_blocks.join(*parts)
+    assert joined.data_ptr() == joint.data_ptr() and torch.equal(joined, joint)
+    assert not any(vars(part) for part in parts)
 
 
 # On a GPU
