@@ -100,7 +100,7 @@ def away(module: nn.Module) -> bool:
 
 
 def norms_away(attn: nn.Module) -> bool:
-    """The same of an attention's norms, whose weights the fused forward reads."""
+    """Whether an attention's norms are `away`, whose weights the fused forward reads."""
     return any(away(norm) for name, norm in attn._modules.items() if name.startswith("norm_"))
 
 

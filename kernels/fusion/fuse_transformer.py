@@ -1,4 +1,4 @@
-"""The fused operations put into a diffusers transformer, in place: one of FAMILIES.
+"""The fused operations put into a diffusers transformer, in place: one whose class is among FAMILIES.
 
 Each block that is understood gets a forward of its own, an attribute of the instance, which computes what the stock one
 does with the operations of this package. Classes, submodules, parameters and state_dict stay as they are, so whatever
@@ -49,7 +49,7 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     """Gives the blocks of a diffusers transformer, and its last norm, fused forwards, in place. Returns what became of
     each, and prints it unless verbose is False.
 
-    model: one of FAMILIES, before it is wrapped (DeepSpeed, DDP, torch.compile).
+    model: of a class among FAMILIES (SD3Transformer2DModel, ...), before it is wrapped (DeepSpeed, DDP, torch.compile).
     fp8: "no_grad" runs the large matrix products of the image tokens in FP8 in passes without gradient, that is where
         neither inputs nor parameters require one or torch.no_grad() holds. First and last block, modulation and text
         stay as they are. The weights' FP8 copies take half of their bfloat16 size, in every process also under ZeRO-3;
@@ -131,7 +131,8 @@ def requantize(model: nn.Module) -> None:
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module, Fused]]:
     """Name, module and kind of all that might be fused. Raises TypeError for a model that is not supported."""
-    file = next((FAMILIES[cls.__name__] for cls in type(model).__mro__ if _of_diffusers(cls)), None)
+    classes = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("diffusers.")]
+    file = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
     if file is None:
         raise TypeError(
             f"model is a {type(model).__module__}.{type(model).__name__}; it needs to be diffusers' "
@@ -140,13 +141,11 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module, Fused]]:
     modules = []
     for name, kind in importlib.import_module(f"dpdmd.kernels.fusion.{file}").MODULES.items():
         found = getattr(model, name)
-        blocks = enumerate(found) if isinstance(found, nn.ModuleList) else ()
-        modules += [(f"{name}.{i}", block, kind) for i, block in blocks] or [(name, found, kind)]
+        if isinstance(found, nn.ModuleList):
+            modules += [(f"{name}.{i}", block, kind) for i, block in enumerate(found)]
+        else:
+            modules.append((name, found, kind))
     return modules
-
-
-def _of_diffusers(cls: type) -> bool:
-    return cls.__name__ in FAMILIES and cls.__module__.startswith("diffusers.")
 
 
 def _replaced(module: nn.Module) -> str:
@@ -155,7 +154,7 @@ def _replaced(module: nn.Module) -> str:
 
 
 def _fp8_layers(name: str, block: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the named layers those that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
+    """Those of the named layers that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
     says."""
     from dpdmd.kernels.fusion.linear import LoraLinear, base
 

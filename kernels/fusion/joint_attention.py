@@ -15,13 +15,13 @@ from dpdmd.kernels.fusion.linear import adapter, as_autocast, base, plain, produ
 
 
 def image_stream(attn: nn.Module, x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None) -> TokenStream:
-    """The projections of x (B, S, C) by those of an attention's layers that have no `add` in their names."""
+    """The projections of x (B, S, C) by to_q, to_k and to_v."""
     qkv, bias = _projections((attn.to_q, attn.to_k, attn.to_v), x, head_dim, fp8)
     return TokenStream(qkv, *_norm_weights(attn.norm_q, attn.norm_k), bias)
 
 
 def text_stream(attn: nn.Module, x: Tensor, head_dim: int) -> TokenStream:
-    """By those that have."""
+    """The projections of x by add_q_proj, add_k_proj and add_v_proj."""
     qkv, bias = _projections((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x, head_dim)
     return TokenStream(qkv, *_norm_weights(attn.norm_added_q, attn.norm_added_k), bias)
 

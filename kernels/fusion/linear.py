@@ -76,7 +76,7 @@ def _lora(layer: nn.Module) -> bool:
 
 
 def _active(layer: nn.Module) -> list[str]:
-    """Of its adapters, those that peft would apply now."""
+    """Those of its adapters that peft would apply now."""
     if layer._disable_adapters:
         return []
     active = layer._active_adapter

@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def _build_once(folder: Path) -> Path:
-    """Of several processes, one compiles and the others wait."""
+    """One of several processes compiles and the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -24,7 +26,8 @@ from dpdmd.kernels import selective_checkpoint, use_backend
 from dpdmd.kernels.blocks.fp8 import quantize_rows
 from dpdmd.kernels.fusion import flux as flux_blocks
 from dpdmd.kernels.fusion import fp8_weights, linear
-from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
+from dpdmd.kernels.fusion.conditions import Fused
+from dpdmd.kernels.fusion.fuse_transformer import FAMILIES, fuse_transformer, requantize, unfuse_transformer
 from dpdmd.kernels.runtime.backend import why_not
 
 TOLERANCE = 1e-5  # of relative error, in float32
@@ -344,6 +347,31 @@ def test_wrapped_forwards():
     report = fuse_transformer(model, verbose=False)
     assert report.left == [("transformer_blocks.1", "it has a forward of its own already")]
     assert block.forward is wrapper
+
+
+def test_a_family_is_a_file_and_a_line(monkeypatch):
+    """Its file names lists of blocks and single modules, with what fuses each; a subclass of its class is fused, too."""
+
+    class ToyTransformer2DModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.out = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]), nn.Tanh()
+            self.none = nn.ModuleList()
+
+    ToyTransformer2DModel.__module__ = "diffusers.models.toy"
+    double = Fused(lambda module: "", lambda module, x: 2 * type(module).forward(module, x))
+    unlike = Fused(lambda module: "it is a Tanh", double.forward)
+    toy = types.SimpleNamespace(MODULES={"blocks": double, "none": double, "out": unlike})
+    monkeypatch.setitem(sys.modules, "dpdmd.kernels.fusion.toy", toy)
+    monkeypatch.setitem(FAMILIES, "ToyTransformer2DModel", "toy")
+    model = type("Derived", (ToyTransformer2DModel,), {})()
+    x = torch.ones(2)
+    expected = 2 * model.blocks[1](x)
+    report = fuse_transformer(model, verbose=False)
+    assert report.replaced == {"Linear": 2} and report.left == [("out", "it is a Tanh")]
+    assert torch.equal(model.blocks[1](x), expected)
+    unfuse_transformer(model)
+    assert torch.equal(2 * model.blocks[1](x), expected)
 
 
 def test_other_arguments():
