@@ -11,6 +11,11 @@ from torch import Tensor
 from dpdmd.kernels.runtime.registration import plain
 
 
+def address(x: Tensor) -> int:
+    """Where x starts in memory, in bytes; in its storage where x is of a subclass, as a FakeTensor has no memory."""
+    return x.data_ptr() if plain((x,)) else x.storage_offset() * x.element_size()
+
+
 def align(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """The same values, each sample dense and in the memory order of `first` (or contiguous, where first's samples are
     not dense). None stays None."""
@@ -36,11 +41,6 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
         return torch.empty(x.shape, dtype=dtype, device=x.device)
     strides = (x.shape[1:].numel(), *x.stride()[1:])
     return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
-
-
-def address(x: Tensor) -> int:
-    """Where x starts in memory, in bytes; in its storage where x is of a subclass, as a FakeTensor has no memory."""
-    return x.data_ptr() if plain((x,)) else x.storage_offset() * x.element_size()
 
 
 def _order(x: Tensor) -> list[tuple[int, int]]:
