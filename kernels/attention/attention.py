@@ -17,6 +17,7 @@ from dpdmd.kernels.attention import choice, flash
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import requested, why_not
 from dpdmd.kernels.runtime.kept import gradients_wanted, keeping, kept
+from dpdmd.kernels.runtime.registration import transformed
 
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -74,7 +75,7 @@ class DenseGradient(torch.autograd.Function):
 
 
 def _with_dense_gradient(o: Tensor) -> Tensor:
-    return DenseGradient.apply(o) if o.is_cuda and o.requires_grad else o
+    return DenseGradient.apply(o) if o.is_cuda and o.requires_grad and not transformed() else o
 
 
 def _cudnn_backward(
@@ -112,7 +113,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         backward cuDNN's. "reference"; "sdpa" (torch picks); "cudnn", "flash", "efficient", "math" (that one or an
         error); "xformers" (its memory_efficient_attention, where installed).
         DPDMD_KERNELS=reference and use_backend("reference") make "auto" the reference; their other values do not
-        concern attention.
+        concern attention. In a transform of torch.func "auto" is "sdpa".
 
     Saved for backward: q, k, v, the output and a float32 per query and head, with every backend but the reference and
     math.
@@ -124,7 +125,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     if backend == "auto":
-        backend = "reference" if requested() == "reference" else choice.overridden(BACKENDS)
+        if transformed():  # torch.func can look into torch's own, which, other than the reference, keep no scores
+            backend = "sdpa"
+        else:
+            backend = "reference" if requested() == "reference" else choice.overridden(BACKENDS)
     if backend == "reference" or q.numel() == 0:  # not every kernel takes an empty tensor
         return attention_reference(q, k, v, scale)
     if backend == "auto" and q.device.type == "cuda" and not _why_not_triton(q, k, scale):

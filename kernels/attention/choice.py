@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from dpdmd.kernels.runtime.csrc import cache_folder
 
@@ -38,6 +39,7 @@ LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
 
 Times = dict[str, dict[str, float]]  # "forward" or "training" -> backend -> us
 NOTHING_KNOWN: Times = {"forward": {}, "training": {}}
+WITHOUT_GPU: Times = {"forward": {"triton": 1.0}, "training": {"triton": 1.0}}  # of fake tensors
 
 
 def overridden(allowed: tuple[str, ...]) -> str:
@@ -132,8 +134,10 @@ def times_for(attention: Callable, index: int, head_dim: int, length: float) -> 
     """The times known for this head dimension, rounded up, and the nearest length, after measuring where that is due."""
     if _agreed is not None:
         return nearest(_agreed, head_dim, length)
-    shipped = _shipped(gpu_name(index))
-    if shipped:
+    gpu = gpu_name(index)
+    if not gpu:
+        return WITHOUT_GPU
+    if shipped := _shipped(gpu):
         return nearest(shipped, head_dim, length)
     if torch.cuda.is_current_stream_capturing():
         return NOTHING_KNOWN
@@ -158,8 +162,8 @@ def _length(length: float, lengths: Iterable[int] = LENGTHS) -> int:
 
 @functools.cache
 def gpu_name(index: int) -> str:
-    """As the table has it ("H100"), or the device's full name."""
-    name = torch.cuda.get_device_name(index)
+    """As the table has it ("H100"), or the device's full name; "" on a machine without a GPU."""
+    name = torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
     return next((known for known in json.loads(SHIPPED.read_text()) if known in name), name)
 
 
@@ -204,7 +208,7 @@ def _write(file: Path, table: dict[str, Times]) -> None:
 
 def measure(attention: Callable, index: int, head_dim: int, length: int) -> Times:
     """us of each candidate that serves, in bfloat16, with about as many tokens as a training batch has."""
-    with torch.cuda.device(index), torch.enable_grad():
+    with torch.cuda.device(index), torch.enable_grad(), _disable_current_modes():  # FakeTensorMode for one
         shape = (max(1, min(16, 16384 // length)), length, 24, head_dim)
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         upstream = torch.randn_like(q)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose, requested
-from dpdmd.kernels.runtime.launch import by_warps, jit, tl
+from dpdmd.kernels.runtime.launch import by_warps, capability, jit, tl
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.rows import row_starts, rows
 from dpdmd.kernels.runtime.tile import multiple, power_of_two
@@ -136,7 +136,7 @@ def converts(device_type: str, index: int | None) -> bool:
     if device_type != "cuda":
         return True
     if index not in _converts:
-        _converts[index] = torch.cuda.get_device_capability(index) >= (8, 9)
+        _converts[index] = capability(index) >= (8, 9)
     return _converts[index]
 
 

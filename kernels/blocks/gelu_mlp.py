@@ -21,6 +21,8 @@ from dpdmd.kernels.blocks.linear_gelu import epilogue_takes, linear_gelu
 from dpdmd.kernels.runtime import checks, csrc
 from dpdmd.kernels.runtime.backend import why_not
 from dpdmd.kernels.runtime.kept import gradients_wanted
+from dpdmd.kernels.runtime.launch import capability
+from dpdmd.kernels.runtime.layout import address
 from dpdmd.kernels.runtime.rows import sum_rows
 from dpdmd.kernels.runtime.saved import save, saved
 
@@ -67,13 +69,13 @@ def _in_epilogue(x: Tensor, *parameters: Tensor) -> bool:
     if not x.is_contiguous() or any(tensor.device != x.device for tensor in parameters):
         return False
     sizes = [size for tensor in parameters for size in tensor.shape]
-    return all(size % 8 == 0 for size in sizes) and all(tensor.data_ptr() % 16 == 0 for tensor in (x, *parameters))
+    return all(size % 8 == 0 for size in sizes) and all(address(tensor) % 16 == 0 for tensor in (x, *parameters))
 
 
 @functools.cache
 def _served(index: int) -> bool:
     """Measured on Hopper alone, so used there alone."""
-    if torch.cuda.get_device_capability(index)[0] != 9:
+    if capability(index)[0] != 9:
         return False
     return not why_not("triton", "cuda", index) and not csrc.missing("cuda", index)
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dpdmd.kernels.runtime import checks
+from dpdmd.kernels.runtime.registration import transformed
 from dpdmd.kernels.runtime.saved import save, saved
 
 
@@ -81,7 +82,7 @@ def packed_linear(x: Tensor, weights: tuple[Tensor, ...], bias: tuple[Tensor, ..
     weights, biases = parameters[: len(weights)], parameters[len(weights) :]
     if len(weights) == 1:
         return F.linear(x, *parameters)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and not transformed():
         return _PackedLinear.apply(x, len(weights), *parameters)
     return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
 

@@ -1,4 +1,4 @@
-"""The fused operations put into a diffusers transformer, in place: SD3Transformer2DModel and FluxTransformer2DModel.
+"""The fused operations put into a diffusers transformer, in place: one whose class is among FAMILIES.
 
 Each block that is understood gets a forward of its own, an attribute of the instance, which computes what the stock one
 does with the operations of this package. Classes, submodules, parameters and state_dict stay as they are, so whatever
@@ -6,10 +6,12 @@ finds blocks by class or weights by name works as before: DeepSpeed, peft, save_
 What is not understood keeps the stock forward and is named, with the reason.
 """
 
+from __future__ import annotations
+
 import functools
-from collections.abc import Callable
+import importlib
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -17,6 +19,12 @@ from torch import nn
 from dpdmd.kernels.blocks.fp8 import converts
 from dpdmd.kernels.runtime import checks
 
+if TYPE_CHECKING:
+    from dpdmd.kernels.fusion.conditions import Fused  # with diffusers
+
+# A transformer's class in diffusers, and the file of this folder whose MODULES names its parts that there are fused
+# forwards for: lists of blocks in the order in which they run, and single modules.
+FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
 # What a fused module has beside its forward: its weights in FP8, or None where it has none.
 MARK = "_fp8_weights"
 
@@ -41,13 +49,15 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     """Gives the blocks of a diffusers transformer, and its last norm, fused forwards, in place. Returns what became of
     each, and prints it unless verbose is False.
 
-    model: an SD3Transformer2DModel or a FluxTransformer2DModel, before it is wrapped (DeepSpeed, DDP, torch.compile).
+    model: of a class among FAMILIES (SD3Transformer2DModel, ...), before it is wrapped (DeepSpeed, DDP, torch.compile).
     fp8: "no_grad" runs the large matrix products of the image tokens in FP8 in passes without gradient, that is where
         neither inputs nor parameters require one or torch.no_grad() holds. First and last block, modulation and text
         stay as they are. The weights' FP8 copies take half of their bfloat16 size, in every process also under ZeRO-3;
-        they are made anew after an optimizer's step and where torch's version counters tell of a change. After changes
-        that neither shows (weight.data written to, as fuse_lora does; weights loaded under ZeRO-3; an optimizer in a
-        CUDA graph) call `requantize`. A block that torch.compile traces runs without FP8.
+        they are made anew where torch's version counters tell of a change. Where an optimizer moves no counters (apex's,
+        DeepSpeed's, ZeRO's), that is in each such pass after one with gradients; `requantize` after its step makes it
+        once. After other changes that counters do not show (weight.data written to, as fuse_lora does; weights loaded
+        under ZeRO-3; an optimizer in a CUDA graph; a step of such an optimizer where torch.compile traced the pass
+        with gradients) call `requantize`, too. A block that torch.compile traces runs without FP8.
 
     A block is left as it was, and named, where it is not what diffusers makes: other norms, activations or attention
     processors, dropout in training, chunked feed-forwards, hooks inside it. Blocks check at every call: where such a
@@ -56,7 +66,7 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     or after, are fused: the base product runs as without them, what an adapter adds follows in place, and a layer of
     which no adapter is active is its base layer. Called, as peft has them, are those with dropout, DoRA, several active
     adapters, an adapter in another dtype than the base, and those that torch.compile traces. Gradients are first-order
-    and reverse-mode: no gradient of a gradient, no torch.func.
+    and reverse-mode: no gradient of a gradient. Inside torch.func the stock forward runs.
 
     Under ZeRO-3 make the blocks leaves (deepspeed.utils.set_z3_leaf_modules): they are gathered as a whole either way.
 
@@ -78,7 +88,7 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
         # The first block and the last are the ones that rounding hurts most.
         in_fp8 = fp8 == "no_grad" and name in blocks[1:-1]
         fused.append((module, kind, _fp8_layers(name, module, kind.fp8_layers) if in_fp8 else None))
-    from dpdmd.kernels.fusion.parts import Fp8Weights
+    from dpdmd.kernels.fusion.fp8_weights import Fp8Weights
 
     for module, kind, fp8_layers in fused:
         if MARK not in module.__dict__:
@@ -108,7 +118,8 @@ def unfuse_transformer(model: nn.Module) -> None:
 
 def requantize(model: nn.Module) -> None:
     """Has a model fused with fp8="no_grad" make the FP8 copies of its weights anew when it next needs them. For changes
-    of weights that it cannot see, which `fuse_transformer` lists.
+    of weights that it cannot see, which `fuse_transformer` lists, such as a step of an optimizer that moves no version
+    counters: optimizer.register_step_post_hook(lambda *_: requantize(model)).
 
     Raises TypeError for another model.
     """
@@ -118,42 +129,23 @@ def requantize(model: nn.Module) -> None:
             weights.outdate()
 
 
-class _Kind(NamedTuple):
-    """A class of modules that there is a fused forward for."""
-
-    why_not: Callable[[nn.Module], str]
-    forward: Callable
-    fp8_layers: tuple[str, ...] = ()  # where they are plain
-
-
-def _modules(model: nn.Module) -> list[tuple[str, nn.Module, _Kind]]:
+def _modules(model: nn.Module) -> list[tuple[str, nn.Module, Fused]]:
     """Name, module and kind of all that might be fused. Raises TypeError for a model that is not supported."""
-    try:
-        from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
-    except ImportError:
-        FluxTransformer2DModel = SD3Transformer2DModel = ()
-    if isinstance(model, SD3Transformer2DModel):
-        from dpdmd.kernels.fusion import sd3 as blocks
-
-        kinds = {"transformer_blocks": _Kind(blocks.why_not, blocks.forward, blocks.FP8_LAYERS)}
-    elif isinstance(model, FluxTransformer2DModel):
-        from dpdmd.kernels.fusion import flux as blocks
-
-        kinds = {
-            "transformer_blocks": _Kind(blocks.why_not_double, blocks.forward_double, blocks.FP8_LAYERS_DOUBLE),
-            "single_transformer_blocks": _Kind(blocks.why_not_single, blocks.forward_single, blocks.FP8_LAYERS_SINGLE),
-        }
-    else:
+    classes = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("diffusers.")]
+    file = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
+    if file is None:
         raise TypeError(
             f"model is a {type(model).__module__}.{type(model).__name__}; it needs to be diffusers' "
-            f"SD3Transformer2DModel or FluxTransformer2DModel, itself and not in a wrapper"
+            f"{' or '.join(FAMILIES)}, itself and not in a wrapper"
         )
-    from dpdmd.kernels.fusion import parts
-
-    modules = [
-        (f"{name}.{i}", block, kind) for name, kind in kinds.items() for i, block in enumerate(getattr(model, name))
-    ]
-    return [*modules, ("norm_out", model.norm_out, _Kind(parts.why_not_norm_out, parts.forward_norm_out))]
+    modules = []
+    for name, kind in importlib.import_module(f"dpdmd.kernels.fusion.{file}").MODULES.items():
+        found = getattr(model, name)
+        if isinstance(found, nn.ModuleList):
+            modules += [(f"{name}.{i}", block, kind) for i, block in enumerate(found)]
+        else:
+            modules.append((name, found, kind))
+    return modules
 
 
 def _replaced(module: nn.Module) -> str:
@@ -162,9 +154,9 @@ def _replaced(module: nn.Module) -> str:
 
 
 def _fp8_layers(name: str, block: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Of the named layers those that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
+    """Those of the named layers that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
     says."""
-    from dpdmd.kernels.fusion.parts import LoraLinear, base
+    from dpdmd.kernels.fusion.linear import LoraLinear, base
 
     found = []
     for part, layer in block.named_modules():

@@ -21,6 +21,7 @@ from torch.nn.utils import parametrize
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpdmd.kernels.runtime import kept
+from dpdmd.kernels.runtime.registration import transformed
 
 
 def selective_checkpoint(
@@ -57,8 +58,9 @@ def selective_checkpoint(
             f"those that it reads, which would get no gradient otherwise"
         )
     # Inside an outer checkpoint, which runs this one's function again too, it is a plain call. So it is where weights
-    # that are computed are cached: what the first run caches has no graph, and the second would take it.
-    if not torch.is_grad_enabled() or kept.keeping() or parametrize._cache_enabled:
+    # that are computed are cached: what the first run caches has no graph, and the second would take it. Inside a
+    # transform of torch.func there is no second run.
+    if not torch.is_grad_enabled() or kept.keeping() or parametrize._cache_enabled or transformed():
         return function(*args, **kwargs)
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)

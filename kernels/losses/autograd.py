@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.losses.scale import scaled, scaled_in_place
 from dpdmd.kernels.runtime.formula import sample_size
+from dpdmd.kernels.runtime.registration import transformed
 
 Loss = tuple[Tensor, Tensor, float]
 
@@ -49,6 +50,8 @@ def from_reference(reference: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
 
 def attach(x: Tensor, computed: Loss) -> Tensor:
     """The loss, (), or (B,) for "none", whose gradient goes to `x`."""
+    if transformed():
+        return _AttachTransformed.apply(x, *computed)[0]
     if not (x.requires_grad and torch.is_grad_enabled()):
         return computed[0]
     return _Attach.apply(x, computed)
@@ -77,6 +80,33 @@ class _Attach(torch.autograd.Function):
 def _constant_gradient(ctx, upstream: Tensor) -> Tensor:
     (gradient,) = ctx.saved_tensors
     return scaled(gradient, upstream, ctx.rest)
+
+
+class _AttachTransformed(torch.autograd.Function):
+    """`_Attach` in the form that torch.func takes. It returns the gradient too, so that a derivative of it is refused:
+    the gradient is a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, loss, gradient, rest):
+        # Made of x, so that vmap has a loss for each of its batch where the values do not depend on x, as dmd_loss's.
+        return x.new_empty(loss.shape, dtype=loss.dtype).copy_(loss), torch.empty_like(x).copy_(gradient)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.rest = inputs[3]
+        ctx.save_for_backward(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, upstream, of_gradient):
+        if of_gradient is not None:
+            raise RuntimeError(
+                "the losses have no second derivatives: torch.func can take one gradient of them, no more"
+            )
+        (gradient,) = ctx.saved_tensors
+        return None if upstream is None else scaled(gradient, upstream, ctx.rest), None, None, None
 
 
 def _graph_ends_here() -> bool:

@@ -6,6 +6,7 @@ from torch import Tensor
 from dpdmd.kernels.runtime import layout, tile
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.launch import kernel, tl
+from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, load, multiple, program, store
 
 
@@ -38,18 +39,29 @@ def _scale_kernel(
         store(gradient_ptr, stride, sample, offsets, gradient * scale, mask, DIVISIBLE)
 
 
-def scaled_triton(gradient: Tensor, upstream: Tensor, rest: float) -> Tensor:
-    if gradient.numel() == 0:
-        return gradient
+def _launch(gradient: Tensor, upstream: Tensor, rest: float) -> None:
     batch, size = gradient.shape[0], gradient.shape[1:].numel()
-    (gradient,) = layout.align(gradient)
     tiles = tile.tiles(size)
     _scale_kernel(
         batch * tiles,
         *(gradient, gradient.stride(0)),
-        *(upstream, upstream.stride(0) if upstream.ndim else 0, float(rest)),
+        *(upstream, upstream.stride(0) if upstream.ndim else 0, rest),
         *(size, tiles, tile.divisible(size, gradient), BLOCK),
     )
+
+
+_scale_in_place = register(
+    "scale_in_place_triton(Tensor(a!) gradient, Tensor upstream, float rest) -> ()",
+    _launch,
+    lambda *arguments: None,
+)
+
+
+def scaled_triton(gradient: Tensor, upstream: Tensor, rest: float) -> Tensor:
+    if gradient.numel() == 0:
+        return gradient
+    (gradient,) = layout.align(gradient)
+    _scale_in_place(gradient, upstream, float(rest))
     return gradient
 
 

@@ -17,7 +17,7 @@ from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, sample_sum, widen
 from dpdmd.kernels.runtime.launch import jit, tl
-from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.registration import plain, register, transformed
 from dpdmd.kernels.runtime.tile import joined, split
 
 
@@ -74,8 +74,8 @@ IMPLEMENTATIONS = {
 def _in_range(t: float | Tensor) -> bool:
     if not isinstance(t, Tensor):
         return 0 <= t < 1
-    if t.device.type != "cpu" or torch.compiler.is_compiling():
-        return True
+    if t.device.type != "cpu" or torch.compiler.is_compiling() or transformed() or not plain((t,)):
+        return True  # unknown: on a GPU, and of fake tensors
     return bool(((t >= 0) & (t < 1)).all())
 
 

@@ -4,7 +4,8 @@
 else `cuda` where csrc/ is built for the device, then `triton`, then the reference. Two things override it: the
 environment variable DPDMD_KERNELS for the process, and `use_backend` for a block of code, which wins over the
 variable. Asking for one that is not to be had is an error that says how to get it. Under torch.compile the choice is
-made at tracing: a later `use_backend` recompiles, a later change of the environment does not.
+made at tracing: a later `use_backend` recompiles, a later change of the environment does not. Inside a transform of
+torch.func (grad, vmap) the reference runs, whatever is asked for: torch can look into it alone.
 """
 
 import contextlib
@@ -55,7 +56,10 @@ def shapes_only() -> Iterator[None]:
 
 
 def requested() -> str:
-    """The implementation asked for: by `use_backend`, else by DPDMD_KERNELS, else "auto"."""
+    """The implementation asked for: "reference" by a transform of torch.func, else by `use_backend`, else by
+    DPDMD_KERNELS, else "auto"."""
+    if registration.transformed():
+        return "reference"
     if _forced is not None:
         return _forced
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"

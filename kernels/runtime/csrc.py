@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpdmd.kernels.runtime import build, layout
+from dpdmd.kernels.runtime import build, launch, layout
 from dpdmd.kernels.runtime.registration import register_traced
 
 
@@ -20,7 +20,7 @@ def missing(device_type: str, index: int | None) -> str:
     """Why the CUDA kernels do not run on a device, and how to get them; "" where they do."""
     if device_type != "cuda" or not torch.version.cuda:
         return f"the CUDA kernels need tensors on an NVIDIA GPU, and these are on {device_type}"
-    if torch.cuda.get_device_capability(index) < (8, 0):
+    if launch.capability(index) < (8, 0):
         return "the CUDA kernels need a GPU of compute capability 8.0 or newer"
     return load()
 
@@ -62,7 +62,7 @@ def cache_folder() -> Path:
 
 
 def _build_once(folder: Path) -> Path:
-    """Of several processes, one compiles and the others wait."""
+    """One of several processes compiles and the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

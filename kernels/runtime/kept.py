@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dpdmd.kernels.runtime.registration import transformed
+
 Results = tuple[Tensor, ...]
 OTHERWISE = "a checkpointed function did not call attention as often in the backward pass as in the forward pass"
 
@@ -33,8 +35,9 @@ def kept(compute: Callable[[], Results]) -> Results:
 
 
 def gradients_wanted(*tensors: Tensor) -> bool:
-    """Whether some of them get a gradient, of this pass or of its recomputation."""
-    return keeping() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+    """Whether some of them get a gradient, of this pass or of its recomputation. In a transform of torch.func they may:
+    there requires_grad tells of the innermost one alone."""
+    return keeping() or transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 @contextlib.contextmanager

@@ -23,6 +23,11 @@ except ImportError:  # the modules with kernels must import all the same
         return function
 
 
+def capability(index: int | None) -> tuple[int, int]:
+    """The compute capability of CUDA device `index`; Hopper's on a machine without a GPU, where tensors are fake ones."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)
+
+
 @functools.cache
 def missing(device_type: str, index: int | None) -> str:
     """Why Triton kernels do not run on a device, and how to get them; "" where they do."""
@@ -34,7 +39,7 @@ def missing(device_type: str, index: int | None) -> str:
         return "on CPU tensors Triton kernels run in its interpreter only (TRITON_INTERPRET=1 before the import)"
     if device_type != "cuda":
         return f"the Triton kernels serve CUDA devices, and the tensors are on {device_type}"
-    if torch.version.cuda and torch.cuda.get_device_capability(index) < (8, 0):
+    if torch.version.cuda and capability(index) < (8, 0):
         return "the Triton kernels need a GPU of compute capability 8.0 or newer"
     return ""
 

@@ -8,6 +8,13 @@ are, as long as the tensors of a call agree. What does not agree with the first 
 import torch
 from torch import Tensor
 
+from dpdmd.kernels.runtime.registration import plain
+
+
+def address(x: Tensor) -> int:
+    """Where x starts in memory, in bytes; in its storage where x is of a subclass, as a FakeTensor has no memory."""
+    return x.data_ptr() if plain((x,)) else x.storage_offset() * x.element_size()
+
 
 def align(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """The same values, each sample dense and in the memory order of `first` (or contiguous, where first's samples are

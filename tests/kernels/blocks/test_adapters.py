@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from dpdmd.kernels import packed_linear
 from dpdmd.kernels.blocks.adapters import Adapter, lowered, raised
-from dpdmd.kernels.fusion.parts import _rows_linear
+from dpdmd.kernels.fusion.linear import _rows_linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float64]
 K, SIZES, RANKS, SCALES = 24, (16, 40, 7), (3, 1, 5), (5 / 3, 1.0, 0.5)

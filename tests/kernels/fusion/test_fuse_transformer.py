@@ -2,6 +2,8 @@
 
 import copy
 import pickle
+import sys
+import types
 
 import pytest
 import torch
@@ -14,15 +16,18 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from peft import LoraConfig
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpdmd.engine.lora import adapter_parameters, add_adapters, use
 from dpdmd.kernels import selective_checkpoint, use_backend
 from dpdmd.kernels.blocks.fp8 import quantize_rows
 from dpdmd.kernels.fusion import flux as flux_blocks
-from dpdmd.kernels.fusion import parts as block_parts
-from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, requantize, unfuse_transformer
+from dpdmd.kernels.fusion import fp8_weights, linear
+from dpdmd.kernels.fusion.conditions import Fused
+from dpdmd.kernels.fusion.fuse_transformer import FAMILIES, fuse_transformer, requantize, unfuse_transformer
 from dpdmd.kernels.runtime.backend import why_not
 
 TOLERANCE = 1e-5  # of relative error, in float32
@@ -344,6 +349,31 @@ def test_wrapped_forwards():
     assert block.forward is wrapper
 
 
+def test_a_family_is_a_file_and_a_line(monkeypatch):
+    """Its file names lists of blocks and single modules, with what fuses each; a subclass of its class is fused, too."""
+
+    class ToyTransformer2DModel(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks, self.out = nn.ModuleList([nn.Linear(2, 2) for _ in range(2)]), nn.Tanh()
+            self.none = nn.ModuleList()
+
+    ToyTransformer2DModel.__module__ = "diffusers.models.toy"
+    double = Fused(lambda module: "", lambda module, x: 2 * type(module).forward(module, x))
+    unlike = Fused(lambda module: "it is a Tanh", double.forward)
+    toy = types.SimpleNamespace(MODULES={"blocks": double, "none": double, "out": unlike})
+    monkeypatch.setitem(sys.modules, "dpdmd.kernels.fusion.toy", toy)
+    monkeypatch.setitem(FAMILIES, "ToyTransformer2DModel", "toy")
+    model = type("Derived", (ToyTransformer2DModel,), {})()
+    x = torch.ones(2)
+    expected = 2 * model.blocks[1](x)
+    report = fuse_transformer(model, verbose=False)
+    assert report.replaced == {"Linear": 2} and report.left == [("out", "it is a Tanh")]
+    assert torch.equal(model.blocks[1](x), expected)
+    unfuse_transformer(model)
+    assert torch.equal(2 * model.blocks[1](x), expected)
+
+
 def test_other_arguments():
     with pytest.raises(TypeError, match=r"model is a torch\.nn.*\.Linear; it needs to be diffusers' SD3Transformer2DM"):
         fuse_transformer(nn.Linear(2, 2))
@@ -515,9 +545,9 @@ def test_quantised_weights_are_their_own_business():
         pass
 
     layer = nn.Linear(4, 4)
-    assert block_parts.plain(layer)
+    assert linear.plain(layer)
     layer.weight = nn.Parameter(layer.weight.detach().as_subclass(Quantised))
-    assert not block_parts.plain(layer)
+    assert not linear.plain(layer)
 
 
 # What people do with models
@@ -572,11 +602,11 @@ def peft_calls(monkeypatch):
     """Counts the LoRA layers that are called."""
     calls = []
 
-    def counted(self, *args, original=block_parts.LoraLinear.forward, **kwargs):
+    def counted(self, *args, original=linear.LoraLinear.forward, **kwargs):
         calls.append(self)
         return original(self, *args, **kwargs)
 
-    monkeypatch.setattr(block_parts.LoraLinear, "forward", counted)
+    monkeypatch.setattr(linear.LoraLinear, "forward", counted)
     return calls
 
 
@@ -740,38 +770,38 @@ def test_roles_under_autocast(make):
 
 def two_at_once(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module._active_adapter = ["student", "critic"]
 
 
 def in_float64(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module.lora_A.double(), module.lora_B.double()
 
 
 def hooked_lora(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module.register_forward_hook(lambda module, args, output: 1.5 * output)
 
 
 def dropping_out(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module.lora_dropout["student"] = nn.Dropout(0.5)
     model.eval()
 
 
 def hooked_down(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module.lora_A["student"].register_forward_hook(lambda module, args, output: 1.5 * output)
 
 
 def scaled(model):
     for module in model.modules():
-        if isinstance(module, block_parts.LoraLinear):
+        if isinstance(module, linear.LoraLinear):
             module.set_scale("student", 0.5)
 
 
@@ -862,6 +892,26 @@ def test_eval_and_frozen():
     with torch.no_grad():
         tensors, others = inputs_of(model)
         torch.testing.assert_close(model(**tensors, **others)[0], expected[0], rtol=1e-5, atol=1e-5)
+
+
+@one_of_each
+@pytest.mark.parametrize("checkpoint", [None, selective_checkpoint])
+def test_inside_torch_func(make, checkpoint, stock_calls):
+    """The stock forward runs, whose gradients torch.func takes: with LoRA's adapters, FP8 and checkpoints too."""
+    model = fused(with_roles(make()), fp8="no_grad")
+    use(model, "student")
+    if checkpoint is not None:
+        model.enable_gradient_checkpointing(checkpoint)
+    tensors, others = inputs_of(model)
+    expected = torch.autograd.grad(model(**tensors, **others)[0].square().sum(), tensors["hidden_states"])[0]
+    plain = {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def loss(x):
+        return model(**plain | {"hidden_states": x}, **others)[0].square().sum()
+
+    stock_calls.clear()
+    torch.testing.assert_close(torch.func.grad(loss)(plain["hidden_states"]), expected, rtol=1e-4, atol=1e-5)
+    assert stock_calls
 
 
 # FLUX's joint tensor
@@ -961,18 +1011,39 @@ def test_joint_tensor_when_recomputing(joins):
     assert joins == [False, True]
 
 
-def test_joint_tensor_of_other_parts():
-    joint = torch.randn(2, 7, 4)
+@pytest.mark.parametrize("graph", [True, False])
+def test_joint_tensor_of_other_parts(graph):
+    def made():
+        return torch.randn(2, 7, 4, requires_grad=graph) * 2
+
+    joint = made()
     text, image = flux_blocks.part(joint, 3)
-    assert flux_blocks.join(text, image) is joint
-    other_text, other_image = flux_blocks.part(torch.randn(2, 7, 4), 3)
+    joined = flux_blocks.join(text, image)
+    assert joined is joint or (not graph and joined.data_ptr() == joint.data_ptr() and torch.equal(joined, joint))
+    other_text, other_image = flux_blocks.part(made(), 3)
     # The views of a hook's identity function have the memory of the parts, and another gradient.
-    views = [(text, image.view_as(image)), (text.view_as(text), image)]
-    for parts in ((text, other_image), (other_text, image), (image, text), (text, image.clone()), *views):
+    views = [(text, image.view_as(image)), (text.view_as(text), image)] if graph else []
+    apart = made()[:, :3], made()[:, 3:]
+    less, swapped = (text, image[:, 1:]), (joint[:, 4:], joint[:, :4])
+    narrow, strided = (text[..., :2], image[..., 2:]), (text, joint.transpose(0, 1)[3:].transpose(0, 1).flip(1))
+    others = [(text, other_image), (other_text, image), (image, text), (text, image.clone()), (text.clone(), image)]
+    for parts in (*others, *views, apart, less, swapped, strided, (text[:1], image[:1].clone())):
         joined = flux_blocks.join(*parts)
-        assert joined is not joint and torch.equal(joined, torch.cat(parts, dim=1))
+        assert joined.data_ptr() not in (joint.data_ptr(), parts[0].data_ptr())
+        assert torch.equal(joined, torch.cat(parts, dim=1))
+    assert torch.equal(flux_blocks.join(*narrow), torch.cat(narrow, dim=1))
     image.data = image.data[:, :-1]
     assert flux_blocks.join(text, image).shape == (2, 6, 4)
+
+
+def test_joint_tensor_leaves_no_trace_and_needs_no_base():
+    """Nothing is noted in the parts; under inference_mode, where views know no base, the copy is spared too."""
+    with torch.inference_mode():
+        joint = torch.randn(2, 7, 4)
+        parts = flux_blocks.part(joint, 3)
+        joined = flux_blocks.join(*parts)
+    assert joined.data_ptr() == joint.data_ptr() and torch.equal(joined, joint)
+    assert not any(vars(part) for part in parts)
 
 
 # On a GPU
@@ -1049,23 +1120,23 @@ def test_gradients_of_the_products():
     joint = torch.randn(2, 7, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
     wide = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: block_parts.split_rows(x, 3), joint)
-    assert torch.autograd.gradcheck(lambda x, w: block_parts._rows_linear(x[:, 3:], w), (joint, weight))
-    assert torch.autograd.gradcheck(lambda x, w: block_parts._LinearOfTwo.apply(x, x.sin(), w), (joint, wide))
+    assert torch.autograd.gradcheck(lambda x: linear.split_rows(x, 3), joint)
+    assert torch.autograd.gradcheck(lambda x, w: linear._rows_linear(x[:, 3:], w), (joint, weight))
+    assert torch.autograd.gradcheck(lambda x, w: linear._LinearOfTwo.apply(x, x.sin(), w), (joint, wide))
     for needed in ((0,), (1,), (2,), (0, 1, 2)):
         tensors = [t.detach().requires_grad_(i in needed) for i, t in enumerate((joint, weight, weight.cos()))]
-        assert torch.autograd.gradcheck(lambda *t: block_parts._SplitProducts.apply(*t, 3), tensors)
+        assert torch.autograd.gradcheck(lambda *t: linear._SplitProducts.apply(*t, 3), tensors)
     for needed in range(3):
         a, b, w = (tensor.detach().requires_grad_(i == needed) for i, tensor in enumerate((joint, joint.cos(), wide)))
-        assert torch.autograd.gradcheck(block_parts._LinearOfTwo.apply, (a, b, w))
+        assert torch.autograd.gradcheck(linear._LinearOfTwo.apply, (a, b, w))
 
 
 def test_products_of_frozen_weights_keep_no_inputs():
     joint, weight, wide = (torch.randn(shape, requires_grad=True) for shape in ((2, 7, 4), (3, 4), (3, 8)))
     functions = [
-        lambda x, w, wide: block_parts._rows_linear(x[:, 3:], w),
-        lambda x, w, wide: block_parts._SplitProducts.apply(x, w, w, 3)[0],
-        lambda x, w, wide: block_parts._LinearOfTwo.apply(x, x, wide),
+        lambda x, w, wide: linear._rows_linear(x[:, 3:], w),
+        lambda x, w, wide: linear._SplitProducts.apply(x, w, w, 3)[0],
+        lambda x, w, wide: linear._LinearOfTwo.apply(x, x, wide),
     ]
     for function in functions:
         for trained in (True, False):
@@ -1172,7 +1243,7 @@ def fake_quantized_bases(model):
     layers = ("to_q", "to_k", "to_v", "to_out.0", ".ff.net.0.proj", ".ff.net.2", "proj_mlp", "proj_out")
     for block in blocks[1:-1]:
         for name, layer in block.named_modules():
-            if isinstance(layer, block_parts.LoraLinear) and f".{name}".endswith(layers):
+            if isinstance(layer, linear.LoraLinear) and f".{name}".endswith(layers):
                 layer.base_layer = FakeQuantized(layer.base_layer, [32, 128] if name == "proj_out" else None)
     return model
 
@@ -1222,12 +1293,12 @@ def quantisations(monkeypatch):
     """The matrices that are quantised, of any model."""
     found = []
 
-    def counted(x, original=block_parts.quantize_rows):
+    def counted(x, original=fp8_weights.quantize_rows):
         if x.ndim == 2:
             found.append(x.shape)
         return original(x)
 
-    monkeypatch.setattr(block_parts, "quantize_rows", counted)
+    monkeypatch.setattr(fp8_weights, "quantize_rows", counted)
     return found
 
 
@@ -1263,6 +1334,56 @@ def test_fp8_weights_are_made_once_an_update(make, quantisations):
     quantisations.clear()
     run(frozen)
     assert not quantisations
+
+
+@one_of_each
+@pytest.mark.parametrize("pass_with_gradients", ["fused", "stock", "checkpointed"])
+def test_fp8_weights_follow_optimizers_that_move_no_counters(make, pass_with_gradients, quantisations):
+    """Whatever runs when: a pass always has the weights of now. Told of the step, they are made once an update."""
+    model = fused(deep(make), fp8="no_grad")
+    if pass_with_gradients == "checkpointed":
+        model.enable_gradient_checkpointing(selective_checkpoint)
+    stock = {"joint_attention_kwargs": {"attention_mask": None}} if pass_with_gradients == "stock" else {}
+    optimizer = PastVersions(model.parameters())
+
+    def check():
+        assert torch.equal(run(model), run(copy.deepcopy(model)))
+
+    for update in range(3):
+        if update != 1:  # the copies of the first pass are there, or made between two updates
+            check()
+        for _ in range(2):  # of two micro-batches
+            output_and_gradients(model, **stock)
+            check()
+        optimizer.step()
+        check()
+        optimizer.step()  # without a gradient of its own
+        check()
+    quantisations.clear()
+    optimizer.register_step_post_hook(lambda *_: requantize(model))
+    for _ in range(2):
+        output_and_gradients(model, **stock)
+        optimizer.step()
+        check()
+        run(model)
+    assert len(quantisations) == 4 * (10 if make is sd3 else 12)  # the model's and a fresh copy's, in two updates
+
+
+def test_fp8_watches_no_other_optimizers():
+    hooks = dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks)
+    model = fused(deep(sd3), fp8="no_grad")
+    output_and_gradients(model)
+    run(model)
+    assert hooks == (dict(_global_optimizer_pre_hooks), dict(_global_optimizer_post_hooks))
+
+
+def test_fp8_keeps_no_fake_copies():
+    model = fused(deep(sd3), fp8="no_grad")
+    expected = run(copy.deepcopy(model))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = run(model)
+    assert isinstance(fake, torch._subclasses.FakeTensor) and fake.shape == expected.shape
+    assert torch.equal(run(model), expected)
 
 
 def test_fp8_weights_follow_other_changes():

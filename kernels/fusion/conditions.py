@@ -1,0 +1,149 @@
+"""Which of diffusers' modules a fused forward may go round, and the stock forward wherever it may not."""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import nn
+
+from dpdmd.kernels.runtime.registration import transformed
+
+
+class Fused(NamedTuple):
+    """A class of modules that there is a fused forward for."""
+
+    why_not: Callable[[nn.Module], str]  # why a module must run as diffusers wrote it; "" where it need not
+    forward: Callable  # takes the module first
+    fp8_layers: tuple[str, ...] = ()  # where they are plain
+
+
+def or_stock(why_not: Callable[[nn.Module], str]) -> Callable[[Callable], Callable]:
+    """Makes forward(module, *args, **kwargs) call the stock forward where why_not names a reason, inside torch.func, and
+    where the fused one returns None: at a call that it does not serve."""
+
+    def decorate(fused: Callable) -> Callable:
+        @functools.wraps(fused)
+        def forward(module, *args, **kwargs):
+            if not transformed() and not why_not(module):
+                result = fused(module, *args, **kwargs)
+                if result is not None:
+                    return result
+            if module._fp8_weights is not None and not torch.compiler.is_compiling():
+                module._fp8_weights.note_gradients(module)
+            return type(module).forward(module, *args, **kwargs)
+
+        return forward
+
+    return decorate
+
+
+class Like(NamedTuple):
+    """What a module must be for a fused forward to go round it, rather than call it."""
+
+    cls: type  # exactly; NoneType for one that is not there
+    parts: dict[str, "Like"] = {}  # noqa: RUF012  (never written to)
+    demand: Callable[[nn.Module], str] | None = None  # further: what is wrong, "" for nothing
+
+
+def why_not_like(module: nn.Module, cls: type, parts: dict[str, Like]) -> str:
+    """Why a module has another forward than `cls`, or other parts; "" where it has not. Classes derived from `cls` may
+    have its forward, as FSDP's do.
+
+    Asked at every call, as adapters, hooks and attention processors come and go.
+    """
+    if type(module).forward is not cls.forward:
+        return f"it is a {type(module).__name__}, which has another forward than {cls.__name__}"
+    return _unlike_parts(module, parts).removeprefix(".")
+
+
+def _unlike(module: nn.Module | None, like: Like) -> str:
+    """Why the module is not so, to follow its name; "" where it is."""
+    if type(module) is not like.cls:
+        return f" is a {type(module).__name__}, not a {like.cls.__name__}"
+    if module is None:
+        return ""
+    if hooked(module):
+        return " has hooks or a forward of its own"
+    reason = _unlike_parts(module, like.parts)
+    return reason if reason or like.demand is None else like.demand(module)
+
+
+def _unlike_parts(module: nn.Module, parts: dict[str, Like]) -> str:
+    modules = module._modules  # reading attributes of a module takes five times as long
+    for name, part in parts.items():
+        reason = _unlike(modules.get(name), part)
+        if reason:
+            return f".{name}{reason}"
+    return ""
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class says. DeepSpeed's hooks, which gather the module's parameters,
+    do not count: see `away`."""
+    if module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks:
+        kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+        if not all(str(hook.__module__).startswith("deepspeed.") for hooks in kinds for hook in hooks.values()):
+            return True
+    return "forward" in module.__dict__
+
+
+def away(module: nn.Module) -> bool:
+    """Whether ZeRO-3 has the module's parameters elsewhere, and calling it would gather them. In a pass of the engine
+    reading them does, and lets the block gather them from then on; around the engine it does not."""
+    if not module._forward_pre_hooks:
+        return False
+    parameters = [getattr(module, name) for name in module._parameters]
+    return any(parameter.numel() == 0 for parameter in parameters if parameter is not None)
+
+
+def norms_away(attn: nn.Module) -> bool:
+    """Whether an attention's norms are `away`, whose weights the fused forward reads."""
+    return any(away(norm) for name, norm in attn._modules.items() if name.startswith("norm_"))
+
+
+def _weights(norm: nn.LayerNorm) -> str:
+    return " has weights" if norm.elementwise_affine else ""
+
+
+def _dropout(dropout: nn.Dropout) -> str:
+    return f" drops out (p = {dropout.p}, in training)" if dropout.p and dropout.training else ""
+
+
+def _not_tanh(gelu: GELU | nn.GELU) -> str:
+    return "" if gelu.approximate == "tanh" else f" has approximate = {gelu.approximate!r}, not 'tanh'"
+
+
+def _not_three(net: nn.ModuleList) -> str:
+    return "" if len(net) == 3 else f" has {len(net)} modules, not 3"
+
+
+TANH_GELU = Like(nn.GELU, demand=_not_tanh)
+LAYER_NORM = Like(nn.LayerNorm, demand=_weights)
+ADAPTIVE_NORM = {"silu": Like(nn.SiLU), "norm": LAYER_NORM}  # the parts of diffusers' classes of that kind
+_NO_DROPOUT = Like(nn.Dropout, demand=_dropout)
+FEED_FORWARD = Like(
+    FeedForward, {"net": Like(nn.ModuleList, {"0": Like(GELU, demand=_not_tanh), "1": _NO_DROPOUT}, _not_three)}
+)
+_NORMS, _ADDED_NORMS = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")
+
+
+def attention_like(
+    cls: type, norm: Like, demand: Callable[[nn.Module], str], *, added: bool = False, to_out: bool = True
+) -> Like:
+    """An attention whose heads have such norms, of one eps: with norms of the text's tokens (added), with a projection of
+    its output (to_out). demand: asked before its eps."""
+    parts = dict.fromkeys((*_NORMS, *_ADDED_NORMS) if added else _NORMS, norm)
+    if to_out:
+        parts["to_out"] = Like(nn.ModuleList, {"1": _NO_DROPOUT})
+    return Like(cls, parts, lambda attn: demand(attn) or _unequal_eps(attn))
+
+
+def _unequal_eps(attn: nn.Module) -> str:
+    norms = {name: attn._modules[name] for name in (*_NORMS, *_ADDED_NORMS) if attn._modules.get(name) is not None}
+    for name, norm in norms.items():
+        if norm.eps is None or norm.eps != attn.norm_q.eps:
+            return f".{name} has eps = {norm.eps}; it needs a number, norm_q's"
+    return ""
