@@ -549,6 +549,11 @@ def _by_stream(slots: Sequence) -> list[_Slots]:
     return [_Slots(*slots[i : i + SLOTS]) for i in range(0, len(slots), SLOTS)]
 
 
+def _vectors_needed(needed: list[_Slots]) -> tuple[bool, bool]:
+    """Whether any bias, and any weight, is to have a gradient."""
+    return any(any(stream.biases) for stream in needed), any(any(stream.weights) for stream in needed)
+
+
 def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Tensor | None], int]:
     """Projections of a stream as the kernels read them: dense heads, and one stride from sample to sample and one from
     token to token for all, copied where they are not so; and the distance from q to k and k to v in a packed one."""
@@ -585,14 +590,15 @@ def _launch(
     inputs: Sequence[Tensor | None], cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """inputs: SLOTS of each stream."""
-    out = _fake(inputs)
+    by_stream = _by_stream(inputs)
+    out = _empty_results(by_stream)
     if out[0].numel() == 0:
         return out
     batch, _, heads, dim = out[0].shape
     half = _half(dim, interleaved)
     rows = max(TILE // (2 * half if cos is None else 4 * half), 1)
     streams, strides, offset = [], [], 0
-    for stream in _by_stream(inputs):
+    for stream in by_stream:
         tensors, part_stride = _readable(*stream.projections)
         length = stream.q.shape[1]
         tiles = -(-length * heads // rows)
@@ -620,9 +626,9 @@ def _launches(streams: list[tuple[int, NamedTuple]]) -> list[tuple]:
     return [(programs, *stream, *stream, programs) for programs, stream in streams]
 
 
-def _fake(inputs: Sequence[Tensor | None], *options) -> tuple[Tensor, Tensor, Tensor]:
-    x = inputs[0]
-    shape = x.shape[0], sum(stream.q.shape[1] for stream in _by_stream(inputs)), *x.shape[-2:]
+def _empty_results(by_stream: list[_Slots]) -> tuple[Tensor, Tensor, Tensor]:
+    x = by_stream[0].q
+    shape = x.shape[0], sum(stream.q.shape[1] for stream in by_stream), *x.shape[-2:]
     q, k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(3))
     return q, k, v
 
@@ -651,27 +657,21 @@ class _BackwardInputs(NamedTuple):
         """A tensor of the results' shape, (B, S, H, D), and device."""
         return next(x for x in self.upstream if x is not None)
 
-    def vectors_needed(self) -> tuple[bool, bool]:
-        """Whether any bias, and any weight, is to have a gradient."""
-        streams = _by_stream(self.needed)
-        return any(any(stream.biases) for stream in streams), any(any(stream.weights) for stream in streams)
-
-    def vector_sizes(self) -> list[int]:
+    def vector_sizes(self, biases: bool, weights: bool) -> list[int]:
         """The sizes of a stream's vectors that get gradients together: biases, then weights."""
         *_, heads, dim = self.like.shape
-        biases, weights = self.vectors_needed()
         return [heads * dim] * (3 if biases else 0) + [dim] * (2 if weights else 0)
 
     def empty_gradients(self) -> list[Tensor]:
         """Uninitialised: the gradients of the projections that want one; and where a bias or a weight does, one tensor for
         those of all biases, or all weights, or both: of `vector_sizes` for stream 1, then for stream 2."""
         batch, _, heads, dim = self.like.shape
-        options = {"device": self.like.device}
+        options, needed = {"device": self.like.device}, _by_stream(self.needed)
         gradients = []
-        for length, packed, wanted in zip(self.lengths, self.packed, _by_stream(self.needed), strict=True):
+        for length, packed, wanted in zip(self.lengths, self.packed, needed, strict=True):
             shape = (batch, length, 3, heads, dim) if packed else (batch, length, heads, dim)
             gradients += [torch.empty(shape, dtype=self.dtype, **options) for x in wanted.projections if x]
-        sizes = self.vector_sizes()
+        sizes = self.vector_sizes(*_vectors_needed(needed))
         if sizes:
             dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream[3:] if x is not None}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -693,8 +693,8 @@ def _launch_backward(*arguments) -> list[Tensor]:
     chunk = _chunk(batch, tuple(call.lengths), groups, tokens_each)
     chunks = [-(-length // chunk) for length in call.lengths]
     rows = [batch * count for count in chunks]
-    biases, weights = call.vectors_needed()
-    by_stream = _by_stream(call.inputs)
+    by_stream, needed = _by_stream(call.inputs), _by_stream(call.needed)
+    biases, weights = _vectors_needed(needed)
     # Zeros where a vector is missing, as nothing is written for it.
     new = torch.empty if all(x is not None for stream in by_stream for x in stream[3:]) else torch.zeros
     options = {"dtype": torch.float32, "device": like.device}
@@ -703,7 +703,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
     upstream = [_zeros(like) if x is None else x if x.stride(3) == 1 else x.contiguous() for x in call.upstream]
     upstream = [_Upstream(x, *x.stride()[:3]) for x in upstream]
     streams, strides, made, offset = [], [s for x in upstream for s in x[1:]], iter(gradients), 0
-    for i, (stream, wanted) in enumerate(zip(by_stream, _by_stream(call.needed), strict=True)):
+    for i, (stream, wanted) in enumerate(zip(by_stream, needed, strict=True)):
         (q, k, _), _ = _readable(*stream.projections)
         part_stride = heads * dim if call.packed[i] else 0
         strides += *((0, 0) if q is None else q.stride()[:2]), part_stride
@@ -750,7 +750,7 @@ _qk_norm = register(
     "qk_norm_triton(Tensor?[] inputs, Tensor? cos, Tensor? sin, bool interleaved, float? eps) "
     "-> (Tensor, Tensor, Tensor)",
     _launch,
-    _fake,
+    lambda inputs, *options: _empty_results(_by_stream(inputs)),
 )
 _qk_norm_backward = register(
     "qk_norm_backward_triton(Tensor?[] upstream, Tensor?[] inputs, bool[] needed, Tensor? cos, Tensor? sin, "
@@ -765,8 +765,8 @@ class _QkNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cos, sin, interleaved, eps, *inputs):
         ctx.interleaved, ctx.eps, ctx.dtype = interleaved, eps, inputs[0].dtype
-        ctx.lengths = [stream.q.shape[1] for stream in _by_stream(inputs)]
-        ctx.packed = [stream.k is None for stream in _by_stream(inputs)]
+        by_stream = _by_stream(inputs)
+        ctx.lengths, ctx.packed = [x.q.shape[1] for x in by_stream], [x.k is None for x in by_stream]
         kept = list(inputs)
         for i in range(0, len(kept), SLOTS):
             kept[i + 2] = None  # no gradient depends on v, nor on q and k where there is no norm
@@ -788,8 +788,8 @@ class _QkNorm(torch.autograd.Function):
                 *(ctx.interleaved, ctx.eps, ctx.lengths, ctx.packed, ctx.dtype),
             )
             made = _qk_norm_backward(*call)
-            biases, weights = call.vectors_needed()
-            sizes = call.vector_sizes()
+            biases, weights = _vectors_needed(_by_stream(needed))
+            sizes = call.vector_sizes(biases, weights)
             of_vectors = iter(made[-1].split(sizes * len(ctx.lengths)) if sizes else ())
             of_projections = iter(made)
             for i, wanted in enumerate(needed):
