@@ -485,8 +485,8 @@ def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
             return tensors, 0, 0
         if strides[-1] == 1 and not like.is_contiguous():
             return tensors, strides[0], strides[1]
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    return tensors, like.shape[1:].numel(), like.shape[2:].numel()  # a dimension of size 1 may have any stride
+    # A dimension of size 1 may have any stride.
+    return contiguous(*tensors), like.shape[1:].numel(), like.shape[2:].numel()
 
 
 def _two(tensors: list) -> list:
