@@ -26,6 +26,7 @@ from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import widen
 from dpdmd.kernels.runtime.launch import by_warps, jit, tl
+from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.rows import column_sums, row_starts, rows
 from dpdmd.kernels.runtime.saved import save, saved
@@ -256,13 +257,9 @@ def _run(
     tiles = -(-columns // COLUMNS)
     _activation_kernels[num_warps](
         -(-walk.count // ROWS) * tiles,
-        *(walk.tensor, _dense(bias), out, scale, *walk[1:], columns, tiles),
+        *(walk.tensor, *contiguous(bias), out, scale, *walk[1:], columns, tiles),
         *(form, walk.nested, walk.divisible and columns % 16 == 0, ROWS, COLUMNS),
     )
-
-
-def _dense(bias: Tensor | None) -> Tensor | None:
-    return None if bias is None else bias.contiguous()
 
 
 def _chunk(count: int, tiles: int) -> int:
@@ -295,7 +292,8 @@ def _launch_backward(
     partial = torch.empty((chunks, x.shape[-1]), dtype=torch.float32, device=x.device) if for_bias else None
     _activation_backward_kernels[num_warps](
         chunks * tiles,
-        *(walk.tensor, _dense(bias), upstream_walk.tensor, dx, partial, *walk[1:], *upstream_walk[2:], columns, tiles),
+        *(walk.tensor, *contiguous(bias), upstream_walk.tensor, dx, partial),
+        *(*walk[1:], *upstream_walk[2:], columns, tiles),
         *(form, walk.nested, upstream_walk.nested),
         *(walk.divisible and upstream_walk.divisible and columns % 16 == 0, chunk, ROWS, COLUMNS),
     )

@@ -1,36 +1,44 @@
-"""The kernels behind adaln_modulate, gated_residual and gated_residual_adaln, which are cases of one form:
+"""The kernels of `adaln_modulate`, `gated_residual` and `gated_residual_adaln`, which are cases of one form:
 
     h = residual [+ gate_1 (y_1 + bias_1)] [+ gate_2 (y_2 + bias_2)]
     n = norm(h);   out_j = n (1 + scale_j) + shift_j,   j up to 2
 
-and of its gradients, for upstream gradients dh_out and dout_j:
+    n = (h - mean) / sqrt(var + eps)      "layer": mean and biased variance over the channels
+    n = h / sqrt(mean h^2 + eps)          "rms"
+
+    residual, y, h, out (B, S, C); gate, scale, shift (B, C); bias (C,)
+
+The gradients, for upstream gradients dh_out and dout_j:
 
     dn = sum_j dout_j (1 + scale_j);   dh = dh_out + rstd (dn - mean dn - n mean(dn n)), for "rms" without mean dn
     dresidual = dh;   dy_k = gate_k dh
     dgate_k = sum_S dh (y_k + bias_k);   dbias_k = sum_B gate_k sum_S dh
     dscale_j = sum_S dout_j n;   dshift_j = sum_S dout_j
 
-    residual, y, h, out (B, S, C); gate, scale, shift (B, C); bias (C,)
-
-h is rounded to residual's dtype before it is normalised: that is what the backward pass has. It finds mean and rstd
+h is rounded to residual's dtype before it is normalised: that is what the backward pass has. It computes mean and rstd
 again, and reads h, the upstream gradients and, where a gate needs a gradient, y, each once.
+
+The public functions are in adaln_modulate.py and gated_residual.py.
 """
 
 import functools
 import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dpdmd.kernels.blocks.fp8 import Quantized, empty_quantized, no_gradient, quantized
-from dpdmd.kernels.runtime import checks
+from dpdmd.kernels.blocks.fp8 import Quantized, converts, empty_quantized, quantize_rows_reference, quantized
+from dpdmd.kernels.runtime.backend import choose
+from dpdmd.kernels.runtime.formula import widen
 from dpdmd.kernels.runtime.launch import by_warps, jit, kernel, tl
+from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.saved import save, saved
-from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
+from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, multiples, power_of_two
 
-NORMS = ("layer", "rms")
 WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
 
 # A program of the forward pass takes so many tokens at once, so that its sample's vectors are read for all of them, and
@@ -45,6 +53,61 @@ SHARED = 6 * 1024
 MAX_AHEAD = 4
 # The sums of so many chunks, for so many channels (128 bytes, the least that is read at once), are added at once.
 SUM_ROWS, SUM_COLUMNS = 64, 32
+
+
+class Inputs(NamedTuple):
+    """The arguments of the form, in the order of the registered operation.
+
+    gates, ys, biases: one for each branch that is added, 0 to 2.  scales, shifts: one for each result, 0 to 2.
+    rms: the norm is "rms", otherwise "layer".  quantize: the results are `Quantized`, h never.
+    """
+
+    residual: Tensor
+    gates: Sequence[Tensor]
+    ys: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    scales: Sequence[Tensor]
+    shifts: Sequence[Tensor]
+    rms: bool
+    eps: float
+    quantize: bool
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.residual, *self.gates, *self.ys, *self.biases, *self.scales, *self.shifts
+
+    def empty_results(self) -> list[Tensor]:
+        """Uninitialised: h where there are gates; every out, or its values in e4m3; the scales of those values."""
+        residual, count = self.residual, len(self.scales)
+        results = [_like(residual)] if self.gates else []
+        if not self.quantize:
+            return results + [_like(residual) for _ in range(count)]
+        values, row_scales = zip(*[empty_quantized(residual.shape, residual.device) for _ in range(count)], strict=True)
+        return [*results, *values, *row_scales]
+
+
+def adaln_reference(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
+    """The definition: h where there are gates or `fork`, and an out for each scale and shift, in residual's dtype or
+    quantised. What is normalised is h as it is stored."""
+    dtype, h = inputs.residual.dtype, inputs.residual
+    if inputs.gates:
+        h = h.to(arithmetic)
+        for gate, y, bias in zip(inputs.gates, inputs.ys, inputs.biases, strict=True):
+            gate, y, bias = widen(arithmetic, gate[:, None], y, bias)
+            h = h + gate * (y if bias is None else y + bias)
+        h = h.to(dtype)
+    results = [h] if inputs.gates or fork else []
+    if not inputs.scales:
+        return results
+    n = h.to(arithmetic)
+    if not inputs.rms:
+        n = n - n.mean(-1, keepdim=True)
+    n = n / (n.square().mean(-1, keepdim=True) + inputs.eps).sqrt()
+    for scale, shift in zip(inputs.scales, inputs.shifts, strict=True):
+        scale, shift = widen(arithmetic, scale[:, None], shift[:, None])
+        out = n * (1 + scale) + shift
+        results.append(quantize_rows_reference(out) if inputs.quantize else out.to(dtype))
+    return results
 
 
 def _columns_and_warps(C: int) -> tuple[int, int]:
@@ -64,7 +127,7 @@ def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
 
 @jit
 def _sample_and_tile(tiles):
-    """Of this program. Counted in 32 bits, in which a division is short: a grid ends at 2^31."""
+    """The sample and the tile of this program. Counted in 32 bits, where a division is short: a grid ends at 2^31."""
     index, tiles = tl.program_id(0), tiles.to(tl.int32)
     return (index // tiles).to(tl.int64), (index % tiles).to(tl.int64)
 
@@ -96,7 +159,7 @@ def _store_modulated(n, scale_ptr, shift_ptr, out_ptr, row_scale_ptr, out_at, ro
         tl.store(out_ptr + out_at, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _forward(
+def _adaln_kernel(
     residual_ptr,
     gate_1_ptr,
     gate_2_ptr,
@@ -158,17 +221,18 @@ def _forward(
         _store_modulated(n, scale_2_ptr, shift_2_ptr, out_2_ptr, row_scale_2_ptr, *at)
 
 
-_forward_kernels = by_warps(_forward, *WARPS)
+_adaln_kernels = by_warps(_adaln_kernel, *WARPS)
 
 
 @jit
 def _two_sums(a, b):
-    """Of the rows of both (ROWS, COLUMNS), at the cost of one: what takes time is that warps wait for one another."""
+    """The sums of the rows of both (ROWS, COLUMNS), at the cost of one: what takes time is that warps wait for one
+    another."""
     first, second = tl.split(tl.sum(tl.join(a, b), 1))
     return first[:, None], second[:, None]
 
 
-def _backward(
+def _adaln_backward_kernel(
     h_ptr,
     scale_1_ptr,
     scale_2_ptr,
@@ -302,7 +366,7 @@ def _backward(
             tl.store(partial, h_sum, mask=inside)
 
 
-_backward_kernels = by_warps(_backward, *WARPS)
+_adaln_backward_kernels = by_warps(_adaln_backward_kernel, *WARPS)
 
 
 @jit
@@ -367,8 +431,9 @@ def _sum_partials_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds up what the programs of `_backward` left in partial (COUNT, B, tiles, C). A program takes COLUMNS channels
-    of a sample; past the last sample come the programs for the gradients of the biases, which are sums over samples."""
+    """Adds up what the programs of `_adaln_backward_kernel` left in partial (COUNT, B, tiles, C). A program takes
+    COLUMNS channels of a sample; past the last sample come the programs for the gradients of the biases, which are sums
+    over samples."""
     sample, block = _sample_and_tile(tl.cdiv(C, COLUMNS))
     C = multiple(C, DIVISIBLE)
     vector_stride = multiple(vector_stride, DIVISIBLE)
@@ -420,13 +485,8 @@ def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
             return tensors, 0, 0
         if strides[-1] == 1 and not like.is_contiguous():
             return tensors, strides[0], strides[1]
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    return tensors, like.shape[1:].numel(), like.shape[2:].numel()  # a dimension of size 1 may have any stride
-
-
-def _divisible(C: int, *strides: int) -> bool:
-    """Whether every token starts at a multiple of 16 elements, so that accesses can be 16 bytes wide."""
-    return all(number % 16 == 0 for number in (C, *strides))
+    # A dimension of size 1 may have any stride.
+    return contiguous(*tensors), like.shape[1:].numel(), like.shape[2:].numel()
 
 
 def _two(tensors: list) -> list:
@@ -438,114 +498,106 @@ def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
-def _empty_results(residual, gates, ys, biases, scales, shifts, rms, eps, quantize) -> list[Tensor]:
-    """h where there are gates; every out, or its values in e4m3; the scales of those values."""
-    results = [_like(residual)] if gates else []
-    if not quantize:
-        return results + [_like(residual) for _ in scales]
-    values, row_scales = zip(*[empty_quantized(residual.shape, residual.device) for _ in scales], strict=True)
-    return [*results, *values, *row_scales]
-
-
-def _launch(
-    residual: Tensor,
-    gates: list[Tensor],
-    ys: list[Tensor],
-    biases: list[Tensor | None],
-    scales: list[Tensor],
-    shifts: list[Tensor],
-    rms: bool,
-    eps: float,
-    quantize: bool,
-) -> list[Tensor]:
-    results = _empty_results(residual, gates, ys, biases, scales, shifts, rms, eps, quantize)
+def _launch(*arguments) -> list[Tensor]:
+    """arguments: the fields of `Inputs`."""
+    inputs = Inputs(*arguments)
+    results, residual = inputs.empty_results(), inputs.residual
     if residual.numel() == 0:
         return [result.fill_(1) if result.numel() else result for result in results]  # scales of rows of no channels
     B, S, C = residual.shape
     (residual,), residual_stride, residual_row = _walk([residual])
-    ys, y_stride, y_row = _walk(_two(ys))
-    vectors, vector_stride, _ = _walk([*_two(gates), *_two(scales), *_two(shifts)])
-    biases = [None if bias is None else bias.contiguous() for bias in _two(biases)]
-    h, *outs = results if gates else [None, *results]
-    rows, columns, num_warps = _forward_tile(C, quantize)
-    _forward_kernels[num_warps](
+    ys, y_stride, y_row = _walk(_two(inputs.ys))
+    vectors, vector_stride, _ = _walk(
+        [each for pair in (inputs.gates, inputs.scales, inputs.shifts) for each in _two(pair)]
+    )
+    h, *outs = results if inputs.gates else [None, *results]
+    count = len(inputs.scales)
+    rows, columns, num_warps = _forward_tile(C, inputs.quantize)
+    strides = residual_stride, residual_row, y_stride, y_row, vector_stride
+    _adaln_kernels[num_warps](
         B * -(-S // rows),
-        *(residual, *vectors[:2], *ys, *biases, *vectors[2:]),
-        *(h, *_two(outs[: len(scales)]), *_two(outs[len(scales) :])),
-        *(residual_stride, residual_row, y_stride, y_row, vector_stride, S, C, eps),
-        *(rms, _divisible(C, residual_stride, residual_row, y_stride, y_row, vector_stride), rows, columns),
+        *(residual, *vectors[:2], *ys, *contiguous(*_two(inputs.biases)), *vectors[2:]),
+        *(h, *_two(outs[:count]), *_two(outs[count:])),
+        *(*strides, S, C, inputs.eps, inputs.rms, multiples(C, *strides), rows, columns),
     )
     return results
 
 
-def _empty_gradients(
-    h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, residual, gate, y, bias, modulation
-) -> list[Tensor]:
-    """What is wanted of the gradients of residual, gates, ys, biases, scales and shifts."""
-    like = dh if h is None else h
-    gradients = [_like(like)] if residual else []
-    if gate:
-        gradients += [_like(tensor) for tensor in gates]
-    if y:
-        gradients += [_like(like, y_dtype) for _ in gates]
-    if bias:
-        gradients += [_like(tensor) for tensor in biases if tensor is not None]
-    if modulation:
-        gradients += [_like(tensor, vector_dtype) for tensor in (*scales, *scales)]
-    return gradients
+class BackwardInputs(NamedTuple):
+    """The arguments of the backward pass, in the order of the registered operation.
+
+    h: what was normalised; None where there are no scales, and then h's gradient is dh.  ys: for the gradients of the
+        gates alone.  dh, douts: the upstream gradients.
+    y_dtype, vector_dtype: what the gradients of ys, and those of scales and shifts, are made in.
+    residual, gate, y, bias, modulation: which gradients are wanted; the last is for scales and shifts.
+    """
+
+    h: Tensor | None
+    gates: Sequence[Tensor]
+    ys: Sequence[Tensor]
+    biases: Sequence[Tensor | None]
+    scales: Sequence[Tensor]
+    dh: Tensor | None
+    douts: Sequence[Tensor]
+    y_dtype: torch.dtype | None
+    vector_dtype: torch.dtype | None
+    rms: bool
+    eps: float
+    residual: bool
+    gate: bool
+    y: bool
+    bias: bool
+    modulation: bool
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor with the shape and the dtype of h."""
+        return self.dh if self.h is None else self.h
+
+    def empty_gradients(self) -> list[Tensor]:
+        """Uninitialised: what is wanted of the gradients of residual, gates, ys, biases, scales and shifts."""
+        gradients = [_like(self.like)] if self.residual else []
+        if self.gate:
+            gradients += [_like(tensor) for tensor in self.gates]
+        if self.y:
+            gradients += [_like(self.like, self.y_dtype) for _ in self.gates]
+        if self.bias:
+            gradients += [_like(tensor) for tensor in self.biases if tensor is not None]
+        if self.modulation:
+            gradients += [_like(tensor, self.vector_dtype) for tensor in (*self.scales, *self.scales)]
+        return gradients
+
+    def by_input(self, gradients: list[Tensor]) -> tuple[list[Tensor | None], ...]:
+        """The same gradients, a list for each kind of input; None for what is not wanted."""
+        rest = iter(gradients)
+
+        def take(wanted, entries):
+            return [next(rest) if wanted and entry is not None else None for entry in entries]
+
+        return (
+            *(take(self.residual, [True]), take(self.gate, self.gates), take(self.y, self.gates)),
+            *(take(self.bias, self.biases), take(self.modulation, self.scales), take(self.modulation, self.scales)),
+        )
 
 
-def _by_input(gradients, gates, biases, scales, residual, gate, y, bias, modulation) -> tuple:
-    """The gradients of `_empty_gradients` by what they are for, None for what is not wanted."""
-    rest = iter(gradients)
-
-    def take(wanted, entries):
-        return [next(rest) if wanted and entry is not None else None for entry in entries]
-
-    return (
-        *take(residual, [True]),
-        *(take(gate, gates), take(y, gates), take(bias, biases)),
-        *(take(modulation, scales), take(modulation, scales)),
-    )
-
-
-def _launch_backward(
-    h: Tensor | None,
-    gates: list[Tensor],
-    ys: list[Tensor],
-    biases: list[Tensor | None],
-    scales: list[Tensor],
-    dh: Tensor | None,
-    douts: list[Tensor],
-    y_dtype: torch.dtype | None,
-    vector_dtype: torch.dtype | None,
-    rms: bool,
-    eps: float,
-    residual: bool,
-    gate: bool,
-    y: bool,
-    bias: bool,
-    modulation: bool,
-) -> list[Tensor]:
-    """ys for the gates' gradients alone. Without scales the gradient of h is dh, and h is None. Gradients of ys are made
-    in y_dtype, those of scales and shifts in vector_dtype."""
-    wanted = residual, gate, y, bias, modulation
-    gradients = _empty_gradients(h, gates, ys, biases, scales, dh, douts, y_dtype, vector_dtype, rms, eps, *wanted)
-    like = dh if h is None else h
+def _launch_backward(*arguments) -> list[Tensor]:
+    """arguments: the fields of `BackwardInputs`."""
+    inputs = BackwardInputs(*arguments)
+    gradients, like = inputs.empty_gradients(), inputs.like
     if like.numel() == 0 or not gradients:
         return [gradient.zero_() for gradient in gradients]
-    dresidual, *pairs = _by_input(gradients, gates, biases, scales, *wanted)
+    (dresidual,), *pairs = inputs.by_input(gradients)
     dgates, dys, dbiases, dscales, dshifts = map(_two, pairs)
     B, S, C = like.shape
-    K, J = len(gates), len(scales)
-    (h,), h_stride, h_row = _walk([h])
-    upstream, upstream_stride, upstream_row = _walk([dh, *_two(douts)])
-    ys, y_stride, y_row = _walk(_two(ys))
-    vectors, vector_stride, _ = _walk([*_two(gates), *_two(scales)])
+    K, J = len(inputs.gates), len(inputs.scales)
+    (h,), h_stride, h_row = _walk([inputs.h])
+    upstream, upstream_stride, upstream_row = _walk([inputs.dh, *_two(inputs.douts)])
+    ys, y_stride, y_row = _walk(_two(inputs.ys))
+    vectors, vector_stride, _ = _walk([*_two(inputs.gates), *_two(inputs.scales)])
     gates, scales = vectors[:2], vectors[2:]
-    biases = [None if tensor is None else tensor.contiguous() for tensor in _two(biases)]
-    sum_h = bias or (gate and any(tensor is not None for tensor in biases))
-    count = 2 * J * modulation + K * gate + sum_h
+    biases = contiguous(*_two(inputs.biases))
+    sum_h = inputs.bias or (inputs.gate and any(tensor is not None for tensor in biases))
+    count = 2 * J * inputs.modulation + K * inputs.gate + sum_h
     columns, num_warps = _columns_and_warps(C)
     chunk = max(-(-S // max(PROGRAMS * 8 // num_warps // B, 1)), MIN_CHUNK)
     tiles = -(-S // chunk)
@@ -555,17 +607,17 @@ def _launch_backward(
     token = columns * sum(tensor.element_size() for tensor in (h, *upstream, *ys) if tensor is not None)
     ahead = min(SHARED * num_warps // (rows * token), MAX_AHEAD)
     strides = h_stride, h_row, upstream_stride, upstream_row, y_stride, y_row, vector_stride
-    _backward_kernels[num_warps](
+    _adaln_backward_kernels[num_warps](
         B * tiles,
         *(h, *scales, *upstream, *gates, *ys, dresidual, *dys, partial),
-        *(*strides, S, C, chunk, eps),
-        *(modulation, sum_h, rms, _divisible(C, *strides), 1 + ahead, rows, columns),
+        *(*strides, S, C, chunk, inputs.eps),
+        *(inputs.modulation, sum_h, inputs.rms, multiples(C, *strides), 1 + ahead, rows, columns),
     )
     if count:
         _sum_partials_kernel(
-            (B + bias) * -(-C // SUM_COLUMNS),
+            (B + inputs.bias) * -(-C // SUM_COLUMNS),
             *(partial, *gates, *biases, *dgates, *dbiases, *dscales, *dshifts),
-            *(vector_stride, B, tiles, C, _divisible(C, vector_stride)),
+            *(vector_stride, B, tiles, C, multiples(C, vector_stride)),
             *(count, power_of_two(count), SUM_ROWS, SUM_COLUMNS),
         )
     return gradients
@@ -575,14 +627,14 @@ _forward_operation = register(
     "adaln_triton(Tensor residual, Tensor[] gates, Tensor[] ys, Tensor?[] biases, Tensor[] scales, Tensor[] shifts, "
     "bool rms, float eps, bool quantize) -> Tensor[]",
     _launch,
-    _empty_results,
+    lambda *arguments: Inputs(*arguments).empty_results(),
 )
 _backward_operation = register(
     "adaln_backward_triton(Tensor? h, Tensor[] gates, Tensor[] ys, Tensor?[] biases, Tensor[] scales, "
     "Tensor? dh, Tensor[] douts, ScalarType? y_dtype, ScalarType? vector_dtype, bool rms, float eps, "
     "bool residual, bool gate, bool y, bool bias, bool modulation) -> Tensor[]",
     _launch_backward,
-    _empty_gradients,
+    lambda *arguments: BackwardInputs(*arguments).empty_gradients(),
 )
 
 
@@ -590,8 +642,8 @@ class _Adaln(torch.autograd.Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, rms, eps, K, J, fork, residual, *rest):
-        gates, ys, biases, scales, shifts = _split(rest, K, K, K, J, J)
-        results = _forward_operation(residual, gates, ys, biases, scales, shifts, rms, eps, False)
+        gates, ys, biases, scales, shifts = parts = _split(rest, K, K, K, J, J)
+        results = _forward_operation(residual, *parts, rms, eps, False)
         if fork:
             results = [residual.view_as(residual), *results]
         ctx.set_materialize_grads(False)
@@ -618,12 +670,11 @@ class _Adaln(torch.autograd.Function):
         residual = ctx.needs_input_grad[5]
         gate, y, bias, scale, shift = (any(part) for part in _split(ctx.needs_input_grad[6:], K, K, K, J, J))
         scales, douts = ([entries[j] for j in used] for entries in (scales, douts))
-        wanted = residual and bool(used), gate, y, bias, (scale or shift) and bool(used)
-        gradients = _backward_operation(
+        inputs = BackwardInputs(
             *(h if used else None, gates, ys, biases, scales, dh, douts, ctx.y_dtype, ctx.vector_dtype),
-            *(ctx.rms, ctx.eps, *wanted),
+            *(ctx.rms, ctx.eps, residual and bool(used), gate, y, bias, (scale or shift) and bool(used)),
         )
-        dresidual, dgates, dys, dbiases, dscales, dshifts = _by_input(gradients, gates, biases, scales, *wanted)
+        (dresidual,), dgates, dys, dbiases, dscales, dshifts = inputs.by_input(_backward_operation(*inputs))
         if residual and not used:
             dresidual = dh
         spread_out = [
@@ -633,7 +684,7 @@ class _Adaln(torch.autograd.Function):
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype | None:
-    """The dtype that holds what each of them does; None of nothing."""
+    """The dtype that holds what each of them does; None where there are none."""
     dtypes = {tensor.dtype for tensor in tensors}
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
@@ -644,131 +695,32 @@ def _split(entries: tuple, *counts: int) -> list[tuple]:
     return [entries[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
-def fused(
-    residual: Tensor,
-    gates: tuple[Tensor, ...],
-    ys: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
-    norm: str,
-    eps: float,
-    quantize: bool,
-    fork: bool = False,
-) -> list[Tensor | Quantized]:
-    """h where there are gates, and an out for each scale, through the Triton kernels. With `fork`, which goes without
-    gates, residual is h: the gradient that comes back through it is added where that of the outs is made."""
-    tensors = residual, *gates, *ys, *biases, *scales, *shifts
+def adaln_triton(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
+    """The same through the kernels; results are quantised by the reference where the GPU lacks e4m3. `fork` goes without
+    gates: residual is h then, and the gradient that comes back through it is added where that of the outs is made."""
+    residual, count = inputs.residual, len(inputs.scales)
+    if inputs.quantize and not converts(residual.device.type, residual.device.index):
+        if not inputs.gates:
+            return adaln_reference(inputs, arithmetic, fork)
+        (h,) = adaln_triton(inputs._replace(scales=(), shifts=(), quantize=False), arithmetic)
+        return [h, *adaln_reference(inputs._replace(residual=h, gates=(), ys=(), biases=()), arithmetic)]
     if torch.is_grad_enabled():
+        tensors = inputs.tensors
         for tensor in tensors:
             if tensor is not None and tensor.requires_grad:
                 forked = fork and residual.requires_grad
-                results = _Adaln.apply(norm == "rms", eps, len(gates), len(scales), forked, *tensors)
+                results = _Adaln.apply(inputs.rms, inputs.eps, len(inputs.gates), count, forked, *tensors)
                 return [residual, *results] if fork and not forked else list(results)
-    results = _forward_operation(residual, gates, ys, biases, scales, shifts, norm == "rms", eps, quantize)
-    if quantize:
-        h, values, row_scales = _split(results, len(gates) > 0, len(scales), len(scales))
+    results = _forward_operation(*inputs)
+    if inputs.quantize:
+        h, values, row_scales = _split(results, len(inputs.gates) > 0, count, count)
         results = [*h, *map(Quantized, values, row_scales)]
     return [residual, *results] if fork else results
 
 
-Vectors = Tensor | tuple[Tensor, Tensor]
+IMPLEMENTATIONS = {"reference": adaln_reference, "triton": adaln_triton}
 
 
-def _entries(name: str, value: Vectors, like: str = "", count: int = 0) -> dict[str, Tensor]:
-    """A tensor, or the two of a pair, by the name that errors give them; as many as `like` has."""
-    pair = isinstance(value, (tuple, list))
-    if pair and len(value) != 2:
-        raise ValueError(f"{name} has {len(value)} entries; it needs to be a tensor or a pair of tensors")
-    if count and pair != (count == 2):
-        kinds = ("a tensor", "a pair")
-        raise ValueError(f"{name} is {kinds[pair]} and {like} is {kinds[count - 1]}; both need to be the same")
-    return {f"{name}[{i}]": entry for i, entry in enumerate(value)} if pair else {name: value}
-
-
-def _check_vectors(
-    vectors: dict[str, Tensor], shape: tuple[int, ...], name: str, like: Tensor, arithmetic: torch.dtype
-) -> torch.dtype:
-    """Of shape (B, C), or (C,), for tokens `like`, which the operation calls `name`. Returns the arithmetic."""
-    if checks.alike(shape, like.device, *vectors.values()):
-        return arithmetic
-    for vector, value in vectors.items():
-        checks.floating(vector, value)
-        if value.dtype == torch.float64:
-            arithmetic = torch.float64
-        if value.shape != shape:
-            hint = ", without a dimension for tokens" if value.ndim > len(shape) else ""
-            raise ValueError(
-                f"{vector} has shape {tuple(value.shape)}; with {name} {tuple(like.shape)} it needs {shape}{hint}"
-            )
-        if value.device != like.device:
-            raise ValueError(f"{vector} is on {value.device}; it needs to be on {name}'s device {like.device}")
-    return arithmetic
-
-
-def check_tokens(**tokens: Tensor) -> torch.dtype:
-    """Tensors (B, S, C) of one shape. Returns the dtype of the arithmetic."""
-    arithmetic = checks.tensors(**tokens)
-    name, first = next(iter(tokens.items()))
-    if first.ndim != 3:
-        raise ValueError(f"{name} has shape {tuple(first.shape)}; it needs three dimensions: (B, S, C)")
-    return arithmetic
-
-
-def _one_gated(residual: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> bool:
-    """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
-    for tensor in (residual, gate, y):
-        if not isinstance(tensor, Tensor):
-            return False
-    if residual.ndim != 3 or isinstance(bias, (tuple, list)):
-        return False
-    shape, device = residual.shape, residual.device
-    vectors = checks.alike(shape[::2], device, gate) and checks.alike(shape[2:], device, bias)
-    return vectors and checks.alike(shape, device, residual, y)
-
-
-def check_gated(
-    residual: Tensor,
-    gate: Vectors,
-    y: Vectors,
-    bias: Tensor | tuple[Tensor | None, Tensor | None] | None,
-    quantize: bool = False,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
-    """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
-    if not quantize and _one_gated(residual, gate, y, bias):
-        return (gate,), (y,), (bias,), torch.float32
-    ys = _entries("y", y)
-    gates = _entries("gate", gate, "y", len(ys))
-    biases = _entries("bias", bias, "y", len(ys)) if bias is not None else {}
-    arithmetic = check_tokens(residual=residual, **ys)
-    B, _, C = residual.shape
-    arithmetic = _check_vectors(gates, (B, C), "residual", residual, arithmetic)
-    there = {name: value for name, value in biases.items() if value is not None}
-    arithmetic = _check_vectors(there, (C,), "residual", residual, arithmetic)
-    if quantize:
-        no_gradient(residual=residual, **gates, **ys, **there)
-    return tuple(gates.values()), tuple(ys.values()), tuple(biases.values()) or (None,) * len(ys), arithmetic
-
-
-def check_modulated(
-    name: str,
-    like: Tensor,
-    scale: Vectors,
-    shift: Vectors,
-    norm: str,
-    eps: float,
-    quantize: bool,
-    arithmetic: torch.dtype,
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.dtype]:
-    """Scales and shifts, one each or two, for tokens `like`, which the operation calls `name`, and the dtype of the
-    arithmetic."""
-    scales = _entries("scale", scale)
-    shifts = _entries("shift", shift, "scale", len(scales))
-    B, _, C = like.shape
-    for vectors in (scales, shifts):
-        arithmetic = _check_vectors(vectors, (B, C), name, like, arithmetic)
-    checks.one_of("norm", norm, NORMS)
-    checks.number("eps", eps)
-    if quantize:
-        no_gradient(**{name: like}, **scales, **shifts)
-    return tuple(scales.values()), tuple(shifts.values()), arithmetic
+def run(operation: str, inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
+    """What `adaln_reference` defines, by the implementation chosen for `operation`."""
+    return choose(operation, IMPLEMENTATIONS, inputs.residual.device, arithmetic)(inputs, arithmetic, fork)

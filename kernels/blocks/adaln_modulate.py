@@ -6,6 +6,8 @@
 
     x (B, S, C); scale, shift (B, C)
 
+The reference and the kernels are in adaln.py: this is the case of its form without gates.
+
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 modulates one n twice.
 """
 
@@ -13,56 +15,17 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels.blocks import adaln
-from dpdmd.kernels.blocks.fp8 import Quantized, converts, quantize_rows_reference
-from dpdmd.kernels.runtime.backend import choose
-from dpdmd.kernels.runtime.formula import widen
+from dpdmd.kernels.blocks.fp8 import Quantized, no_gradient
+from dpdmd.kernels.runtime import checks
 
-
-def adaln_modulate_reference(
-    x: Tensor,
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
-    norm: str,
-    eps: float,
-    quantize: bool,
-    arithmetic: torch.dtype,
-    fork: bool = False,
-) -> list[Tensor | Quantized]:
-    """The definition: a result for each scale and shift, in x's dtype or quantised; x before them with `fork`."""
-    n = x.to(arithmetic)
-    if norm == "layer":
-        n = n - n.mean(-1, keepdim=True)
-    n = n / (n.square().mean(-1, keepdim=True) + eps).sqrt()
-    outs = []
-    for scale, shift in zip(scales, shifts, strict=True):
-        scale, shift = widen(arithmetic, scale[:, None], shift[:, None])
-        out = n * (1 + scale) + shift
-        outs.append(quantize_rows_reference(out) if quantize else out.to(x.dtype))
-    return [x, *outs] if fork else outs
-
-
-def adaln_modulate_triton(
-    x: Tensor,
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
-    norm: str,
-    eps: float,
-    quantize: bool,
-    arithmetic: torch.dtype,
-    fork: bool,
-) -> list[Tensor | Quantized]:
-    if quantize and not converts(x.device.type, x.device.index):
-        return adaln_modulate_reference(x, scales, shifts, norm, eps, quantize, arithmetic, fork)
-    return adaln.fused(x, (), (), (), scales, shifts, norm, eps, quantize, fork)
-
-
-IMPLEMENTATIONS = {"reference": adaln_modulate_reference, "triton": adaln_modulate_triton}
+NORMS = ("layer", "rms")
+Vectors = Tensor | tuple[Tensor, Tensor]
 
 
 def adaln_modulate(
     x: Tensor,
-    scale: Tensor | tuple[Tensor, Tensor],
-    shift: Tensor | tuple[Tensor, Tensor],
+    scale: Vectors,
+    shift: Vectors,
     *,
     norm: str = "layer",
     eps: float = 1e-6,
@@ -87,8 +50,72 @@ def adaln_modulate(
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
     tensor would get a gradient.
     """
-    arithmetic = adaln.check_tokens(x=x)
-    scales, shifts, arithmetic = adaln.check_modulated("x", x, scale, shift, norm, eps, quantize, arithmetic)
-    run = choose("adaln_modulate", IMPLEMENTATIONS, x.device, arithmetic)
-    results = run(x, scales, shifts, norm, float(eps), quantize, arithmetic, fork)
+    arithmetic = check_tokens(x=x)
+    scales, shifts, arithmetic = check_modulated("x", x, scale, shift, norm, eps, quantize, arithmetic)
+    inputs = adaln.Inputs(x, (), (), (), scales, shifts, norm == "rms", float(eps), quantize)
+    results = adaln.run("adaln_modulate", inputs, arithmetic, fork)
     return tuple(results) if len(results) > 1 else results[0]
+
+
+def check_tokens(**tokens: Tensor) -> torch.dtype:
+    """Tensors (B, S, C) of one shape. Returns the dtype of the arithmetic."""
+    arithmetic = checks.tensors(**tokens)
+    name, first = next(iter(tokens.items()))
+    if first.ndim != 3:
+        raise ValueError(f"{name} has shape {tuple(first.shape)}; it needs three dimensions: (B, S, C)")
+    return arithmetic
+
+
+def entries(name: str, value: Vectors, like: str = "", count: int = 0) -> dict[str, Tensor]:
+    """A tensor, or the two of a pair, by the name that errors give them; as many as `like` has."""
+    pair = isinstance(value, (tuple, list))
+    if pair and len(value) != 2:
+        raise ValueError(f"{name} has {len(value)} entries; it needs to be a tensor or a pair of tensors")
+    if count and pair != (count == 2):
+        kinds = ("a tensor", "a pair")
+        raise ValueError(f"{name} is {kinds[pair]} and {like} is {kinds[count - 1]}; both need to be the same")
+    return {f"{name}[{i}]": entry for i, entry in enumerate(value)} if pair else {name: value}
+
+
+def check_vectors(
+    vectors: dict[str, Tensor], shape: tuple[int, ...], name: str, like: Tensor, arithmetic: torch.dtype
+) -> torch.dtype:
+    """Vectors of `shape`, (B, C) or (C,), for tokens `like`, which the operation calls `name`. Returns the arithmetic."""
+    if checks.alike(shape, like.device, *vectors.values()):
+        return arithmetic
+    for vector, value in vectors.items():
+        checks.floating(vector, value)
+        if value.dtype == torch.float64:
+            arithmetic = torch.float64
+        if value.shape != shape:
+            hint = ", without a dimension for tokens" if value.ndim > len(shape) else ""
+            raise ValueError(
+                f"{vector} has shape {tuple(value.shape)}; with {name} {tuple(like.shape)} it needs {shape}{hint}"
+            )
+        if value.device != like.device:
+            raise ValueError(f"{vector} is on {value.device}; it needs to be on {name}'s device {like.device}")
+    return arithmetic
+
+
+def check_modulated(
+    name: str,
+    like: Tensor,
+    scale: Vectors,
+    shift: Vectors,
+    norm: str,
+    eps: float,
+    quantize: bool,
+    arithmetic: torch.dtype,
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.dtype]:
+    """Scales and shifts, one each or two, for tokens `like`, which the operation calls `name`, and the dtype of the
+    arithmetic."""
+    scales = entries("scale", scale)
+    shifts = entries("shift", shift, "scale", len(scales))
+    B, _, C = like.shape
+    for vectors in (scales, shifts):
+        arithmetic = check_vectors(vectors, (B, C), name, like, arithmetic)
+    checks.one_of("norm", norm, NORMS)
+    checks.number("eps", eps)
+    if quantize:
+        no_gradient(**{name: like}, **scales, **shifts)
+    return tuple(scales.values()), tuple(shifts.values()), arithmetic

@@ -7,6 +7,8 @@
 
 The bias is that of the matrix product which made y: its gradient is a sum that the backward pass here forms anyway.
 
+The reference and the kernels are in adaln.py: these are the cases of its form with gates.
+
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 adds two branches at once.
 """
 
@@ -14,83 +16,14 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels.blocks import adaln
-from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate_reference
-from dpdmd.kernels.blocks.fp8 import Quantized, converts
-from dpdmd.kernels.runtime.backend import choose
-from dpdmd.kernels.runtime.formula import widen
+from dpdmd.kernels.blocks.adaln_modulate import Vectors, check_modulated, check_tokens, check_vectors, entries
+from dpdmd.kernels.blocks.fp8 import Quantized, no_gradient
+from dpdmd.kernels.runtime import checks
+
+Biases = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
-def gated_residual_reference(
-    residual: Tensor,
-    gates: tuple[Tensor, ...],
-    ys: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    arithmetic: torch.dtype,
-) -> Tensor:
-    """The definition. The result has residual's dtype."""
-    h = residual.to(arithmetic)
-    for gate, y, bias in zip(gates, ys, biases, strict=True):
-        gate, y, bias = widen(arithmetic, gate[:, None], y, bias)
-        h = h + gate * (y if bias is None else y + bias)
-    return h.to(residual.dtype)
-
-
-def gated_residual_adaln_reference(
-    residual: Tensor,
-    gates: tuple[Tensor, ...],
-    ys: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
-    norm: str,
-    eps: float,
-    quantize: bool,
-    arithmetic: torch.dtype,
-) -> list[Tensor | Quantized]:
-    """The definition: h, and one result for each scale and shift. What is normalised is h as it is stored."""
-    h = gated_residual_reference(residual, gates, ys, biases, arithmetic)
-    return [h, *adaln_modulate_reference(h, scales, shifts, norm, eps, quantize, arithmetic)]
-
-
-def gated_residual_triton(
-    residual: Tensor,
-    gates: tuple[Tensor, ...],
-    ys: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    arithmetic: torch.dtype,
-) -> Tensor:
-    return adaln.fused(residual, gates, ys, biases, (), (), "layer", 0.0, False)[0]
-
-
-def gated_residual_adaln_triton(
-    residual: Tensor,
-    gates: tuple[Tensor, ...],
-    ys: tuple[Tensor, ...],
-    biases: tuple[Tensor | None, ...],
-    scales: tuple[Tensor, ...],
-    shifts: tuple[Tensor, ...],
-    norm: str,
-    eps: float,
-    quantize: bool,
-    arithmetic: torch.dtype,
-) -> list[Tensor | Quantized]:
-    if quantize and not converts(residual.device.type, residual.device.index):
-        h = gated_residual_triton(residual, gates, ys, biases, arithmetic)
-        return [h, *adaln_modulate_reference(h, scales, shifts, norm, eps, quantize, arithmetic)]
-    return adaln.fused(residual, gates, ys, biases, scales, shifts, norm, eps, quantize)
-
-
-IMPLEMENTATIONS = {"reference": gated_residual_reference, "triton": gated_residual_triton}
-ADALN_IMPLEMENTATIONS = {"reference": gated_residual_adaln_reference, "triton": gated_residual_adaln_triton}
-
-
-def gated_residual(
-    residual: Tensor,
-    gate: Tensor | tuple[Tensor, Tensor],
-    y: Tensor | tuple[Tensor, Tensor],
-    *,
-    bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
-) -> Tensor:
+def gated_residual(residual: Tensor, gate: Vectors, y: Vectors, *, bias: Biases = None) -> Tensor:
     """residual + gate (y + bias). The result has residual's shape and dtype; with pairs for gate and y (and bias) both
     branches are added, in one pass.
 
@@ -105,19 +38,19 @@ def gated_residual(
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
-    gates, ys, biases, arithmetic = adaln.check_gated(residual, gate, y, bias)
-    run = choose("gated_residual", IMPLEMENTATIONS, residual.device, arithmetic)
-    return run(residual, gates, ys, biases, arithmetic)
+    *branches, arithmetic = _check_gated(residual, gate, y, bias)
+    inputs = adaln.Inputs(residual, *branches, (), (), False, 0.0, False)
+    return adaln.run("gated_residual", inputs, arithmetic)[0]
 
 
 def gated_residual_adaln(
     residual: Tensor,
-    gate: Tensor | tuple[Tensor, Tensor],
-    y: Tensor | tuple[Tensor, Tensor],
-    scale: Tensor | tuple[Tensor, Tensor],
-    shift: Tensor | tuple[Tensor, Tensor],
+    gate: Vectors,
+    y: Vectors,
+    scale: Vectors,
+    shift: Vectors,
     *,
-    bias: Tensor | tuple[Tensor | None, Tensor | None] | None = None,
+    bias: Biases = None,
     norm: str = "layer",
     eps: float = 1e-6,
     quantize: bool = False,
@@ -134,9 +67,38 @@ def gated_residual_adaln(
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
     tensor would get a gradient.
     """
-    gates, ys, biases, arithmetic = adaln.check_gated(residual, gate, y, bias, quantize)
-    scales, shifts, arithmetic = adaln.check_modulated(
-        "residual", residual, scale, shift, norm, eps, quantize, arithmetic
-    )
-    run = choose("gated_residual_adaln", ADALN_IMPLEMENTATIONS, residual.device, arithmetic)
-    return tuple(run(residual, gates, ys, biases, scales, shifts, norm, float(eps), quantize, arithmetic))
+    *branches, arithmetic = _check_gated(residual, gate, y, bias, quantize)
+    scales, shifts, arithmetic = check_modulated("residual", residual, scale, shift, norm, eps, quantize, arithmetic)
+    inputs = adaln.Inputs(residual, *branches, scales, shifts, norm == "rms", float(eps), quantize)
+    return tuple(adaln.run("gated_residual_adaln", inputs, arithmetic))
+
+
+def _check_gated(
+    residual: Tensor, gate: Vectors, y: Vectors, bias: Biases, quantize: bool = False
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
+    """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
+    if not quantize and _one_gated(residual, gate, y, bias):
+        return (gate,), (y,), (bias,), torch.float32
+    ys = entries("y", y)
+    gates = entries("gate", gate, "y", len(ys))
+    biases = entries("bias", bias, "y", len(ys)) if bias is not None else {}
+    arithmetic = check_tokens(residual=residual, **ys)
+    B, _, C = residual.shape
+    arithmetic = check_vectors(gates, (B, C), "residual", residual, arithmetic)
+    there = {name: value for name, value in biases.items() if value is not None}
+    arithmetic = check_vectors(there, (C,), "residual", residual, arithmetic)
+    if quantize:
+        no_gradient(residual=residual, **gates, **ys, **there)
+    return tuple(gates.values()), tuple(ys.values()), tuple(biases.values()) or (None,) * len(ys), arithmetic
+
+
+def _one_gated(residual: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> bool:
+    """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
+    for tensor in (residual, gate, y):
+        if not isinstance(tensor, Tensor):
+            return False
+    if residual.ndim != 3 or isinstance(bias, (tuple, list)):
+        return False
+    shape, device = residual.shape, residual.device
+    vectors = checks.alike(shape[::2], device, gate) and checks.alike(shape[2:], device, bias)
+    return vectors and checks.alike(shape, device, residual, y)

@@ -11,6 +11,7 @@ Source: arXiv 2403.03206, section 5.3.2 and figure 2 (RMSNorm of q and k, joint 
 """
 
 import functools
+from collections import namedtuple
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -21,9 +22,10 @@ from torch.autograd.function import once_differentiable
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.launch import jit, kernel, tl
+from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.saved import save, saved
-from dpdmd.kernels.runtime.tile import multiple, power_of_two
+from dpdmd.kernels.runtime.tile import multiple, multiples, power_of_two
 
 NUM_WARPS = 4
 # Forward, 16 elements of q, k and v each for every thread, as with fewer a third of the work would be to find them.
@@ -99,76 +101,96 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x * cos + torch.stack([-b, a], dim).flatten(-2) * sin
 
 
+# Groups of arguments that the kernels hand on: pointers (None where there is nothing), integers and constants. Those of a
+# stream are in the order of the kernels' parameters. q, k and v lie `part_stride` apart where they are packed, and have
+# pointers of their own where that is 0; the tokens come after `offset` others in the joint buffers; `tiles` programs, or
+# `chunks` for each group of heads, work on a sample; the stream's rows of sums begin at `row`.
+_Stream = namedtuple(
+    "_Stream",
+    "q k v q_bias k_bias v_bias q_weight k_weight batch_stride token_stride part_stride length offset tiles",
+)
+_BackwardStream = namedtuple(
+    "_BackwardStream",
+    "q k q_bias k_bias v_bias q_weight k_weight dq dk dv "
+    "batch_stride token_stride part_stride length offset chunks row",
+)
+_Upstream = namedtuple("_Upstream", "ptr batch_stride token_stride head_stride")
+_Walk = namedtuple("_Walk", "ptr start token_stride")  # the heads of a sample, from the element `start` on
+_Place = namedtuple("_Place", "sample first last offset group")  # some tokens of a stream, a group of heads
+_Sums = namedtuple("_Sums", "bias_ptr weight_ptr row")
+# D elements as two halves, the first elements of the pairs and the second; ONE_ANGLE: cos and sin have one a pair.
+_Head = namedtuple("_Head", "D HALF INTERLEAVED ONE_ANGLE")
+_Tile = namedtuple("_Tile", "H TOKENS HEADS GROUPS STAGES DIVISIBLE")
+
+
 @jit
-def _load(rows, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _load(rows, mask, head):
     """The heads that start at the pointers `rows` (R, 1), in float32: the first elements of their pairs and the
     second, (R, HALF) each, zeros past the end. All is done to these two, so that no element looks for its other."""
-    if INTERLEAVED:
-        columns = tl.arange(0, 2 * HALF)[None, :]
-        heads = tl.load(rows + columns, mask=mask & (columns < D), other=0.0).to(tl.float32)
-        first, second = tl.split(tl.reshape(heads, (rows.shape[0], HALF, 2)))
+    if head.INTERLEAVED:
+        columns = tl.arange(0, 2 * head.HALF)[None, :]
+        heads = tl.load(rows + columns, mask=mask & (columns < head.D), other=0.0).to(tl.float32)
+        first, second = tl.split(tl.reshape(heads, (rows.shape[0], head.HALF, 2)))
     else:
-        columns = tl.arange(0, HALF)[None, :]
-        mask = mask & (columns < D // 2)
+        columns = tl.arange(0, head.HALF)[None, :]
+        mask = mask & (columns < head.D // 2)
         first = tl.load(rows + columns, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(rows + D // 2 + columns, mask=mask, other=0.0).to(tl.float32)
+        second = tl.load(rows + head.D // 2 + columns, mask=mask, other=0.0).to(tl.float32)
     return first, second
 
 
 @jit
-def _store(rows, pair, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _store(rows, pair, mask, head):
     first, second = pair[0].to(rows.dtype.element_ty), pair[1].to(rows.dtype.element_ty)
-    if INTERLEAVED:
-        columns = tl.arange(0, 2 * HALF)[None, :]
-        heads = tl.reshape(tl.join(first, second), (rows.shape[0], 2 * HALF))
-        tl.store(rows + columns, heads, mask=mask & (columns < D))
+    if head.INTERLEAVED:
+        columns = tl.arange(0, 2 * head.HALF)[None, :]
+        heads = tl.reshape(tl.join(first, second), (rows.shape[0], 2 * head.HALF))
+        tl.store(rows + columns, heads, mask=mask & (columns < head.D))
     else:
-        columns = tl.arange(0, HALF)[None, :]
-        mask = mask & (columns < D // 2)
+        columns = tl.arange(0, head.HALF)[None, :]
+        mask = mask & (columns < head.D // 2)
         tl.store(rows + columns, first, mask=mask)
-        tl.store(rows + D // 2 + columns, second, mask=mask)
+        tl.store(rows + head.D // 2 + columns, second, mask=mask)
 
 
 @jit
-def _load_angles(
-    ptr, tokens, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr, ONE_ANGLE: tl.constexpr
-):
+def _load_angles(ptr, tokens, mask, head):
     """The tokens' (R, 1) cosines or sines for the first and the second elements of the pairs."""
-    if ONE_ANGLE:
-        columns = tl.arange(0, HALF)[None, :]
-        first = tl.load(ptr + tokens * (D // 2) + columns, mask=mask & (columns < D // 2), other=0.0)
+    if head.ONE_ANGLE:
+        columns = tl.arange(0, head.HALF)[None, :]
+        first = tl.load(ptr + tokens * (head.D // 2) + columns, mask=mask & (columns < head.D // 2), other=0.0)
         second = first
     else:
-        first, second = _load(ptr + tokens * D, mask, D, HALF, INTERLEAVED)
+        first, second = _load(ptr + tokens * head.D, mask, head)
     return first, second
 
 
 @jit
-def _plus(pair, bias_ptr, heads, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _plus(pair, bias_ptr, heads, mask, head):
     """Each head, and its part of the bias where there is one."""
     first, second = pair
     if bias_ptr is not None:
-        bias_first, bias_second = _load(bias_ptr + heads * D, mask, D, HALF, INTERLEAVED)
+        bias_first, bias_second = _load(bias_ptr + heads * head.D, mask, head)
         first, second = first + bias_first, second + bias_second
     return first, second
 
 
 @jit
-def _mean_of_products(pair, other, D: tl.constexpr):
-    """Over each head: (R, 1)."""
-    return tl.sum(pair[0] * other[0] + pair[1] * other[1], 1, keep_dims=True) * (1 / D)
+def _mean_of_products(pair, other, head):
+    """The mean over each head: (R, 1)."""
+    return tl.sum(pair[0] * other[0] + pair[1] * other[1], 1, keep_dims=True) * (1 / head.D)
 
 
 @jit
-def _finished(pair, weight_ptr, eps, cos, sin, mask, D: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
+def _finished(pair, weight_ptr, eps, cos, sin, mask, head):
     """Heads of q or k after norm, weight and rotation, where there are such."""
     first, second = pair
     if eps is not None:
-        scale = tl.rsqrt(_mean_of_products(pair, pair, D) + eps)
+        scale = tl.rsqrt(_mean_of_products(pair, pair, head) + eps)
         first, second = first * scale, second * scale
     if weight_ptr is not None:
         # The same for every row, but each thread loads what it needs; a vector would have to be handed around.
-        weight = _load(weight_ptr + tl.zeros([first.shape[0], 1], tl.int32), mask, D, HALF, INTERLEAVED)
+        weight = _load(weight_ptr + tl.zeros([first.shape[0], 1], tl.int32), mask, head)
         first, second = first * weight[0], second * weight[1]
     if cos is not None:
         first, second = first * cos[0] - second * sin[0], second * cos[1] + first * sin[1]
@@ -221,136 +243,113 @@ def _qk_norm_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """ROWS heads of a sample, token after token: in the first programs of stream 1, then of stream 2. A stream's
-    tokens come after `offset` others in the joint buffers, which have `total`. q, k and v lie `part_stride` apart
-    where they are packed, and have pointers of their own where that is 0."""
+    """ROWS heads of a sample, token after token: in the first programs of stream 1, then of stream 2. The joint buffers
+    have `total` tokens."""
     program = tl.program_id(0)  # 64 bits would take three times as long to divide
-    tensors = (q1_ptr, k1_ptr, v1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr)
-    numbers = (batch_stride1, token_stride1, part_stride1, length1, offset1, tiles1)
+    stream = _Stream(
+        *(q1_ptr, k1_ptr, v1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
+        *(batch_stride1, token_stride1, part_stride1, length1, offset1, tiles1),
+    )
     if program >= programs1:
         program -= programs1.to(tl.int32)
-        tensors = (q2_ptr, k2_ptr, v2_ptr, q2_bias_ptr, k2_bias_ptr, v2_bias_ptr, q2_weight_ptr, k2_weight_ptr)
-        numbers = (batch_stride2, token_stride2, part_stride2, length2, offset2, tiles2)
-    q_ptr, k_ptr, v_ptr, q_bias_ptr, k_bias_ptr, v_bias_ptr, q_weight_ptr, k_weight_ptr = tensors
-    batch_stride, token_stride, part_stride, length, offset, tiles = numbers
-    token_stride = multiple(token_stride, DIVISIBLE)
-    part_stride = multiple(part_stride, DIVISIBLE)
+        stream = _Stream(
+            *(q2_ptr, k2_ptr, v2_ptr, q2_bias_ptr, k2_bias_ptr, v2_bias_ptr, q2_weight_ptr, k2_weight_ptr),
+            *(batch_stride2, token_stride2, part_stride2, length2, offset2, tiles2),
+        )
+    token_stride = multiple(stream.token_stride, DIVISIBLE)
+    part_stride = multiple(stream.part_stride, DIVISIBLE)
 
-    sample = (program // tiles.to(tl.int32)).to(tl.int64)
-    first_row = program % tiles.to(tl.int32) * ROWS
+    sample = (program // stream.tiles.to(tl.int32)).to(tl.int64)
+    first_row = program % stream.tiles.to(tl.int32) * ROWS
     first_token = (first_row // H).to(tl.int64)
     row = tl.arange(0, ROWS)[:, None]
-    mask = first_row + row < length * H
+    mask = first_row + row < stream.length * H
     token = (first_row % H + row) // H
     heads = (first_row % H + row) % H
-    rows = sample * multiple(batch_stride, DIVISIBLE) + first_token * token_stride + (token * token_stride + heads * D)
-    q = _load(q_ptr + rows, mask, D, HALF, INTERLEAVED)
-    k = _load(k_ptr + part_stride + rows, mask, D, HALF, INTERLEAVED)
-    v = _load(v_ptr + 2 * part_stride + rows, mask, D, HALF, INTERLEAVED)
+    sample_start = sample * multiple(stream.batch_stride, DIVISIBLE)
+    rows = sample_start + first_token * token_stride + (token * token_stride + heads * D)
+    head: tl.constexpr = _Head(D, HALF, INTERLEAVED, ONE_ANGLE)
+    q = _load(stream.q + rows, mask, head)
+    k = _load(stream.k + part_stride + rows, mask, head)
+    v = _load(stream.v + 2 * part_stride + rows, mask, head)
     cos = None
     sin = None
     if cos_ptr is not None:
-        tokens = offset + first_token + token
-        cos = _load_angles(cos_ptr, tokens, mask, D, HALF, INTERLEAVED, ONE_ANGLE)
-        sin = _load_angles(sin_ptr, tokens, mask, D, HALF, INTERLEAVED, ONE_ANGLE)
-    q = _plus(q, q_bias_ptr, heads, mask, D, HALF, INTERLEAVED)
-    k = _plus(k, k_bias_ptr, heads, mask, D, HALF, INTERLEAVED)
-    v = _plus(v, v_bias_ptr, heads, mask, D, HALF, INTERLEAVED)
-    q = _finished(q, q_weight_ptr, eps, cos, sin, mask, D, HALF, INTERLEAVED)
-    k = _finished(k, k_weight_ptr, eps, cos, sin, mask, D, HALF, INTERLEAVED)
-    rows = ((sample * total + offset) * H + first_row) * D + row * D
-    _store(q_out_ptr + rows, q, mask, D, HALF, INTERLEAVED)
-    _store(k_out_ptr + rows, k, mask, D, HALF, INTERLEAVED)
-    _store(v_out_ptr + rows, v, mask, D, HALF, INTERLEAVED)
+        tokens = stream.offset + first_token + token
+        cos = _load_angles(cos_ptr, tokens, mask, head)
+        sin = _load_angles(sin_ptr, tokens, mask, head)
+    q = _plus(q, stream.q_bias, heads, mask, head)
+    k = _plus(k, stream.k_bias, heads, mask, head)
+    v = _plus(v, stream.v_bias, heads, mask, head)
+    q = _finished(q, stream.q_weight, eps, cos, sin, mask, head)
+    k = _finished(k, stream.k_weight, eps, cos, sin, mask, head)
+    rows = ((sample * total + stream.offset) * H + first_row) * D + row * D
+    _store(q_out_ptr + rows, q, mask, head)
+    _store(k_out_ptr + rows, k, mask, head)
+    _store(v_out_ptr + rows, v, mask, head)
 
 
 @jit
-def _backward(
-    x_ptr,
-    bias_ptr,
-    weight_ptr,
-    upstream,
-    dx_ptr,
-    cos_ptr,
-    sin_ptr,
-    eps,
-    bias_sums_ptr,
-    weight_sums_ptr,
-    x_start,
-    token_stride,
-    dx_start,
-    dx_token_stride,
-    sums_row,
-    sample,
-    first,
-    last,
-    offset,
-    group,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    HALF: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    STAGES: tl.constexpr,
-    INTERLEAVED: tl.constexpr,
-    ONE_ANGLE: tl.constexpr,
-    DIVISIBLE: tl.constexpr,
-):
-    """HEADS heads of q, k or v of a sample, from token `first` of the stream to before `last`, TOKENS at a time."""
-    upstream_ptr, upstream_batch_stride, upstream_token_stride, upstream_head_stride = upstream
-    upstream_token_stride = multiple(upstream_token_stride, DIVISIBLE)
-    upstream_start = sample * multiple(upstream_batch_stride, DIVISIBLE) + offset * upstream_token_stride
-    row = tl.arange(0, TOKENS * HEADS)[:, None]
-    token = row // HEADS
-    heads = group * HEADS + row % HEADS
-    x_rows = x_start + (token * token_stride + heads * D)
-    upstream_rows = upstream_start + (token * upstream_token_stride + heads * multiple(upstream_head_stride, DIVISIBLE))
-    dx_rows = dx_start + (token * dx_token_stride + heads * D)
-    bias_first = tl.zeros([TOKENS * HEADS, HALF], tl.float32)
-    bias_second = tl.zeros([TOKENS * HEADS, HALF], tl.float32)
-    weight_first = tl.zeros([TOKENS * HEADS, HALF], tl.float32)
-    weight_second = tl.zeros([TOKENS * HEADS, HALF], tl.float32)
+def _backward(x, bias_ptr, weight_ptr, upstream, dx, cos_ptr, sin_ptr, eps, sums, place, head, tile):
+    """The gradients of q, k or v at a `_Place`: x and dx are `_Walk`s, upstream an `_Upstream`."""
+    upstream_token_stride = multiple(upstream.token_stride, tile.DIVISIBLE)
+    upstream_start = (
+        place.sample * multiple(upstream.batch_stride, tile.DIVISIBLE) + place.offset * upstream_token_stride
+    )
+    row = tl.arange(0, tile.TOKENS * tile.HEADS)[:, None]
+    token = row // tile.HEADS
+    heads = place.group * tile.HEADS + row % tile.HEADS
+    x_rows = x.start + (token * x.token_stride + heads * head.D)
+    upstream_rows = upstream_start + (
+        token * upstream_token_stride + heads * multiple(upstream.head_stride, tile.DIVISIBLE)
+    )
+    dx_rows = dx.start + (token * dx.token_stride + heads * head.D)
+    bias_first = tl.zeros([tile.TOKENS * tile.HEADS, head.HALF], tl.float32)
+    bias_second = tl.zeros([tile.TOKENS * tile.HEADS, head.HALF], tl.float32)
+    weight_first = tl.zeros([tile.TOKENS * tile.HEADS, head.HALF], tl.float32)
+    weight_second = tl.zeros([tile.TOKENS * tile.HEADS, head.HALF], tl.float32)
     if bias_ptr is not None and eps is not None:
-        bias = _load(bias_ptr + heads * D, heads < H, D, HALF, INTERLEAVED)
+        bias = _load(bias_ptr + heads * head.D, heads < tile.H, head)
     if weight_ptr is not None:
-        weight = _load(weight_ptr + 0 * heads, heads < H, D, HALF, INTERLEAVED)
-    for start in tl.range(first, last, TOKENS, num_stages=STAGES):
-        mask = (token < last - start) & (heads < H)
-        d = _load(upstream_ptr + start * upstream_token_stride + upstream_rows, mask, D, HALF, INTERLEAVED)
+        weight = _load(weight_ptr + 0 * heads, heads < tile.H, head)
+    for start in tl.range(place.first, place.last, tile.TOKENS, num_stages=tile.STAGES):
+        mask = (token < place.last - start) & (heads < tile.H)
+        d = _load(upstream.ptr + start * upstream_token_stride + upstream_rows, mask, head)
         if eps is not None:
-            x = _load(x_ptr + start * token_stride + x_rows, mask, D, HALF, INTERLEAVED)
+            y = _load(x.ptr + start * x.token_stride + x_rows, mask, head)
             if bias_ptr is not None:
-                x = (x[0] + bias[0], x[1] + bias[1])
+                y = (y[0] + bias[0], y[1] + bias[1])
             # Where there is no token, d is 0, and n has to be a number whatever eps is.
-            scale = tl.where(mask, tl.rsqrt(_mean_of_products(x, x, D) + eps), 0.0)
-            n = (x[0] * scale, x[1] * scale)
+            scale = tl.where(mask, tl.rsqrt(_mean_of_products(y, y, head) + eps), 0.0)
+            n = (y[0] * scale, y[1] * scale)
         if cos_ptr is not None:
-            cos = _load_angles(cos_ptr, offset + start + token, mask, D, HALF, INTERLEAVED, ONE_ANGLE)
-            sin = _load_angles(sin_ptr, offset + start + token, mask, D, HALF, INTERLEAVED, ONE_ANGLE)
+            cos = _load_angles(cos_ptr, place.offset + start + token, mask, head)
+            sin = _load_angles(sin_ptr, place.offset + start + token, mask, head)
             d = (d[0] * cos[0] + d[1] * sin[1], d[1] * cos[1] - d[0] * sin[0])
         if eps is not None:
-            if weight_sums_ptr is not None and weight_ptr is not None:
+            if sums.weight_ptr is not None and weight_ptr is not None:
                 weight_first += d[0] * n[0]
                 weight_second += d[1] * n[1]
             if weight_ptr is not None:
                 d = (d[0] * weight[0], d[1] * weight[1])
-            mean = _mean_of_products(d, n, D)
+            mean = _mean_of_products(d, n, head)
             d = ((d[0] - n[0] * mean) * scale, (d[1] - n[1] * mean) * scale)
-        if bias_sums_ptr is not None and bias_ptr is not None:
+        if sums.bias_ptr is not None and bias_ptr is not None:
             bias_first += d[0]
             bias_second += d[1]
-        if dx_ptr is not None:
-            _store(dx_ptr + start * dx_token_stride + dx_rows, d, mask, D, HALF, INTERLEAVED)
-    if bias_sums_ptr is not None and bias_ptr is not None:
-        bias_first = tl.sum(tl.reshape(bias_first, (TOKENS, HEADS, HALF)), 0)
-        bias_second = tl.sum(tl.reshape(bias_second, (TOKENS, HEADS, HALF)), 0)
-        heads = group * HEADS + tl.arange(0, HEADS)[:, None]
-        _store(bias_sums_ptr + (sums_row * H + heads) * D, (bias_first, bias_second), heads < H, D, HALF, INTERLEAVED)
-    if weight_sums_ptr is not None and weight_ptr is not None:
+        if dx.ptr is not None:
+            _store(dx.ptr + start * dx.token_stride + dx_rows, d, mask, head)
+    if sums.bias_ptr is not None and bias_ptr is not None:
+        bias_first = tl.sum(tl.reshape(bias_first, (tile.TOKENS, tile.HEADS, head.HALF)), 0)
+        bias_second = tl.sum(tl.reshape(bias_second, (tile.TOKENS, tile.HEADS, head.HALF)), 0)
+        heads = place.group * tile.HEADS + tl.arange(0, tile.HEADS)[:, None]
+        rows = sums.bias_ptr + (sums.row * tile.H + heads) * head.D
+        _store(rows, (bias_first, bias_second), heads < tile.H, head)
+    if sums.weight_ptr is not None and weight_ptr is not None:
         weight = (tl.sum(weight_first, 0, keep_dims=True), tl.sum(weight_second, 0, keep_dims=True))
         only = tl.zeros([1, 1], tl.int32)
-        _store(weight_sums_ptr + (sums_row * GROUPS + group) * D + only, weight, only == 0, D, HALF, INTERLEAVED)
+        rows = sums.weight_ptr + (sums.row * tile.GROUPS + place.group) * head.D
+        _store(rows + only, weight, only == 0, head)
 
 
 @kernel(NUM_WARPS)
@@ -420,51 +419,51 @@ def _qk_norm_backward_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """A chunk of the tokens of a sample, and a group of heads: q, then k, then v. The sums of chunk c of sample b of a
-    stream are in row `row + b chunks + c` of the `rows` for each vector."""
+    """A chunk of the tokens of a sample, and a group of heads: q, then k, then v. Each vector has `rows` rows of sums."""
     program = tl.program_id(0).to(tl.int64)
-    tensors = (q1_ptr, k1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr)
-    gradients = (dq1_ptr, dk1_ptr, dv1_ptr)
-    numbers = (batch_stride1, token_stride1, part_stride1, length1, offset1, chunks1, row1)
+    stream = _BackwardStream(
+        *(q1_ptr, k1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
+        *(dq1_ptr, dk1_ptr, dv1_ptr),
+        *(batch_stride1, token_stride1, part_stride1, length1, offset1, chunks1, row1),
+    )
     if program >= programs1:
         program -= programs1
-        tensors = (q2_ptr, k2_ptr, q2_bias_ptr, k2_bias_ptr, v2_bias_ptr, q2_weight_ptr, k2_weight_ptr)
-        gradients = (dq2_ptr, dk2_ptr, dv2_ptr)
-        numbers = (batch_stride2, token_stride2, part_stride2, length2, offset2, chunks2, row2)
-    q_ptr, k_ptr, q_bias_ptr, k_bias_ptr, v_bias_ptr, q_weight_ptr, k_weight_ptr = tensors
-    dq_ptr, dk_ptr, dv_ptr = gradients
-    batch_stride, token_stride, part_stride, length, offset, chunks, row = numbers
-    token_stride = multiple(token_stride, DIVISIBLE)
-    part_stride = multiple(part_stride, DIVISIBLE)
+        stream = _BackwardStream(
+            *(q2_ptr, k2_ptr, q2_bias_ptr, k2_bias_ptr, v2_bias_ptr, q2_weight_ptr, k2_weight_ptr),
+            *(dq2_ptr, dk2_ptr, dv2_ptr),
+            *(batch_stride2, token_stride2, part_stride2, length2, offset2, chunks2, row2),
+        )
+    token_stride = multiple(stream.token_stride, DIVISIBLE)
+    part_stride = multiple(stream.part_stride, DIVISIBLE)
 
     group = program % GROUPS
-    sample = program // GROUPS // chunks
-    first = program // GROUPS % chunks * chunk
-    last = tl.minimum(first + chunk, length)
-    row += program // GROUPS
-    x_start = sample * multiple(batch_stride, DIVISIBLE)
+    sample = program // GROUPS // stream.chunks
+    first = program // GROUPS % stream.chunks * chunk
+    last = tl.minimum(first + chunk, stream.length)
+    row = stream.row + program // GROUPS
+    here = _Place(sample, first, last, stream.offset, group)
+    x_start = sample * multiple(stream.batch_stride, DIVISIBLE)
     dx_token_stride = H * D + 2 * part_stride
-    dx_start = sample * length * dx_token_stride
+    dx_start = sample * stream.length * dx_token_stride
+    head: tl.constexpr = _Head(D, HALF, INTERLEAVED, ONE_ANGLE)
+    tile: tl.constexpr = _Tile(H, TOKENS, HEADS, GROUPS, STAGES, DIVISIBLE)
     _backward(
-        *(q_ptr, q_bias_ptr, q_weight_ptr, (q_upstream_ptr, q_stride0, q_stride1, q_stride2), dq_ptr),
-        *(cos_ptr, sin_ptr, eps, bias_sums_ptr, weight_sums_ptr),
-        *(x_start, token_stride, dx_start, dx_token_stride, row, sample, first, last, offset, group),
-        *(H, D, HALF, TOKENS, HEADS, GROUPS, STAGES, INTERLEAVED, ONE_ANGLE, DIVISIBLE),
+        *(_Walk(stream.q, x_start, token_stride), stream.q_bias, stream.q_weight),
+        *(_Upstream(q_upstream_ptr, q_stride0, q_stride1, q_stride2), _Walk(stream.dq, dx_start, dx_token_stride)),
+        *(cos_ptr, sin_ptr, eps, _Sums(bias_sums_ptr, weight_sums_ptr, row), here, head, tile),
     )
     x_start += part_stride
     dx_start += part_stride
     _backward(
-        *(k_ptr, k_bias_ptr, k_weight_ptr, (k_upstream_ptr, k_stride0, k_stride1, k_stride2), dk_ptr),
-        *(cos_ptr, sin_ptr, eps, bias_sums_ptr, weight_sums_ptr),
-        *(x_start, token_stride, dx_start, dx_token_stride, rows + row, sample, first, last, offset, group),
-        *(H, D, HALF, TOKENS, HEADS, GROUPS, STAGES, INTERLEAVED, ONE_ANGLE, DIVISIBLE),
+        *(_Walk(stream.k, x_start, token_stride), stream.k_bias, stream.k_weight),
+        *(_Upstream(k_upstream_ptr, k_stride0, k_stride1, k_stride2), _Walk(stream.dk, dx_start, dx_token_stride)),
+        *(cos_ptr, sin_ptr, eps, _Sums(bias_sums_ptr, weight_sums_ptr, rows + row), here, head, tile),
     )
     dx_start += part_stride
     _backward(
-        *(None, v_bias_ptr, None, (v_upstream_ptr, v_stride0, v_stride1, v_stride2), dv_ptr),
-        *(None, None, None, bias_sums_ptr, None),
-        *(0, token_stride, dx_start, dx_token_stride, 2 * rows + row, sample, first, last, offset, group),
-        *(H, D, HALF, TOKENS, HEADS, GROUPS, STAGES, INTERLEAVED, ONE_ANGLE, DIVISIBLE),
+        *(_Walk(None, 0, token_stride), stream.v_bias, None),
+        *(_Upstream(v_upstream_ptr, v_stride0, v_stride1, v_stride2), _Walk(stream.dv, dx_start, dx_token_stride)),
+        *(None, None, None, _Sums(bias_sums_ptr, None, 2 * rows + row), here, head, tile),
     )
 
 
@@ -517,13 +516,42 @@ def _vectors_kernel(
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=columns < num_columns)
 
 
-# What an operation takes and a gradient is made for, of each stream: q, k and v, or qkv and twice None; the biases of
-# q, k and v; the weights of q and k.
-SLOTS = 8
+class _Slots(NamedTuple):
+    """What the registered operations take for each stream, one after the other: tensors, their gradients, or whether
+    those are wanted. A packed qkv stands for q, and k and v are None."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    q_bias: Tensor | None
+    k_bias: Tensor | None
+    v_bias: Tensor | None
+    q_weight: Tensor | None
+    k_weight: Tensor | None
+
+    @property
+    def projections(self) -> tuple:
+        return self[:3]
+
+    @property
+    def biases(self) -> tuple:
+        return self[3:6]
+
+    @property
+    def weights(self) -> tuple:
+        return self[6:]
 
 
-def _by_stream(slots: Sequence) -> list[Sequence]:
-    return [slots[i : i + SLOTS] for i in range(0, len(slots), SLOTS)]
+SLOTS = len(_Slots._fields)
+
+
+def _by_stream(slots: Sequence) -> list[_Slots]:
+    return [_Slots(*slots[i : i + SLOTS]) for i in range(0, len(slots), SLOTS)]
+
+
+def _vectors_needed(needed: list[_Slots]) -> tuple[bool, bool]:
+    """Whether any bias, and any weight, is to have a gradient."""
+    return any(any(stream.biases) for stream in needed), any(any(stream.weights) for stream in needed)
 
 
 def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Tensor | None], int]:
@@ -534,7 +562,7 @@ def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[lis
     if not all(x.is_contiguous() for x in present):
         strides = q.stride()[:2]
         if any(x.stride()[:2] != strides or not _heads_dense(x) for x in present):
-            tensors = _contiguous(*tensors)
+            tensors = contiguous(*tensors)
     if q is not None and q.ndim == 5:
         return [tensors[0]] * 3, q.shape[3] * q.shape[4]
     return tensors, 0
@@ -547,15 +575,6 @@ def _heads_dense(x: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if x is None else x.contiguous() for x in tensors]
-
-
-def _divisible(*strides: int) -> bool:
-    """Whether accesses can be 16 bytes wide."""
-    return not any(stride % 16 for stride in strides)
 
 
 def _half(dim: int, interleaved: bool) -> int:
@@ -571,106 +590,140 @@ def _launch(
     inputs: Sequence[Tensor | None], cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """inputs: SLOTS of each stream."""
-    out = _fake(inputs)
+    by_stream = _by_stream(inputs)
+    out = _empty_results(by_stream)
     if out[0].numel() == 0:
         return out
     batch, _, heads, dim = out[0].shape
     half = _half(dim, interleaved)
     rows = max(TILE // (2 * half if cos is None else 4 * half), 1)
     streams, strides, offset = [], [], 0
-    for stream in _by_stream(inputs):
-        tensors, part_stride = _readable(*stream[:3])
-        length = stream[0].shape[1]
+    for stream in by_stream:
+        tensors, part_stride = _readable(*stream.projections)
+        length = stream.q.shape[1]
         tiles = -(-length * heads // rows)
-        tensors += _contiguous(*stream[3:])
-        streams.append((batch * tiles, *tensors, *tensors[0].stride()[:2], part_stride, length, offset, tiles))
         strides += *tensors[0].stride()[:2], part_stride
+        tensors += contiguous(*stream.biases, *stream.weights)
+        streams.append((batch * tiles, _Stream(*tensors, *strides[-3:], length, offset, tiles)))
         offset += length
     for arguments in _launches(streams):
         _qk_norm_kernel(
-            *(*arguments, *out, offset, *_contiguous(cos, sin), eps),
-            *(heads, dim, half, rows, interleaved, _one_angle(cos, dim), _divisible(*strides)),
+            *(*arguments, *out, offset, *contiguous(cos, sin), eps),
+            *(heads, dim, half, rows, interleaved, _one_angle(cos, dim), multiples(*strides)),
         )
     return out
 
 
-def _launches(streams: list[tuple]) -> list[tuple]:
-    """Arguments of the kernels, from (programs, arguments) of each stream: the programs, the arguments of streams 1 and
-    2, and the programs of stream 1. One launch for two streams, where the compiled kernel of one is that of the other."""
-    streams = [stream for stream in streams if stream[0]]
-    kinds = [[getattr(argument, "dtype", None) for argument in stream] for stream in streams]
+def _launches(streams: list[tuple[int, NamedTuple]]) -> list[tuple]:
+    """Arguments of the kernels, from the programs and the arguments of each stream: all programs, the arguments of
+    streams 1 and 2, and the programs of stream 1. One launch for two streams, where the compiled kernel of one is that of
+    the other."""
+    streams = [(programs, stream) for programs, stream in streams if programs]
+    kinds = [[getattr(argument, "dtype", None) for argument in stream] for _, stream in streams]
     if len(streams) == 2 and kinds[0] == kinds[1]:
-        (one, *first), (other, *second) = streams
+        (one, first), (other, second) = streams
         return [(one + other, *first, *second, one)]
-    return [(programs, *arguments, *arguments, programs) for programs, *arguments in streams]
+    return [(programs, *stream, *stream, programs) for programs, stream in streams]
 
 
-def _fake(inputs: Sequence[Tensor | None], *options) -> tuple[Tensor, Tensor, Tensor]:
-    x = inputs[0]
-    shape = x.shape[0], sum(stream[0].shape[1] for stream in _by_stream(inputs)), *x.shape[-2:]
+def _empty_results(by_stream: list[_Slots]) -> tuple[Tensor, Tensor, Tensor]:
+    x = by_stream[0].q
+    shape = x.shape[0], sum(stream.q.shape[1] for stream in by_stream), *x.shape[-2:]
     q, k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(3))
     return q, k, v
 
 
-def _launch_backward(
-    upstream: Sequence[Tensor | None],
-    inputs: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    cos: Tensor | None,
-    sin: Tensor | None,
-    interleaved: bool,
-    eps: float | None,
-    lengths: Sequence[int],
-    packed: Sequence[bool],
-    dtype: torch.dtype,
-) -> list[Tensor]:
-    """upstream: of q, k and v, None for zeros. inputs: the SLOTS of each stream, without projections that the gradients
-    do not depend on; needed: which of the SLOTS want a gradient. `dtype` is the projections'.
+class _BackwardInputs(NamedTuple):
+    """The arguments of the backward pass, in the order of the registered operation.
 
-    The result: the gradients of the projections that want one; and where a bias or a weight does, one tensor for those
-    of all biases, or all weights, or both: of `_vector_sizes` for stream 1, then for stream 2."""
-    gradients = _fake_backward(upstream, inputs, needed, cos, sin, interleaved, eps, lengths, packed, dtype)
-    like = _first(upstream)
+    upstream: the gradients of q, k and v, None for zeros.  inputs: the `_Slots` of each stream, without projections that
+        the gradients do not depend on.  needed: which of the slots want a gradient.
+    lengths, packed: for each stream, its tokens and whether q, k and v are one tensor.  dtype: the projections'.
+    """
+
+    upstream: Sequence[Tensor | None]
+    inputs: Sequence[Tensor | None]
+    needed: Sequence[bool]
+    cos: Tensor | None
+    sin: Tensor | None
+    interleaved: bool
+    eps: float | None
+    lengths: Sequence[int]
+    packed: Sequence[bool]
+    dtype: torch.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the results' shape, (B, S, H, D), and device."""
+        return next(x for x in self.upstream if x is not None)
+
+    def vector_sizes(self, biases: bool, weights: bool) -> list[int]:
+        """The sizes of a stream's vectors that get gradients together: biases, then weights."""
+        *_, heads, dim = self.like.shape
+        return [heads * dim] * (3 if biases else 0) + [dim] * (2 if weights else 0)
+
+    def empty_gradients(self) -> list[Tensor]:
+        """Uninitialised: the gradients of the projections that want one; and where a bias or a weight does, one tensor for
+        those of all biases, or all weights, or both: of `vector_sizes` for stream 1, then for stream 2."""
+        batch, _, heads, dim = self.like.shape
+        options, needed = {"device": self.like.device}, _by_stream(self.needed)
+        gradients = []
+        for length, packed, wanted in zip(self.lengths, self.packed, needed, strict=True):
+            shape = (batch, length, 3, heads, dim) if packed else (batch, length, heads, dim)
+            gradients += [torch.empty(shape, dtype=self.dtype, **options) for x in wanted.projections if x]
+        sizes = self.vector_sizes(*_vectors_needed(needed))
+        if sizes:
+            dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream[3:] if x is not None}
+            dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+            gradients.append(torch.empty(len(self.lengths) * sum(sizes), dtype=dtype, **options))
+        return gradients
+
+
+def _launch_backward(*arguments) -> list[Tensor]:
+    """arguments: the fields of `_BackwardInputs`."""
+    call = _BackwardInputs(*arguments)
+    gradients, like = call.empty_gradients(), call.like
     if like.numel() == 0:
         return [gradient.zero_() for gradient in gradients]
     batch, _, heads, dim = like.shape
-    half = _half(dim, interleaved)
+    half = _half(dim, call.interleaved)
     heads_each = min(max(GROUP // (2 * half), 1), power_of_two(heads))
     tokens_each = max(BACKWARD_TILE // (heads_each * 2 * half), 1)
     groups = -(-heads // heads_each)
-    chunk = _chunk(batch, tuple(lengths), groups, tokens_each)
-    chunks = [-(-length // chunk) for length in lengths]
+    chunk = _chunk(batch, tuple(call.lengths), groups, tokens_each)
+    chunks = [-(-length // chunk) for length in call.lengths]
     rows = [batch * count for count in chunks]
+    by_stream, needed = _by_stream(call.inputs), _by_stream(call.needed)
     biases, weights = _vectors_needed(needed)
-    vectors = [x for stream in _by_stream(inputs) for x in stream[3:]]
     # Zeros where a vector is missing, as nothing is written for it.
-    new = torch.empty if all(x is not None for x in vectors) else torch.zeros
+    new = torch.empty if all(x is not None for stream in by_stream for x in stream[3:]) else torch.zeros
     options = {"dtype": torch.float32, "device": like.device}
     bias_sums = new((3, sum(rows), heads, dim), **options) if biases else None
     weight_sums = new((2, sum(rows), groups, dim), **options) if weights else None
-    upstream = [_zeros(like) if x is None else x if x.stride(3) == 1 else x.contiguous() for x in upstream]
-    streams, strides, made, offset = [], [s for x in upstream for s in x.stride()[:3]], iter(gradients), 0
-    for i, (stream, wanted) in enumerate(zip(_by_stream(inputs), _by_stream(needed), strict=True)):
-        (q, k, _), _ = _readable(*stream[:3])
-        part_stride = heads * dim if packed[i] else 0
+    upstream = [_zeros(like) if x is None else x if x.stride(3) == 1 else x.contiguous() for x in call.upstream]
+    upstream = [_Upstream(x, *x.stride()[:3]) for x in upstream]
+    streams, strides, made, offset = [], [s for x in upstream for s in x[1:]], iter(gradients), 0
+    for i, (stream, wanted) in enumerate(zip(by_stream, needed, strict=True)):
+        (q, k, _), _ = _readable(*stream.projections)
+        part_stride = heads * dim if call.packed[i] else 0
         strides += *((0, 0) if q is None else q.stride()[:2]), part_stride
-        of_projections = [next(made) if one else None for one in wanted[: 1 if packed[i] else 3]]
+        of_projections = [next(made) if one else None for one in wanted[: 1 if call.packed[i] else 3]]
         of_projections *= 3 // len(of_projections)
-        tensors = q, k, *_contiguous(*stream[3:]), *of_projections
-        numbers = *strides[-3:], lengths[i], offset, chunks[i], sum(rows[:i])
-        streams.append((rows[i] * groups, *tensors, *numbers))
-        offset += lengths[i]
-    for arguments in _launches(streams):
+        tensors = q, k, *contiguous(*stream.biases, *stream.weights), *of_projections
+        numbers = *strides[-3:], call.lengths[i], offset, chunks[i], sum(rows[:i])
+        streams.append((rows[i] * groups, _BackwardStream(*tensors, *numbers)))
+        offset += call.lengths[i]
+    for each in _launches(streams):
         _qk_norm_backward_kernel(
-            *(*arguments, *(part for x in upstream for part in (x, *x.stride()[:3]))),
-            *(*_contiguous(cos, sin), eps, bias_sums, weight_sums, sum(rows), chunk),
+            *(*each, *(part for x in upstream for part in x)),
+            *(*contiguous(call.cos, call.sin), call.eps, bias_sums, weight_sums, sum(rows), chunk),
             *(heads, dim, half, tokens_each, heads_each, groups, STAGES),
-            *(interleaved, _one_angle(cos, dim), _divisible(*strides)),
+            *(call.interleaved, _one_angle(call.cos, dim), multiples(*strides)),
         )
     if biases or weights:
-        blocks = -(-gradients[-1].shape[0] // (len(lengths) * SUM_COLUMNS))
+        blocks = -(-gradients[-1].shape[0] // (len(call.lengths) * SUM_COLUMNS))
         _vectors_kernel(
-            len(lengths) * blocks,
+            len(call.lengths) * blocks,
             *(bias_sums, weight_sums, gradients[-1], rows[0], sum(rows), blocks),
             *(heads, dim, groups, SUM_COLUMNS, SUM_ROWS),
         )
@@ -693,48 +746,17 @@ def _zeros(like: Tensor) -> Tensor:
     return like.new_zeros(like.shape[3]).expand(like.shape)
 
 
-def _first(upstream: Sequence[Tensor | None]) -> Tensor:
-    return next(x for x in upstream if x is not None)
-
-
-def _vectors_needed(needed: Sequence[bool]) -> tuple[bool, bool]:
-    """Whether any bias, and any weight, is to have a gradient."""
-    streams = _by_stream(needed)
-    return any(any(stream[3:6]) for stream in streams), any(any(stream[6:]) for stream in streams)
-
-
-def _vector_sizes(biases: bool, weights: bool, heads: int, dim: int) -> list[int]:
-    """Of a stream's vectors that get gradients together: biases, then weights."""
-    return [heads * dim] * (3 if biases else 0) + [dim] * (2 if weights else 0)
-
-
-def _fake_backward(upstream, inputs, needed, cos, sin, interleaved, eps, lengths, packed, dtype) -> list[Tensor]:
-    like = _first(upstream)
-    batch, _, heads, dim = like.shape
-    gradients = []
-    for length, one, wanted in zip(lengths, packed, _by_stream(needed), strict=True):
-        shape = (batch, length, 3, heads, dim) if one else (batch, length, heads, dim)
-        gradients += [torch.empty(shape, dtype=dtype, device=like.device) for x in wanted[:3] if x]
-    biases, weights = _vectors_needed(needed)
-    if biases or weights:
-        dtypes = {x.dtype for stream in _by_stream(inputs) for x in stream[3:] if x is not None}
-        dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-        size = sum(_vector_sizes(biases, weights, heads, dim))
-        gradients.append(torch.empty(len(lengths) * size, dtype=dtype, device=like.device))
-    return gradients
-
-
 _qk_norm = register(
     "qk_norm_triton(Tensor?[] inputs, Tensor? cos, Tensor? sin, bool interleaved, float? eps) "
     "-> (Tensor, Tensor, Tensor)",
     _launch,
-    _fake,
+    lambda inputs, *options: _empty_results(_by_stream(inputs)),
 )
 _qk_norm_backward = register(
     "qk_norm_backward_triton(Tensor?[] upstream, Tensor?[] inputs, bool[] needed, Tensor? cos, Tensor? sin, "
     "bool interleaved, float? eps, SymInt[] lengths, bool[] packed, ScalarType dtype) -> Tensor[]",
     _launch_backward,
-    _fake_backward,
+    lambda *arguments: _BackwardInputs(*arguments).empty_gradients(),
 )
 
 
@@ -743,8 +765,8 @@ class _QkNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, cos, sin, interleaved, eps, *inputs):
         ctx.interleaved, ctx.eps, ctx.dtype = interleaved, eps, inputs[0].dtype
-        ctx.lengths = [stream[0].shape[1] for stream in _by_stream(inputs)]
-        ctx.packed = [stream[1] is None for stream in _by_stream(inputs)]
+        by_stream = _by_stream(inputs)
+        ctx.lengths, ctx.packed = [x.q.shape[1] for x in by_stream], [x.k is None for x in by_stream]
         kept = list(inputs)
         for i in range(0, len(kept), SLOTS):
             kept[i + 2] = None  # no gradient depends on v, nor on q and k where there is no norm
@@ -761,12 +783,13 @@ class _QkNorm(torch.autograd.Function):
         gradients = [None] * len(needed)
         if any(x is not None for x in upstream):
             cos, sin, *inputs = saved(ctx)
-            made = _qk_norm_backward(
+            call = _BackwardInputs(
                 *(list(upstream), inputs, needed, cos, sin),
                 *(ctx.interleaved, ctx.eps, ctx.lengths, ctx.packed, ctx.dtype),
             )
-            biases, weights = _vectors_needed(needed)
-            sizes = _vector_sizes(biases, weights, *_first(upstream).shape[2:])
+            made = _qk_norm_backward(*call)
+            biases, weights = _vectors_needed(_by_stream(needed))
+            sizes = call.vector_sizes(biases, weights)
             of_vectors = iter(made[-1].split(sizes * len(ctx.lengths)) if sizes else ())
             of_projections = iter(made)
             for i, wanted in enumerate(needed):

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.losses.scale import scaled, scaled_in_place
+from dpdmd.kernels.runtime import layout
 from dpdmd.kernels.runtime.formula import sample_size
 from dpdmd.kernels.runtime.registration import transformed
 
@@ -31,6 +32,27 @@ def factor_now(x: Tensor, reduction: str) -> tuple[float, float]:
     """The part of `factor` that a fused kernel applies to the gradient it writes, and the rest."""
     whole = factor(x, reduction)
     return (1.0, whole) if x.dtype == torch.float16 else (whole, 1.0)
+
+
+def empty_results(x: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """Uninitialised: the reduced loss, float32, () or (B,) for "none", and the gradient, as `layout.empty_like` of x."""
+    loss = torch.empty(x.shape[:1] if reduction == "none" else (), dtype=torch.float32, device=x.device)
+    return loss, layout.empty_like(x, x.dtype)
+
+
+def fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """What a registered operation of a loss returns, by shape, dtype and strides. Its last argument is the reduction."""
+    return empty_results(x, arguments[-1])
+
+
+def run_triton(operation: Callable, x: Tensor, *arguments, reduction: str) -> Loss:
+    return *operation(x, *arguments, reduction), factor_now(x, reduction)[1]
+
+
+def run_cuda(operation: Callable, x: Tensor, *arguments, reduction: str) -> Loss:
+    """An operation of csrc/, which takes its factors and whether the loss is one for each sample, last."""
+    now, rest = factor_now(x, reduction)
+    return *operation(x, *arguments, factor(x, reduction), now, reduction == "none"), rest
 
 
 def from_reference(reference: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Loss]:

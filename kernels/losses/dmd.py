@@ -13,10 +13,22 @@ Source: arXiv 2602.03139, the student's update from the renoised sample on (its 
 after DMD2 (arXiv 2405.14867).
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from dpdmd.kernels.losses.autograd import Loss, attach, factor, factor_now, from_reference
+from dpdmd.kernels.losses.autograd import (
+    Loss,
+    attach,
+    empty_results,
+    factor,
+    factor_now,
+    fake,
+    from_reference,
+    run_cuda,
+    run_triton,
+)
 from dpdmd.kernels.runtime import checks, csrc, layout, tile
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, guided, sample_mean, sample_sum, widen
@@ -41,28 +53,45 @@ NORMALIZERS = ("teacher", "sample", "none")
 CUDA_NORMALIZERS = ("velocity", *NORMALIZERS)  # as csrc/ops.h numbers them
 
 
-def dmd_loss_reference(
-    x: Tensor,
-    teacher: Tensor,
-    critic: Tensor,
-    teacher_uncond: Tensor | None,
-    guidance_scale: float,
-    x_t: Tensor | None,
-    to_x0: tuple | None,
-    normalizer: str,
-    arithmetic: torch.dtype,
-) -> tuple[Tensor, Tensor]:
+class Scores(NamedTuple):
+    """All that the loss is made of beside x, in the order of the registered operation; `dmd_loss` says what each is.
+
+    uncond is None where guidance_scale is 1. x_t is None for flow velocities: then a is 1 and b is -1, as t cancels.
+    A coefficient takes two fields, as `tile.split` makes them: a tensor (B,), or None and a float.
+    """
+
+    teacher: Tensor
+    critic: Tensor
+    uncond: Tensor | None
+    guidance_scale: float
+    x_t: Tensor | None
+    a: Tensor | None
+    a_value: float
+    b: Tensor | None
+    b_value: float
+    normalizer: str
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.teacher, self.critic, self.uncond, self.x_t
+
+    @property
+    def coefficients(self) -> tuple[Tensor | None, float, Tensor | None, float]:
+        return self.a, self.a_value, self.b, self.b_value
+
+
+def dmd_loss_reference(x: Tensor, scores: Scores, arithmetic: torch.dtype) -> tuple[Tensor, Tensor]:
     """The definition: 0.5 sum g^2 a sample, (B,), and g (B, ...)."""
-    x, teacher, critic, teacher_uncond, x_t = widen(arithmetic, x, teacher, critic, teacher_uncond, x_t)
-    v = guided(teacher, teacher_uncond, guidance_scale)
-    if to_x0 is None:
+    x, teacher, critic, uncond, x_t = widen(arithmetic, x, *scores.tensors)
+    v = guided(teacher, uncond, scores.guidance_scale)
+    if x_t is None:
         g = (v - critic) / column(sample_mean(v.abs()), v)
     else:
-        a, b = (column(coefficient, v) for coefficient in to_x0)
+        a, b = (column(joined(*each)[0], v) for each in (scores.coefficients[:2], scores.coefficients[2:]))
         g = b * (critic - v)
-        if normalizer != "none":
+        if scores.normalizer != "none":
             x_real = a * x_t + b * v
-            origin = x_t if normalizer == "teacher" else x
+            origin = x_t if scores.normalizer == "teacher" else x
             g = g / column(sample_mean((origin - x_real).abs()), v)
     g = g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return 0.5 * sample_sum(g * g), g
@@ -186,32 +215,21 @@ def _dmd_loss_kernel(
         tl.store(loss_ptr + group, total(sums_ptr + group * tiles, count, BLOCK) * loss_factor)
 
 
-def _launch(
-    x: Tensor,
-    teacher: Tensor,
-    critic: Tensor,
-    uncond: Tensor | None,
-    guidance_scale: float,
-    x_t: Tensor | None,
-    a: Tensor | None,
-    a_value: float,
-    b: Tensor | None,
-    b_value: float,
-    normalizer: str,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    """x_t is None in the flow form, which has a = 1 and b = -1: its t cancels."""
-    gradient = layout.empty_like(x, x.dtype)
-    batch, size = x.shape[0], x.shape[1:].numel()
-    loss = torch.empty(batch if reduction == "none" else (), dtype=torch.float32, device=x.device)
+def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """arguments: the fields of `Scores`, and the reduction."""
+    *fields, reduction = arguments
+    scores = Scores(*fields)
+    loss, gradient = empty_results(x, reduction)
     if x.numel() == 0:
         return loss.zero_(), gradient
 
-    x, teacher, critic, uncond, x_t = layout.align(x, teacher, critic, uncond, x_t)
+    batch, size = x.shape[0], x.shape[1:].numel()
+    x, teacher, critic, uncond, x_t = layout.align(x, *scores.tensors)
+    guidance_scale, normalizer = scores.guidance_scale, scores.normalizer
     converted = x_t is not None
     tiles, blocks = tile.tiles_and_blocks(size)
     programs = batch * tiles
-    a, b = joined(a, a_value), joined(b, b_value)
+    a, b = joined(scores.a, scores.a_value), joined(scores.b, scores.b_value)
     sums = torch.empty(2 * programs, dtype=torch.float32, device=x.device)
     counters = (torch.zeros if normalizer == "none" else torch.empty)(batch, dtype=torch.int32, device=x.device)
     normalizer_sums = None
@@ -238,70 +256,24 @@ def _launch(
     return loss, gradient
 
 
-def _fake(x, *arguments):
-    shape = x.shape[:1] if arguments[-1] == "none" else ()
-    return x.new_empty(shape, dtype=torch.float32), layout.empty_like(x, x.dtype)
-
-
 _dmd_loss = register(
     "dmd_loss_triton(Tensor x, Tensor teacher, Tensor critic, Tensor? uncond, float guidance_scale, Tensor? x_t, "
     "Tensor? a, float a_value, Tensor? b, float b_value, str normalizer, str reduction) -> (Tensor, Tensor)",
     _launch,
-    _fake,
+    fake,
 )
 
 
-def dmd_loss_triton(
-    x: Tensor,
-    teacher: Tensor,
-    critic: Tensor,
-    teacher_uncond: Tensor | None,
-    guidance_scale: float,
-    x_t: Tensor | None,
-    to_x0: tuple | None,
-    normalizer: str,
-    arithmetic: torch.dtype,
-    *,
-    reduction: str,
-) -> Loss:
-    if guidance_scale == 1:
-        teacher_uncond = None
-    if to_x0 is None:
-        x_t, to_x0 = None, (1.0, -1.0)
-    a, b = to_x0
-    computed = _dmd_loss(
-        *(x, teacher, critic, teacher_uncond, float(guidance_scale), x_t),
-        *(*split(a), *split(b), normalizer, reduction),
-    )
-    return *computed, factor_now(x, reduction)[1]
+def dmd_loss_triton(x: Tensor, scores: Scores, arithmetic: torch.dtype, *, reduction: str) -> Loss:
+    return run_triton(_dmd_loss, x, *scores, reduction=reduction)
 
 
-def dmd_loss_cuda(
-    x: Tensor,
-    teacher: Tensor,
-    critic: Tensor,
-    teacher_uncond: Tensor | None,
-    guidance_scale: float,
-    x_t: Tensor | None,
-    to_x0: tuple | None,
-    normalizer: str,
-    arithmetic: torch.dtype,
-    *,
-    reduction: str,
-) -> Loss:
-    if guidance_scale == 1:
-        teacher_uncond = None
-    if to_x0 is None:
-        x_t, to_x0, normalizer = None, (1.0, -1.0), "velocity"
-    x, teacher, critic, teacher_uncond, x_t = layout.align(x, teacher, critic, teacher_uncond, x_t)
-    teacher, critic, teacher_uncond = csrc.same_dtype(teacher, critic, teacher_uncond)
-    now, rest = factor_now(x, reduction)
-    loss, gradient = torch.ops.dpdmd.dmd_loss.default(
-        *(x, teacher, critic, teacher_uncond, float(guidance_scale), x_t),
-        *(*split(to_x0[0]), *split(to_x0[1]), CUDA_NORMALIZERS.index(normalizer)),
-        *(factor(x, reduction), now, reduction == "none"),
-    )
-    return loss, gradient, rest
+def dmd_loss_cuda(x: Tensor, scores: Scores, arithmetic: torch.dtype, *, reduction: str) -> Loss:
+    x, teacher, critic, uncond, x_t = layout.align(x, *scores.tensors)
+    teacher, critic, uncond = csrc.same_dtype(teacher, critic, uncond)
+    normalizer = CUDA_NORMALIZERS.index("velocity" if x_t is None else scores.normalizer)
+    arguments = x, teacher, critic, uncond, scores.guidance_scale, x_t, *scores.coefficients, normalizer
+    return run_cuda(torch.ops.dpdmd.dmd_loss.default, *arguments, reduction=reduction)
 
 
 IMPLEMENTATIONS = {
@@ -355,16 +327,16 @@ def dmd_loss(
         checks.pair("to_x0", to_x0, ("a", "b"), x, arithmetic)
         if x_t is None:
             raise ValueError("to_x0 needs x_t, the renoised sample that the networks saw, and got None")
+        a, b = to_x0
     elif normalizer != "teacher":
         raise ValueError(
             f"normalizer={normalizer!r} needs to_x0 = (a, b) and got None, which defines 'teacher' only; "
             f"for a flow that is to_x0=(1.0, -t)"
         )
+    else:
+        x_t, a, b = None, 1.0, -1.0
 
+    uncond = None if guidance_scale == 1 else teacher_uncond
+    scores = Scores(teacher, critic, uncond, float(guidance_scale), x_t, *split(a), *split(b), normalizer)
     run = choose("dmd_loss", IMPLEMENTATIONS, x.device, arithmetic)
-    return attach(
-        x,
-        run(
-            x, teacher, critic, teacher_uncond, guidance_scale, x_t, to_x0, normalizer, arithmetic, reduction=reduction
-        ),
-    )
+    return attach(x, run(x, scores, arithmetic, reduction=reduction))

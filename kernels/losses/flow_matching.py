@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels.losses import squared
-from dpdmd.kernels.losses.autograd import Loss, attach, factor_now, from_reference
+from dpdmd.kernels.losses.autograd import Loss, attach, fake, from_reference, run_triton
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import sample_sum, widen
@@ -37,12 +37,12 @@ def _launch(v: Tensor, noise: Tensor, x: Tensor, reduction: str) -> tuple[Tensor
 _flow_matching_loss = register(
     "flow_matching_loss_triton(Tensor v, Tensor noise, Tensor x, str reduction) -> (Tensor, Tensor)",
     _launch,
-    lambda v, noise, x, reduction: squared.fake(v, reduction),
+    fake,
 )
 
 
 def flow_matching_loss_triton(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:
-    return *_flow_matching_loss(v, noise, x, reduction), factor_now(v, reduction)[1]
+    return run_triton(_flow_matching_loss, v, noise, x, reduction=reduction)
 
 
 def flow_matching_loss_cuda(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:

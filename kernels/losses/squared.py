@@ -5,7 +5,7 @@ adds the sums up. For Triton each loss brings its residual; for CUDA, csrc/squar
 import torch
 from torch import Tensor
 
-from dpdmd.kernels.losses.autograd import Loss, factor, factor_now
+from dpdmd.kernels.losses.autograd import Loss, empty_results, factor, factor_now, run_cuda
 from dpdmd.kernels.runtime import csrc, layout, tile
 from dpdmd.kernels.runtime.launch import kernel, tl
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, load, multiple, program, split, store, total
@@ -66,12 +66,11 @@ def squared_loss(
     residual(first, second, third, p, q), a Triton function, gives an element's residual and its derivative in
     `first`. p, q: coefficients as `tile.joined` makes them.
     """
-    gradient = layout.empty_like(first, first.dtype)
-    batch, size = first.shape[0], first.shape[1:].numel()
-    loss = torch.empty(batch if reduction == "none" else (), dtype=torch.float32, device=first.device)
+    loss, gradient = empty_results(first, reduction)
     if first.numel() == 0:
         return loss.zero_(), gradient
 
+    batch, size = first.shape[0], first.shape[1:].numel()
     first, second, third = layout.align(first, second, third)
     tiles, blocks = tile.tiles_and_blocks(size)
     sums = torch.empty(batch * tiles, dtype=torch.float32, device=first.device)
@@ -89,18 +88,8 @@ def squared_loss(
     return loss, gradient
 
 
-def fake(first: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Shapes, dtypes and strides of what `squared_loss` returns."""
-    shape = first.shape[:1] if reduction == "none" else ()
-    return first.new_empty(shape, dtype=torch.float32), layout.empty_like(first, first.dtype)
-
-
 def velocity_loss_cuda(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, reduction: str) -> Loss:
     """The sum of |v - (noise - z) / (1 - t)|^2, reduced."""
     v, noise, z = layout.align(v, noise, z)
     noise, z = csrc.same_dtype(noise, z)
-    now, rest = factor_now(v, reduction)
-    loss, gradient = torch.ops.dpdmd.velocity_loss.default(
-        v, noise, z, *split(t), factor(v, reduction), now, reduction == "none"
-    )
-    return loss, gradient, rest
+    return run_cuda(torch.ops.dpdmd.velocity_loss.default, v, noise, z, *split(t), reduction=reduction)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels.losses import squared
-from dpdmd.kernels.losses.autograd import Loss, attach, factor_now, from_reference
+from dpdmd.kernels.losses.autograd import Loss, attach, fake, from_reference, run_triton
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, sample_sum, widen
@@ -47,7 +47,7 @@ _v_prediction_loss = register(
     "v_prediction_loss_triton(Tensor v, Tensor noise, Tensor z, Tensor? t, float remaining, str reduction) "
     "-> (Tensor, Tensor)",
     _launch,
-    lambda v, noise, z, t, remaining, reduction: squared.fake(v, reduction),
+    fake,
 )
 
 
@@ -55,7 +55,7 @@ def v_prediction_loss_triton(
     v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
 ) -> Loss:
     t, remaining = (t, 1.0) if isinstance(t, Tensor) else (None, float(1 - t))
-    return *_v_prediction_loss(v, noise, z, t, remaining, reduction), factor_now(v, reduction)[1]
+    return run_triton(_v_prediction_loss, v, noise, z, t, remaining, reduction=reduction)
 
 
 def v_prediction_loss_cuda(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dpdmd.kernels.losses import squared
-from dpdmd.kernels.losses.autograd import Loss, attach, factor, factor_now, from_reference
+from dpdmd.kernels.losses.autograd import Loss, attach, fake, from_reference, run_cuda, run_triton
 from dpdmd.kernels.runtime import checks, csrc, layout
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, sample_sum, widen
@@ -55,7 +55,7 @@ _x_prediction_loss = register(
     "x_prediction_loss_triton(Tensor prediction, Tensor x_t, Tensor? a, float a_value, Tensor? b, float b_value, "
     "Tensor x0_target, str reduction) -> (Tensor, Tensor)",
     _launch,
-    lambda prediction, x_t, a, a_value, b, b_value, x0_target, reduction: squared.fake(prediction, reduction),
+    fake,
 )
 
 
@@ -63,8 +63,7 @@ def x_prediction_loss_triton(
     prediction: Tensor, x_t: Tensor, to_x0: tuple, x0_target: Tensor, arithmetic: torch.dtype, *, reduction: str
 ) -> Loss:
     a, b = to_x0
-    computed = _x_prediction_loss(prediction, x_t, *split(a), *split(b), x0_target, reduction)
-    return *computed, factor_now(prediction, reduction)[1]
+    return run_triton(_x_prediction_loss, prediction, x_t, *split(a), *split(b), x0_target, reduction=reduction)
 
 
 def x_prediction_loss_cuda(
@@ -72,12 +71,8 @@ def x_prediction_loss_cuda(
 ) -> Loss:
     prediction, x_t, x0_target = layout.align(prediction, x_t, x0_target)
     x_t, x0_target = csrc.same_dtype(x_t, x0_target)
-    now, rest = factor_now(prediction, reduction)
-    loss, gradient = torch.ops.dpdmd.x_prediction_loss.default(
-        *(prediction, x_t, x0_target, *split(to_x0[0]), *split(to_x0[1])),
-        *(factor(prediction, reduction), now, reduction == "none"),
-    )
-    return loss, gradient, rest
+    arguments = prediction, x_t, x0_target, *split(to_x0[0]), *split(to_x0[1])
+    return run_cuda(torch.ops.dpdmd.x_prediction_loss.default, *arguments, reduction=reduction)
 
 
 IMPLEMENTATIONS = {

@@ -43,6 +43,11 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
 
 
+def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Each tensor, copied where it is not contiguous. None stays None."""
+    return [None if tensor is None else tensor.contiguous() for tensor in tensors]
+
+
 def _order(x: Tensor) -> list[tuple[int, int]]:
     """(stride, size) of each dimension within a sample; one of size 1 may have any stride."""
     return [(stride, size) for stride, size in zip(x.stride()[1:], x.shape[1:], strict=True) if size != 1]

@@ -33,6 +33,11 @@ def divisible(size: int, *tensors: Tensor | None) -> bool:
     return size % 16 == 0 and all(tensor is None or tensor.stride(0) % 16 == 0 for tensor in tensors)
 
 
+def multiples(*strides: int) -> bool:
+    """Whether all are multiples of 16 elements, so that accesses can be 16 bytes wide."""
+    return not any(stride % 16 for stride in strides)
+
+
 def power_of_two(number: int) -> int:
     """The least that is no smaller; 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()

@@ -5,6 +5,9 @@
 Source: arXiv 2602.03139, the teacher's rollout (with guidance) and the student's (without).
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -28,18 +31,20 @@ from dpdmd.kernels.runtime.tile import (
 from dpdmd.kernels.sampling.linear import linear
 
 
-def guided_euler_step_reference(
-    x: Tensor,
-    v: Tensor,
-    t: float | Tensor,
-    t_next: float | Tensor,
-    v_uncond: Tensor | None,
-    guidance_scale: float,
-    arithmetic: torch.dtype,
-) -> Tensor:
+class Step(NamedTuple):
+    """What moves x: `guided_euler_step` says what each is. v_uncond is None where guidance_scale is 1."""
+
+    v: Tensor
+    v_uncond: Tensor | None
+    t: float | Tensor
+    t_next: float | Tensor
+    guidance_scale: float
+
+
+def guided_euler_step_reference(x: Tensor, step: Step, arithmetic: torch.dtype) -> Tensor:
     """The definition. The result has x's dtype."""
-    wide_x, v, v_uncond = widen(arithmetic, x, v, v_uncond)
-    return (wide_x + column(t_next - t, x) * guided(v, v_uncond, guidance_scale)).to(x.dtype)
+    wide_x, v, v_uncond = widen(arithmetic, x, step.v, step.v_uncond)
+    return (wide_x + column(step.t_next - step.t, x) * guided(v, v_uncond, step.guidance_scale)).to(x.dtype)
 
 
 @kernel(NUM_WARPS)
@@ -107,46 +112,31 @@ _guided_euler_step = register(
 )
 
 
-def guided_euler_step_triton(
-    x: Tensor,
-    v: Tensor,
-    t: float | Tensor,
-    t_next: float | Tensor,
-    v_uncond: Tensor | None,
-    guidance_scale: float,
-    arithmetic: torch.dtype,
-) -> Tensor:
+def _with_gradients(run: Callable[..., Tensor], x: Tensor, step: Step, times: tuple) -> Tensor:
+    """run(x, v, v_uncond), whose gradients are made of `times`, (t_next, t) or what has the same difference."""
+    if step.v_uncond is None:
+        return linear(lambda x, v: run(x, v, None), (x, step.v), (None, (*times, 1.0)))
+    scale = step.guidance_scale
+    return linear(run, (x, step.v, step.v_uncond), (None, (*times, scale), (*times, 1 - scale)))
+
+
+def guided_euler_step_triton(x: Tensor, step: Step, arithmetic: torch.dtype) -> Tensor:
+    t, t_next = step.t, step.t_next
     if not isinstance(t, Tensor) and not isinstance(t_next, Tensor):
         t, t_next = 0.0, t_next - t  # in float64
-    options = *split(t), *split(t_next), float(guidance_scale)
-    if guidance_scale == 1:
-        return linear(lambda x, v: _guided_euler_step(x, v, None, *options), (x, v), (None, (t_next, t, 1.0)))
-    return linear(
-        lambda *inputs: _guided_euler_step(*inputs, *options),
-        (x, v, v_uncond),
-        (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)),
-    )
+    options = *split(t), *split(t_next), step.guidance_scale
+    return _with_gradients(lambda *inputs: _guided_euler_step(*inputs, *options), x, step, (t_next, t))
 
 
-def guided_euler_step_cuda(
-    x: Tensor,
-    v: Tensor,
-    t: float | Tensor,
-    t_next: float | Tensor,
-    v_uncond: Tensor | None,
-    guidance_scale: float,
-    arithmetic: torch.dtype,
-) -> Tensor:
-    def run(x, v, v_uncond=None):
+def guided_euler_step_cuda(x: Tensor, step: Step, arithmetic: torch.dtype) -> Tensor:
+    def run(x, v, v_uncond):
         x, v, v_uncond = layout.align(x, v, v_uncond)
         v, v_uncond = csrc.same_dtype(v, v_uncond)
         return torch.ops.dpdmd.guided_euler_step.default(
-            x, v, v_uncond, float(guidance_scale), *split(t), *split(t_next)
+            x, v, v_uncond, step.guidance_scale, *split(step.t), *split(step.t_next)
         )
 
-    if guidance_scale == 1:
-        return linear(run, (x, v), (None, (t_next, t, 1.0)))
-    return linear(run, (x, v, v_uncond), (None, (t_next, t, guidance_scale), (t_next, t, 1 - guidance_scale)))
+    return _with_gradients(run, x, step, (step.t_next, step.t))
 
 
 IMPLEMENTATIONS = {
@@ -182,5 +172,5 @@ def guided_euler_step(
     checks.per_sample("t", t, x, arithmetic)
     checks.per_sample("t_next", t_next, x, arithmetic)
     checks.guidance(guidance_scale, "v_uncond", v_uncond)
-    run = choose("guided_euler_step", IMPLEMENTATIONS, x.device, arithmetic)
-    return run(x, v, t, t_next, v_uncond, guidance_scale, arithmetic)
+    step = Step(v, None if guidance_scale == 1 else v_uncond, t, t_next, float(guidance_scale))
+    return choose("guided_euler_step", IMPLEMENTATIONS, x.device, arithmetic)(x, step, arithmetic)

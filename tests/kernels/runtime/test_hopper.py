@@ -29,10 +29,10 @@ EXPECTED = {
     "blocks": {
         "_activation_backward_kernel": WIDE,
         "_activation_kernel": WIDE,
-        "_backward": AHEAD,
+        "_adaln_backward_kernel": AHEAD,
+        "_adaln_kernel": WIDE,
         "_chunk_sums_kernel": WIDE,
         "_column_sums_kernel": "",
-        "_forward": WIDE,
         "_quantize_kernel": WIDE,
         "_sum_partials_kernel": WIDE,
     },
