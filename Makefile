@@ -72,13 +72,13 @@ endef
 export LOADS
 
 # The tests with the oldest and the newest torch of pyproject.toml's range, each in an environment of its own. On Linux pip
-# takes CUDA builds of them, several GB each.
+# takes CUDA builds of them, several GB each. The interpreter of the oldest one's triton does not know numpy 2.4.
 test-range:
 	mkdir -p build
-	for torch in 2.11.0 2.14.1; do \
-	  (grep -vE '^(torch|triton)==' constraints.txt; echo torch==$$torch) > build/torch-$$torch.txt && \
-	  $(MAKE) test VENV=.venv-torch-$$torch CONSTRAINTS=build/torch-$$torch.txt || exit 1; \
+	for pins in "torch==2.11.0 numpy==2.3.5" "torch==2.14.1 numpy==2.4.6"; do \
+	  torch=$${pins%% *} && (grep -vE '^(torch|triton|numpy)==' constraints.txt; printf '%s\n' $$pins) > build/$$torch.txt && \
+	  $(MAKE) test VENV=.venv-$$torch CONSTRAINTS=build/$$torch.txt || exit 1; \
 	done
 
 clean:
-	rm -rf $(VENV) .venv-torch-* build dist site *.egg-info
+	rm -rf $(VENV) .venv-torch==* build dist site *.egg-info
