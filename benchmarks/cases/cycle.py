@@ -199,6 +199,7 @@ def start_run(file: str | None, settings: list[str]):
     command.quieten()
     config = load_config(file, [*FIXED, *settings])
     backbone = load_backbone(config.model)
+    config = backbone.resolved(config)
     train.check(config, backbone)
     return config, backbone, start(config.engine)
 
