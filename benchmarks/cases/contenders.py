@@ -41,7 +41,7 @@ class Peer:
     traffic = None
 
     def __init__(self, kind: str, role: str, module: torch.nn.Module, backbone, config: Config, world: World):
-        self.role, self.module = role, module
+        self.name, self.module = role, module
         self.trained = role != "teacher"
         self._predict, self._world, self._clip = backbone.predict, world, config.engine.clip
         self._dtype = next(module.parameters()).dtype

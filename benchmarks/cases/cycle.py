@@ -87,7 +87,7 @@ class TimedNetwork:
 
     def __call__(self, x, t, cond):
         kind = "forward" if torch.is_grad_enabled() and self._network.trained else "forward without gradient"
-        return self._clock.run(f"{self._network.role} {kind}", self._network, x, t, cond)
+        return self._clock.run(f"{self._network.name} {kind}", self._network, x, t, cond)
 
     def backward(self, loss, **options):
         self._clock.run("backward", partial(self._network.backward, **options), loss)

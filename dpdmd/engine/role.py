@@ -78,6 +78,8 @@ def make(
 class Role(ABC):
     """Call it as (x, t, cond) -> prediction, as distill.py expects."""
 
+    trained = False
+
     def __init__(
         self,
         name: str,
@@ -132,7 +134,7 @@ class Role(ABC):
             self._weights.end_of_phase()
 
     def _described(self, what: str, weights: Weights | None) -> str:
-        adapter = "adapter of " if isinstance(self, Trained) and self.base is not None else ""
+        adapter = "adapter of " if self.trained and self.base is not None else ""
         dtype = str(self._body.dtype).removeprefix("torch.")
         line = f"{self.name}: {adapter}{self.num_parameters / 1e6:.1f} M parameters, {dtype}, {what}"
         if weights is not None:
@@ -169,6 +171,8 @@ class Trained(Role):
 
     average: the moving average of the weights, or None. swaps: masters and moments are on a disk.
     """
+
+    trained = True
 
     def __init__(self, name, body, backbone, config, world, phases, residency):
         super().__init__(name, body, backbone, config, world, phases, residency)
