@@ -21,7 +21,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
-from dpdmd.kernels.blocks.gated_residual import gated_residual
+from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
 from dpdmd.kernels.fusion.conditions import (
     ADAPTIVE_NORM,
     FEED_FORWARD,
@@ -36,7 +36,7 @@ from dpdmd.kernels.fusion.conditions import (
 )
 from dpdmd.kernels.fusion.fp8_weights import fp8_pass
 from dpdmd.kernels.fusion.joint_attention import attend, image_stream, text_stream
-from dpdmd.kernels.fusion.linear import activated, feed_forward_branch, product_of_two, serves, split_products
+from dpdmd.kernels.fusion.linear import activated, feed_forward, product_of_two, serves, split_products
 from dpdmd.kernels.fusion.norm_out import NORM_OUT
 from dpdmd.kernels.runtime.registration import plain
 
@@ -96,21 +96,34 @@ def forward_double(
     fp8 = fp8_pass(block, image, text, temb)
     emb = F.silu(temb)
 
-    shift, scale, gate, *modulation_ff = block.norm1.linear(emb).chunk(6, dim=1)
+    shift, scale, gate, shift_ff, scale_ff, gate_ff = block.norm1.linear(emb).chunk(6, dim=1)
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v)
     image, x = adaln_modulate(image, scale, shift, eps=block.norm1.norm.eps, quantize=quantize, fork=True)
 
-    shift_text, scale_text, gate_text, *modulation_text_ff = block.norm1_context.linear(emb).chunk(6, dim=1)
+    modulation = block.norm1_context.linear(emb)
+    shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
     text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
-    streams = text_stream(attn, c, attn.head_dim), image_stream(attn, x, attn.head_dim, fp8)
-    o = attend(attn, *streams, rope=image_rotary_emb)
+    o = attend(
+        attn,
+        text_stream(attn, c, attn.head_dim),
+        image_stream(attn, x, attn.head_dim, fp8),
+        rope=image_rotary_emb,
+    )
     layers = attn.to_add_out, attn.to_out[0]
-    attended_text, attended = split_products(o, text.shape[1], *layers, (None, fp8))
+    (y_text, bias_text), (y, bias) = split_products(o, text.shape[1], *layers, (None, fp8))
 
-    image = feed_forward_branch(block.ff, block.norm2, image, (gate, *attended), modulation_ff, fp8)
-    attended_text = gate_text, *attended_text
-    text = feed_forward_branch(block.ff_context, block.norm2_context, text, attended_text, modulation_text_ff)
+    image, x = gated_residual_adaln(
+        image, gate, y, scale_ff, shift_ff, bias=bias, eps=block.norm2.eps, quantize=serves(fp8, block.ff.net[0].proj)
+    )
+    y, bias = feed_forward(block.ff, x, fp8)
+    image = gated_residual(image, gate_ff, y, bias=bias)
+
+    text, c = gated_residual_adaln(
+        text, gate_text, y_text, scale_text_ff, shift_text_ff, bias=bias_text, eps=block.norm2_context.eps
+    )
+    y, bias = feed_forward(block.ff_context, c)
+    text = gated_residual(text, gate_text_ff, y, bias=bias)
     return _finite(text), image
 
 

@@ -13,7 +13,6 @@ from torch.autograd.function import once_differentiable
 from dpdmd.kernels.blocks.activation import gelu_tanh
 from dpdmd.kernels.blocks.adapters import Adapter, lowered, raised
 from dpdmd.kernels.blocks.fp8 import Quantized, quantize_rows
-from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
 from dpdmd.kernels.blocks.gelu_mlp import gelu_mlp
 from dpdmd.kernels.blocks.linear_gelu import linear_gelu
 from dpdmd.kernels.fusion.conditions import away, hooked
@@ -126,27 +125,6 @@ def product_of_two(
     (a, b), h = lowered(tuple(as_autocast(a, b)), [added])
     y, bias = product_of_two(base(layer), a, b if fp8 is None else quantize_rows(b), fp8)
     return (raised(y, h, [added]) if fp8 is None else (raised(y[0], h, [added]), y[1])), bias
-
-
-def feed_forward_branch(
-    ff: nn.Module,
-    norm: nn.LayerNorm,
-    x: Tensor,
-    attended: tuple[Tensor, Tensor, Tensor | None],
-    modulation: tuple[Tensor, Tensor, Tensor],
-    fp8: Fp8Pass | None = None,
-) -> Tensor:
-    """The second half of a block for tokens x (B, S, C): x += gate y + bias of attention, then x += gate FF(modulated norm
-    of x).
-
-    attended: gate, y and bias of one branch, or of two where each is a pair; modulation: shift, scale and gate.
-    """
-    gate, y, bias = attended
-    shift, scale, gate_ff = modulation
-    quantize = serves(fp8, ff.net[0].proj)
-    x, n = gated_residual_adaln(x, gate, y, scale, shift, bias=bias, eps=norm.eps, quantize=quantize)
-    y, bias = feed_forward(ff, n, fp8)
-    return gated_residual(x, gate_ff, y, bias=bias)
 
 
 def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None = None) -> tuple[Tensor, Tensor | None]:

@@ -19,6 +19,7 @@ from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZ
 from torch import Tensor, nn
 
 from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
+from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
 from dpdmd.kernels.fusion.conditions import (
     ADAPTIVE_NORM,
     FEED_FORWARD,
@@ -32,7 +33,7 @@ from dpdmd.kernels.fusion.conditions import (
 )
 from dpdmd.kernels.fusion.fp8_weights import fp8_pass
 from dpdmd.kernels.fusion.joint_attention import attend, image_stream, text_stream
-from dpdmd.kernels.fusion.linear import feed_forward_branch, product, serves, split_products, split_rows
+from dpdmd.kernels.fusion.linear import feed_forward, product, serves, split_products, split_rows
 from dpdmd.kernels.fusion.norm_out import NORM_OUT
 
 FP8_LAYERS = (
@@ -100,10 +101,10 @@ def forward(
     eps = block.norm1.norm.eps
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v)
     if attn2 is None:
-        shift, scale, gate, *modulation_ff = modulation.chunk(6, dim=1)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation.chunk(6, dim=1)
         image, x = adaln_modulate(image, scale, shift, eps=eps, quantize=quantize, fork=True)
     else:
-        shift, scale, gate, *modulation_ff, shift2, scale2, gate2 = modulation.chunk(9, dim=1)
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, shift2, scale2, gate2 = modulation.chunk(9, dim=1)
         quantize = quantize and serves(fp8, attn2.to_q, attn2.to_k, attn2.to_v)
         image, x, x2 = adaln_modulate(image, (scale, scale2), (shift, shift2), eps=eps, quantize=quantize, fork=True)
 
@@ -111,7 +112,7 @@ def forward(
     if block.context_pre_only:
         scale_text, shift_text = modulation.chunk(2, dim=1)
     else:
-        shift_text, scale_text, gate_text, *modulation_text_ff = modulation.chunk(6, dim=1)
+        shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
     text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
     head_dim = attn.inner_dim // attn.heads
@@ -120,16 +121,24 @@ def forward(
         y, bias = product(attn.to_out[0], split_rows(o, image.shape[1])[0], fp8)
     else:
         layers = attn.to_out[0], attn.to_add_out
-        (y, bias), attended_text = split_products(o, image.shape[1], *layers, (fp8, None))
+        (y, bias), (y_text, bias_text) = split_products(o, image.shape[1], *layers, (fp8, None))
     if attn2 is not None:
         o2 = attend(attn2, image_stream(attn2, x2, head_dim, fp8))
         y2, bias2 = product(attn2.to_out[0], o2, fp8)
         gate, y, bias = (gate, gate2), (y, y2), (bias, bias2)
-    image = feed_forward_branch(block.ff, block.norm2, image, (gate, y, bias), modulation_ff, fp8)
+    image, x = gated_residual_adaln(
+        image, gate, y, scale_ff, shift_ff, bias=bias, eps=block.norm2.eps, quantize=serves(fp8, block.ff.net[0].proj)
+    )
+    y, bias = feed_forward(block.ff, x, fp8)
+    image = gated_residual(image, gate_ff, y, bias=bias)
     if block.context_pre_only:
         return None, image
-    attended_text = gate_text, *attended_text
-    return feed_forward_branch(block.ff_context, block.norm2_context, text, attended_text, modulation_text_ff), image
+
+    text, c = gated_residual_adaln(
+        text, gate_text, y_text, scale_text_ff, shift_text_ff, bias=bias_text, eps=block.norm2_context.eps
+    )
+    y, bias = feed_forward(block.ff_context, c)
+    return gated_residual(text, gate_text_ff, y, bias=bias), image
 
 
 MODULES = {"transformer_blocks": Fused(why_not, forward, FP8_LAYERS), "norm_out": NORM_OUT}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
 
@@ -31,7 +32,14 @@ def plain(values: Iterable[object]) -> bool:
 def observed(arguments: Iterable[object]) -> bool:
     """Whether the dispatcher must see a call with these arguments: for a profiler, a mode (FakeTensorMode, a
     TorchDispatchMode, a TorchFunctionMode), a transform of torch.func, or a subclass of Tensor among them."""
-    return _profiler() or _dispatch_modes() > 0 or _function_mode() or transformed() or not plain(arguments)
+    if _profiler() or _dispatch_modes() > 0 or transformed() or not plain(arguments):
+        return True
+    return _function_mode() and not _default_device_alone()
+
+
+def _default_device_alone() -> bool:
+    """Whether torch.set_default_device is the only function mode: it looks at functions that make tensors alone."""
+    return torch._C._len_torch_function_stack() == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext
 
 
 def register(schema: str, function: Callable, fake: Callable) -> Callable:
