@@ -1,1 +1,2 @@
-"""The worlds that ship: a small teacher each, captioned pictures, and exact measurements of them."""
+"""The worlds that ship. Each is a folder whose name stands for it: evaluation.py with an EVALUATION (evaluation/protocol.py says
+what that is), and, where model.pipeline may name it too, a small teacher in teacher/."""

@@ -731,7 +731,7 @@ def test_size_is_what_is_written(tmp_path):
 
 KILLED = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {tests!r}
 from pathlib import Path
 from test_checkpoint import save
 for _ in range(10**6):
@@ -743,7 +743,7 @@ for _ in range(10**6):
 def test_a_kill_at_any_moment_of_saving_leaves_one_that_is_whole(tmp_path):
     """The same names are written over and over: a rename, a deletion or a write is cut off each time."""
     script = tmp_path / "killed.py"
-    script.write_text(KILLED.format(tests=str(Path(__file__).parents[1])))
+    script.write_text(KILLED.format(tests=[str(folder) for folder in Path(__file__).parents[:2]]))
     folder = tmp_path / "checkpoints"
     for attempt in range(3):
         with running(sys.executable, script, folder) as process:
