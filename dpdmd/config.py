@@ -194,124 +194,133 @@ Location = Annotated[str, AfterValidator(expand)]  # of a file, a folder or a pi
 
 class ModelConfig(_Section):
     pipeline: Location = Field(
-        "demo",
+        default="demo",
         description="Teacher: a diffusers pipeline folder, a hub id, or 'demo' for the small one that ships here.",
     )
     student: Location | None = Field(
-        None, description="Pipeline whose transformer the student starts from (default: teacher)."
+        default=None, description="Pipeline whose transformer the student starts from (default: teacher)."
     )
     critic: Location | None = Field(
-        None, description="Pipeline whose transformer the critic starts from (default: teacher)."
+        default=None, description="Pipeline whose transformer the critic starts from (default: teacher)."
     )
     family: Location | None = Field(
-        None,
+        default=None,
         description="Which backbones/ file knows this architecture (default: that of the pipeline's class), or a Python file "
         "of your own.",
     )
     random_init: bool = Field(
-        False, description="Build the architecture from its configuration alone, with random weights (benchmarks)."
+        default=False,
+        description="Build the architecture from its configuration alone, with random weights (benchmarks).",
     )
-    revision: Name | None = Field(None, description="Branch, tag or commit of a hub id.")
-    resolution: Size = Field(1024, description="Height and width of the images, in pixels.")
-    max_sequence_length: Size = Field(256, description="Length of the T5 text embedding, in tokens.")
+    revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    resolution: Size = Field(default=1024, description="Height and width of the images, in pixels.")
+    max_sequence_length: Size = Field(default=256, description="Length of the T5 text embedding, in tokens.")
     embedded_guidance: Guidance = Field(
-        3.5, description="Guidance value that guidance-distilled models (FLUX.1-dev) take as an input."
+        default=3.5, description="Guidance value that guidance-distilled models (FLUX.1-dev) take as an input."
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
-        "auto",
+        default="auto",
         description="Arithmetic of the networks; bfloat16 keeps float32 masters. auto: bfloat16 on CUDA, else float32.",
     )
     teacher_storage: Literal["full", "float8"] = Field(
-        "full",
+        default="full",
         description="float8: the teacher's shard is kept and gathered in FP8, a byte a weight, and becomes whole in dtype for "
         "a phase (ZeRO stage 3; its weights are rounded by it).",
     )
     fuse: bool = Field(
-        True, description="On a GPU: the fused operations in the transformers' blocks (dpdmd.kernels.fuse_transformer)."
+        default=True,
+        description="On a GPU: the fused operations in the transformers' blocks (dpdmd.kernels.fuse_transformer).",
     )
     fp8: Annotated[Literal["off", "no_grad"], BeforeValidator(_off)] = Field(
-        "off", description="no_grad: FP8 matrix products in passes without gradient (with fuse, on a GPU that has FP8)."
+        default="off",
+        description="no_grad: FP8 matrix products in passes without gradient (with fuse, on a GPU that has FP8).",
     )
 
 
 class PromptsConfig(_Section):
     file: Location | None = Field(
-        None, description="Prompts: .txt (one a line), .jsonl or .csv. None: the list of the evaluation's world."
+        default=None,
+        description="Prompts: .txt (one a line), .jsonl or .csv. None: the list of the evaluation's world.",
     )
-    field: Name = Field("prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
+    field: Name = Field(default="prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
     encoding: Literal["cache", "stream"] = Field(
-        "cache",
+        default="cache",
         description="cache: encode every prompt once, then train without text encoders; stream: encode each batch.",
     )
     cache_dir: Location | None = Field(
-        None, description="Folder of the embedding cache (default: <output_dir>/embeddings)."
+        default=None, description="Folder of the embedding cache (default: <output_dir>/embeddings)."
     )
-    encode_batch_size: Size = Field(32, description="Prompts encoded at a time.")
+    encode_batch_size: Size = Field(default=32, description="Prompts encoded at a time.")
     negative_prompt: str | None = Field(
-        "", description="Prompt of the unconditional branch of guidance; null for none (then guidance_scale must be 1)."
+        default="",
+        description="Prompt of the unconditional branch of guidance; null for none (then guidance_scale must be 1).",
     )
 
 
 class RenoiseConfig(_Section):
     per: Literal["batch", "sample"] = Field(
-        "batch", description="One time for the whole batch (paper) or one a sample."
+        default="batch", description="One time for the whole batch (paper) or one a sample."
     )
     distribution: Literal["scheduler", "training", "uniform"] = Field(
-        "scheduler",
+        default="scheduler",
         description="scheduler: one of the 1000 times of the scheduler's set_timesteps(1000) (the authors' code; for SD3.5 "
         "down to 0.00893); training: one of its 1000 training times (down to 0.00299); uniform: between low and high.",
     )
-    low: Share = Field(0.02, description="uniform: smallest noise time, as a share of the whole range.")
-    high: Share = Field(0.98, ge=1e-3, description="uniform: largest noise time, as a share of the whole range.")
+    low: Share = Field(default=0.02, description="uniform: smallest noise time, as a share of the whole range.")
+    high: Share = Field(
+        default=0.98, ge=1e-3, description="uniform: largest noise time, as a share of the whole range."
+    )
 
 
 class DistillConfig(_Section):
-    method: Literal["dpdmd", "dmd"] = Field("dpdmd", description="dpdmd: first step learns diversity; dmd: plain DMD.")
-    detach: bool = Field(True, description="Stop the DMD gradient before the first step (dpdmd).")
-    student_steps: Size = Field(4, description="N, network evaluations of the student.")
+    method: Literal["dpdmd", "dmd"] = Field(
+        default="dpdmd", description="dpdmd: first step learns diversity; dmd: plain DMD."
+    )
+    detach: bool = Field(default=True, description="Stop the DMD gradient before the first step (dpdmd).")
+    student_steps: Size = Field(default=4, description="N, network evaluations of the student.")
     student_grid: Annotated[
         Annotated[Literal["scheduler", "uniform"], Tag("literal[]")] | Annotated[list[Number], Tag("list[]")],
         Discriminator(lambda value: "list[]" if isinstance(value, list) else "literal[]"),
     ] = Field(
-        "scheduler",
+        default="scheduler",
         description="Student times: the scheduler's own (paper), uniform before the shift, or N explicit falling ones.",
     )
-    teacher_steps: Size = Field(30, description="T, steps of the teacher's grid.")
-    anchor: Size = Field(5, description="K, how many teacher steps make the first-step target; K = T included.")
-    diversity_weight: NonNegative = Field(0.05, description="lambda, weight of the first-step loss.")
+    teacher_steps: Size = Field(default=30, description="T, steps of the teacher's grid.")
+    anchor: Size = Field(default=5, description="K, how many teacher steps make the first-step target; K = T included.")
+    diversity_weight: NonNegative = Field(default=0.05, description="lambda, weight of the first-step loss.")
     guidance_scale: Guidance = Field(
-        3.5,
+        default=3.5,
         description="Classifier-free guidance s of the teacher, u + s (c - u); 1 for none. (The scale of a pipeline that "
         "adds s (c - u) to c, plus 1.)",
     )
-    critic_updates: Count = Field(5, description="M, critic updates before each student update.")
+    critic_updates: Count = Field(default=5, description="M, critic updates before each student update.")
     normalizer: Literal["teacher", "sample", "none"] = Field(
-        "teacher", description="DMD weight a sample: mean|x_t - x_real| (paper), mean|x - x_real| (DMD2), or 1."
+        default="teacher", description="DMD weight a sample: mean|x_t - x_real| (paper), mean|x - x_real| (DMD2), or 1."
     )
     rollout_gradient: Literal["full", "random"] = Field(
-        "full", description="DMD gradient through all remaining student steps, or through one drawn at random."
+        default="full", description="DMD gradient through all remaining student steps, or through one drawn at random."
     )
     renoise: RenoiseConfig = RenoiseConfig()
 
 
 class OptimizerConfig(_Section):
     name: Literal["auto", "fused", "apex", "deepspeed", "torch"] = Field(
-        "auto",
+        default="auto",
         description="AdamW: fused (dpdmd.optimizer, one pass over a shard), apex, DeepSpeed FusedAdam or torch. auto: "
         "fused, and torch with engine.offload.",
     )
     state: Literal["float32", "bfloat16", "float8"] = Field(
-        "float32",
+        default="float32",
         description="The two moments in 8, 4 or 2 bytes a parameter, of fused alone; fewer than 8 are stochastically "
         "rounded. The float32 masters stay.",
     )
-    lr: Number = Field(1e-5, ge=1e-12, le=1e30, description="Learning rate.")  # float32 weights notice it
-    betas: tuple[Decay, Decay] = Field((0.9, 0.999), strict=False, description="Decay of the two moments.")
-    eps: Number = Field(1e-8, ge=1e-30, le=1.0, description="Added to the denominator.")
-    weight_decay: Number = Field(0.0, ge=0.0, le=10.0, description="Decoupled weight decay.")
-    warmup: CountFrom0 = Field(0, description="Updates over which the rate rises linearly from 0.")
+    lr: Number = Field(default=1e-5, ge=1e-12, le=1e30, description="Learning rate.")  # float32 weights notice it
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.999), strict=False, description="Decay of the two moments.")
+    eps: Number = Field(default=1e-8, ge=1e-30, le=1.0, description="Added to the denominator.")
+    weight_decay: Number = Field(default=0.0, ge=0.0, le=10.0, description="Decoupled weight decay.")
+    warmup: CountFrom0 = Field(default=0, description="Updates over which the rate rises linearly from 0.")
     decay: Literal["none", "cosine"] = Field(
-        "none", description="none: the rate stays (paper); cosine: falls to 0 at the end of run.iterations."
+        default="none", description="none: the rate stays (paper); cosine: falls to 0 at the end of run.iterations."
     )
 
     @pydantic.model_validator(mode="after")
@@ -323,59 +332,66 @@ class OptimizerConfig(_Section):
 
 class ZeroConfig(_Section):
     teacher: Annotated[Literal[0, 3], BeforeValidator(_stage)] = Field(
-        3, description="ZeRO stage of the frozen teacher: 3 shards its weights, 0 copies them."
+        default=3, description="ZeRO stage of the frozen teacher: 3 shards its weights, 0 copies them."
     )
-    student: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(3, description="ZeRO stage of the student: 3.")
-    critic: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(3, description="ZeRO stage of the critic: 3.")
+    student: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(
+        default=3, description="ZeRO stage of the student: 3."
+    )
+    critic: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(
+        default=3, description="ZeRO stage of the critic: 3."
+    )
 
 
 class KeptPassesConfig(_Section):
-    student: CountFrom0 | None = Field(None, description="Block passes of each forward chain of the student.")
-    critic: CountFrom0 | None = Field(None, description="Block passes of the critic's forward pass.")
+    student: CountFrom0 | None = Field(default=None, description="Block passes of each forward chain of the student.")
+    critic: CountFrom0 | None = Field(default=None, description="Block passes of the critic's forward pass.")
 
 
 class EngineConfig(_Section):
     zero: ZeroConfig = ZeroConfig()
-    batch_size: Size = Field(4, description="Samples a process and forward pass.")
-    accumulation: Size = Field(1, description="Forward-backward passes an update.")
-    clip: Clip = Field(1.0, description="Largest gradient norm; 0 for no clipping.")
+    batch_size: Size = Field(default=4, description="Samples a process and forward pass.")
+    accumulation: Size = Field(default=1, description="Forward-backward passes an update.")
+    clip: Clip = Field(default=1.0, description="Largest gradient norm; 0 for no clipping.")
     residency: Literal["auto", "whole", "phase", "block"] = Field(
-        "auto",
+        default="auto",
         description="ZeRO stage 3: how long gathered weights stay. whole: until an update changes them; phase: for a phase "
         "(a rollout, or a forward chain with its backward pass); block: each transformer block while it runs. auto: the "
         "first of them that fits.",
     )
     checkpointing: Literal["auto", "none", "selective", "full"] = Field(
-        "auto",
+        default="auto",
         description="Activations of the transformer blocks that the backward pass computes again. selective: all but "
         "attention's outputs (where the blocks are fused; else as full); full: all; auto: the first of them that fits.",
     )
     # With checkpointing: that keep their activations all the same; null: as many as fit.
     kept_passes: KeptPassesConfig = KeptPassesConfig()
     cuda_graphs: bool = Field(
-        True, description="Passes without gradient are replayed as CUDA graphs, where weights stay whole (residency)."
+        default=True,
+        description="Passes without gradient are replayed as CUDA graphs, where weights stay whole (residency).",
     )
     offload: Literal["none", "cpu", "nvme"] = Field(
-        "none",
+        default="none",
         description="ZeRO stage 3: where masters and moments live and are updated (torch's AdamW, on the CPU): cpu, or nvme "
         "under nvme_path.",
     )
-    nvme_path: Location | None = Field(None, description="Folder on a local NVMe disk, for offload = nvme: scratch.")
+    nvme_path: Location | None = Field(
+        default=None, description="Folder on a local NVMe disk, for offload = nvme: scratch."
+    )
     deepspeed: Annotated[dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
-        None,
+        default=None,
         description="DeepSpeed's own settings for student and critic with offload, in a JSON file or given: aio.* for nvme, "
         "and zero_optimization.sub_group_size.",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: CUDA where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: CUDA where there is one.")
 
 
 class LoraConfig(_Section):
-    rank: Size = Field(64, description="Rank of the adapters.")
+    rank: Size = Field(default=64, description="Rank of the adapters.")
     alpha: Number | None = Field(
-        None, ge=1e-3, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
+        default=None, ge=1e-3, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
     )
     targets: list[Name] | None = Field(
-        None,
+        default=None,
         min_length=1,
         description="Modules that get an adapter (default: attention and feed-forward products of the blocks).",
     )
@@ -383,41 +399,45 @@ class LoraConfig(_Section):
 
 class EmaConfig(_Section):
     decay: Number = Field(  # nearer to 1 a float32 average does not notice what is added
-        0.999, gt=0.0, le=0.99999, description="The average keeps this share at each student update."
+        default=0.999, gt=0.0, le=0.99999, description="The average keeps this share at each student update."
     )
-    device: Literal["same", "cpu"] = Field("same", description="Where the float32 shard of the average lives.")
+    device: Literal["same", "cpu"] = Field(default="same", description="Where the float32 shard of the average lives.")
 
 
 class EvaluationConfig(_Section):
-    enabled: bool = Field(False, description="Measure samples in a world (evaluation/protocol.py).")
+    enabled: bool = Field(default=False, description="Measure samples in a world (evaluation/protocol.py).")
     world: Annotated[Name, AfterValidator(_world)] | None = Field(
-        None,
+        default=None,
         description="The world: the name of one that ships, or package.module:attribute for one of your own (default: the "
         "one that model.pipeline names).",
     )
-    every: CountFrom0 = Field(0, description="Student updates between measurements of the student; 0: only at the end.")
-    num_prompts: int = Field(64, ge=1, le=4096, description="Evaluation prompts.")
-    num_samples: Size = Field(16, description="Samples a prompt.")
+    every: CountFrom0 = Field(
+        default=0, description="Student updates between measurements of the student; 0: only at the end."
+    )
+    num_prompts: int = Field(default=64, ge=1, le=4096, description="Evaluation prompts.")
+    num_samples: Size = Field(default=16, description="Samples a prompt.")
 
 
 class RunConfig(_Section):
-    output_dir: Location = Field("runs/default", description="Folder of everything that this run writes.")
+    output_dir: Location = Field(default="runs/default", description="Folder of everything that this run writes.")
     iterations: Count = Field(
-        6000, description="Updates in all, student's and critic's together (as the paper counts)."
+        default=6000, description="Updates in all, student's and critic's together (as the paper counts)."
     )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of every draw.")
-    log_every: Count = Field(1, description="Updates between lines of metrics.")
-    sample_every: CountFrom0 = Field(0, description="Student updates between sample grids; 0 for none.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every draw.")
+    log_every: Count = Field(default=1, description="Updates between lines of metrics.")
+    sample_every: CountFrom0 = Field(default=0, description="Student updates between sample grids; 0 for none.")
     sample_prompts: list[str] = Field(
-        [], description="Prompts of the sample grids (default: the first of the prompt file)."
+        default=[], description="Prompts of the sample grids (default: the first of the prompt file)."
     )
-    checkpoint_every: CountFrom0 = Field(0, description="Iterations between checkpoints; 0: only at the end.")
-    keep_checkpoints: Count = Field(2, description="How many of the newest checkpoints stay.")
+    checkpoint_every: CountFrom0 = Field(default=0, description="Iterations between checkpoints; 0: only at the end.")
+    keep_checkpoints: Count = Field(default=2, description="How many of the newest checkpoints stay.")
     max_bad_updates: Count = Field(
-        10, description="Updates in a row that may be skipped as not finite before the run stops."
+        default=10, description="Updates in a row that may be skipped as not finite before the run stops."
     )
-    tensorboard: bool = Field(True, description="Write TensorBoard events where tensorboard is installed.")
-    wandb: Name | None = Field(None, description="Weights & Biases project to log to, where wandb is installed.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events where tensorboard is installed.")
+    wandb: Name | None = Field(
+        default=None, description="Weights & Biases project to log to, where wandb is installed."
+    )
 
 
 class Config(_Section):
@@ -428,10 +448,10 @@ class Config(_Section):
     critic_optimizer: OptimizerConfig = OptimizerConfig()
     engine: EngineConfig = EngineConfig()
     lora: LoraConfig | None = Field(
-        None, description="Student and critic as adapters on the teacher's weights, instead of copies of them."
+        default=None, description="Student and critic as adapters on the teacher's weights, instead of copies of them."
     )
     ema: EmaConfig | None = Field(
-        None, description="Exponential moving average of the student, which is then what is exported."
+        default=None, description="Exponential moving average of the student, which is then what is exported."
     )
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()

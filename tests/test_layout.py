@@ -22,7 +22,9 @@ def test_no_module_hides_an_installed_one(command, tmp_path):
         f"try:\n    runpy.run_path({str(ROOT / 'dpdmd' / command)!r}, run_name='__main__')\n"
         "except SystemExit:\n    import kernels\n"
     )
-    answer = run_command([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(tmp_path)})
+    answer = run_command(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    )
     assert "usage:" in answer.stdout and answer.stdout.endswith("the installed one\n"), ends(
         answer.stdout, answer.stderr
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +136,7 @@ class Trained:
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], *, reduces: bool):
         self.engine = _initialize(module, settings, optimizer)
-        self._zero = zero = self.engine.optimizer
+        self._zero = zero = self.engine.optimizer  # DeepSpeedZeroOptimizer_Stage3
         _require(zero, _OF_A_TRAINED)
         _take_hooks_off(self.engine, zero.parameter_offload if reduces else zero)
         self.optimizer: torch.optim.Optimizer = zero.optimizer
@@ -203,7 +203,7 @@ class Trained:
             group["lr"] = lr
 
 
-def _initialize(module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None):
+def _initialize(module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
     import deepspeed
 
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
@@ -220,15 +220,15 @@ def _take_hooks_off(engine, zero) -> None:
         each._parameters = each._original_parameters  # DeepSpeed's own ones look into its hooks' state at each access
 
 
-# What DeepSpeed has made of a parameter
+# What DeepSpeed has made of a parameter, which has attributes that torch does not know
 
 
-def piece_of(parameter: nn.Parameter) -> Tensor:
+def piece_of(parameter: Any) -> Tensor:
     """This process's piece."""
     return parameter.ds_tensor
 
 
-def piece_size(parameter: nn.Parameter) -> int:
+def piece_size(parameter: Any) -> int:
     """Elements of a process's piece, padding included."""
     return parameter.ds_tensor.ds_numel
 
@@ -238,11 +238,11 @@ def whole_size(parameter: Tensor) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
-def whole_shape(parameter: nn.Parameter) -> torch.Size:
+def whole_shape(parameter: Any) -> torch.Size:
     return parameter.ds_shape
 
 
-def mark(parameters: list[nn.Parameter], whole: bool) -> None:
+def mark(parameters: Iterable[Any], whole: bool) -> None:
     """DeepSpeed's own checks, when it saves and loads, ask for the status."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
