@@ -28,7 +28,8 @@ import torch
 from harness import profile
 
 from cases.contenders import CONTENDERS, Peer
-from dpdmd import command, train
+from dpdmd import command
+from dpdmd import trainer as train
 from dpdmd.backbones import load_backbone
 from dpdmd.config import load_config
 from dpdmd.engine.residency import Traffic

@@ -16,7 +16,7 @@ from dpdmd.backbones import load_backbone
 from dpdmd.backbones.family import find, register
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.engine.lora import adapter_parameters, add_adapters
-from dpdmd.run.checkpoint import STUDENT_FILE
+from dpdmd.run.export import STUDENT_FILE
 
 FILE = Path(__file__).with_name("toy_family.py")
 LENGTH = 8

@@ -137,7 +137,7 @@ def test_what_becomes_of_it(gpu_tests, gpu, monkeypatch, tmp_path, capsys, statu
 
 
 def test_it_runs_what_make_test_runs(gpu_tests):
-    assert f"python {' '.join(gpu_tests.PYTEST)}\n" in (ROOT / "Makefile").read_text()
+    assert f"python {' '.join(gpu_tests.PYTEST)} $(TESTS)\n" in (ROOT / "Makefile").read_text()
     assert gpu_tests.STORED == ROOT / "benchmarks" / "results" / "gpu_tests.json"
 
 

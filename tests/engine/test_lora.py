@@ -295,7 +295,7 @@ def test_switching_walks_over_nothing(monkeypatch):
 
 def test_switching_what_cannot_be():
     with pytest.raises(
-        ValueError, match=r"the SD3Transformer2DModel has no adapters; dpdmd\.lora\.add_adapters makes them"
+        ValueError, match=r"the SD3Transformer2DModel has no adapters; dpdmd\.engine\.lora\.add_adapters makes them"
     ):
         use(sd3(), "teacher")
     model = adapted(sd3)

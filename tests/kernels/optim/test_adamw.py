@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 
-from dpdmd.kernels import Float8State, Philox, adamw, adamw_step, use_backend
+from dpdmd.kernels import Float8State, Philox, adamw_step, use_backend
+from dpdmd.kernels.optim import adamw
 from dpdmd.kernels.optim.adamw import (
     BLOCK,
     Coefficients,
