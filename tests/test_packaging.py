@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -86,11 +85,13 @@ def test_a_wheel_of_the_source_distribution_is_the_same(sdist, wheel, tmp_path):
     assert all(first.read(name) == second.read(name) for name in packed(wheel))
 
 
+# Where the packages are that dpdmd needs.
+OTHERS = [path for path in sys.path if path and Path(path).resolve() != ROOT]
+
+
 def answer_of(folder: Path, *arguments: object, start: str = "pass") -> str:
     """What Python prints that knows this folder and the packages that dpdmd needs, but no other dpdmd."""
-    begin = (
-        f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path.append({sysconfig.get_path('purelib')!r}); {start}\n"
-    )
+    begin = f"import sys; sys.path[:0] = [{str(folder)!r}]; sys.path += {OTHERS}; {start}\n"
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     answer = run_command([sys.executable, "-S", "-c", begin + "\n".join(map(str, arguments))], env=env)
     assert answer.returncode == 0, ends(answer.stdout, answer.stderr)
