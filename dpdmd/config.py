@@ -41,7 +41,8 @@ CONFIG_FOLDER = next(
     Path("configs"),
 )
 DEFAULT_CONFIG = CONFIG_FOLDER / "demo.yaml"
-SHIPPED_WORLDS = sorted(file.parent.name for file in (Path(__file__).parent / "worlds").glob("*/evaluation.py"))
+WORLDS = Path(__file__).parent / "worlds"  # a folder each, with an evaluation and a teacher
+SHIPPED_WORLDS = sorted(file.parent.name for file in WORLDS.glob("*/evaluation.py"))
 
 
 class _Section(pydantic.BaseModel):
@@ -546,7 +547,7 @@ class Config(_Section):
                 )
             return
         for role in TRAINED:
-            optimizer = getattr(self, f"{role}_optimizer")
+            optimizer = self.optimizer(role)
             if optimizer.name not in ("auto", "torch") or optimizer.state != "float32":
                 raise ValueError(
                     f"engine.offload = {engine.offload} is updated on the CPU with float32 moments: {role}_optimizer.name "

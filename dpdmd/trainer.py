@@ -282,16 +282,16 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
     with contextlib.ExitStack() as opened:
         opened.callback(conditioner.close)
         networks, phases = {}, Phases()
-        kept = residencies(config, world.size)
+        decided = residencies(config, world.size)
         load_to = world.device if config.model.random_init else "cpu"
         base = None
         if config.lora is not None:
             base = Base(backbone.load_transformer("teacher", dtype, load_to), backbone, config, world)
         for role in ROLES:
             module = base or backbone.load_transformer(role, dtype, load_to)
-            networks[role] = make(role, module, backbone, config, world, phases, kept[role])
+            networks[role] = make(role, module, backbone, config, world, phases, decided[role])
         if base is not None:
-            base.shard(config, world, kept["teacher"])
+            base.shard(config, world, decided["teacher"])
         if world.main and not config.model.random_init and (config.run.sample_every or evaluation):
             backbone.load_decoder("cpu")  # for what it refuses: pictures are made much later
         distillation = Distillation(backbone.diffusion, config.distill, world.device)

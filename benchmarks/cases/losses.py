@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -55,6 +55,7 @@ class Elementwise(Operation):
     read once, and `forward` counts it: a loss's forward pass writes the gradient, and its backward pass hands it on, so
     that both together move what one does. Coefficients (B,) and the loss itself are left out: a few bytes a sample."""
 
+    sizes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SIZES)
     outputs: tuple[str, ...] = ("loss",)  # or ("result",)
     exact: Callable[..., Tensor] | None = None  # where the peer in float64 is not the truth
     exact_inputs: Callable[..., Tensors] | None = None  # and what it takes, made of the inputs
@@ -310,7 +311,6 @@ OPERATIONS = (
     Elementwise(
         name="dmd_loss",
         module="losses.dmd",
-        sizes=SIZES,
         make=_make_dmd,
         ours=_dmd_ours,
         peer=_dmd_peer,
@@ -319,7 +319,6 @@ OPERATIONS = (
     Elementwise(
         name="dmd_loss_x0",
         module="losses.dmd",
-        sizes=SIZES,
         make=_make_dmd_x0,
         ours=_dmd_x0_ours,
         peer=_dmd_x0_peer,
@@ -328,7 +327,6 @@ OPERATIONS = (
     Elementwise(
         name="v_prediction_loss",
         module="losses.v_prediction",
-        sizes=SIZES,
         make=_tensors("v", "noise", "z", "t"),
         ours=v_prediction_loss,
         peer=_v_prediction_peer,
@@ -337,7 +335,6 @@ OPERATIONS = (
     Elementwise(
         name="flow_matching_loss",
         module="losses.flow_matching",
-        sizes=SIZES,
         make=_tensors("v", "noise", "x"),
         ours=flow_matching_loss,
         peer=_flow_matching_peer,
@@ -346,7 +343,6 @@ OPERATIONS = (
     Elementwise(
         name="x_prediction_loss",
         module="losses.x_prediction",
-        sizes=SIZES,
         make=_make_x_prediction,
         ours=_x_prediction_ours,
         peer=_x_prediction_peer,
@@ -355,7 +351,6 @@ OPERATIONS = (
     Elementwise(
         name="renoise",
         module="sampling.renoise",
-        sizes=SIZES,
         make=_tensors("x", "noise", "t"),
         ours=renoise,
         peer=_renoise_peer,
@@ -365,7 +360,6 @@ OPERATIONS = (
     Elementwise(
         name="renoise_philox",  # the noise is made where it is used: read from nowhere, written nowhere
         module="sampling.renoise",
-        sizes=SIZES,
         make=_tensors("x", "t"),
         ours=_philox_ours,
         peer=_philox_peer,
@@ -378,7 +372,6 @@ OPERATIONS = (
     Elementwise(
         name="guided_euler_step",
         module="sampling.guided_euler_step",
-        sizes=SIZES,
         make=_make_euler,
         ours=_euler_ours,
         peer=_euler_peer,

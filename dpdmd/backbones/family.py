@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from dpdmd.backbones.files import check_file
 from dpdmd.backbones.vae import AUTOENCODER_KL, Vae
 from dpdmd.config import ConfigError
+from dpdmd.kernels.fusion.fuse_transformer import FAMILIES
 
 if TYPE_CHECKING:
     from torch import nn
@@ -58,7 +59,6 @@ class Family:
     blocks: tuple[str, ...]  # classes of the transformer blocks, by their names in the transformer's module
     block_lists: tuple[str, ...] = BLOCK_LISTS  # attributes of the transformer that hold blocks, where they are there
     lora_targets: tuple[str, ...] = JOINT_TARGETS  # endings of names: linear layers of the blocks with adapters
-    fused: bool = False  # kernels/fusion has forwards for the blocks
     text: tuple[Encoder, ...]
     longest_text: int = 512  # tokens that the pipeline takes at most
     text_parameters: float = 0.0  # of a published model's text encoders together, for the planner
@@ -74,6 +74,11 @@ class Family:
     @property
     def transformer_name(self) -> str:
         return self.transformer if isinstance(self.transformer, str) else self.transformer.__name__
+
+    @property
+    def fused(self) -> bool:
+        """Whether there are fused forwards for the blocks."""
+        return self.transformer_name in FAMILIES
 
     @property
     def transformer_class(self) -> type[nn.Module]:

@@ -54,7 +54,6 @@ class Flux(Backbone):
         transformer="FluxTransformer2DModel",
         blocks=("FluxTransformerBlock", "FluxSingleTransformerBlock"),
         lora_targets=(*JOINT_TARGETS, "proj_mlp", "proj_out"),
-        fused=True,
         text=(Clip("text_encoder", "CLIPTextModel"), T5("text_encoder_2", "T5EncoderModel")),
         text_parameters=4.89e9,
         common=("in_channels", "joint_attention_dim", "pooled_projection_dim", "guidance_embeds"),

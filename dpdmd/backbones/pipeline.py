@@ -23,10 +23,8 @@ from dpdmd.backbones.files import (
     read_shapes,
     reading,
 )
-from dpdmd.config import ConfigError
+from dpdmd.config import WORLDS, ConfigError
 from dpdmd.files import open_file
-
-WORLDS = Path(__file__).parents[1] / "worlds"  # each a teacher, which its folder's name stands for
 
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
 _COPIES = [f"*.{variant}*" for variant in VARIANTS]  # stand beside the weights under names of their own

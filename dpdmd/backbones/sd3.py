@@ -72,7 +72,6 @@ class SD3(Backbone):
         pipeline="StableDiffusion3Pipeline",
         transformer="SD3Transformer2DModel",
         blocks=("JointTransformerBlock",),
-        fused=True,
         text=(
             Clip("text_encoder", "CLIPTextModelWithProjection"),
             Clip("text_encoder_2", "CLIPTextModelWithProjection"),

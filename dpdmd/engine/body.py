@@ -85,7 +85,7 @@ class Base:
         if not residency.sharded:
             return
         frozen = [parameter for parameter in self.transformer.parameters() if not parameter.requires_grad]
-        deepspeed.Frozen(self.transformer, deepspeed.settings_of(config, "teacher", frozen[0].dtype, world.size))
+        deepspeed.cut_up(self.transformer, deepspeed.settings_of(config, "teacher", frozen[0].dtype, world.size))
         self.weights = Weights(frozen, self.blocks, residency.policy, world.size)
 
     def enter(self, role: str) -> None:

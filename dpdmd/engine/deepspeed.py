@@ -116,16 +116,14 @@ def settings_of(config: Config, role: str, dtype: torch.dtype, world_size: int) 
     return settings
 
 
-class Frozen:
-    """A network without an optimizer, of which each process keeps a piece. Its hooks are taken off."""
-
-    def __init__(self, module: nn.Module, settings: dict[str, Any]):
-        engine = _initialize(module, settings)
-        _take_hooks_off(engine, engine.optimizer)
+def cut_up(module: nn.Module, settings: dict[str, Any]) -> None:
+    """Leaves each process a piece of a network without an optimizer, and takes DeepSpeed's hooks off."""
+    engine = _initialize(module, settings)
+    _take_hooks_off(engine, engine.optimizer)
 
 
-class Trained:
-    """A network (or an adapter) that is trained: this process's pieces of weights, float32 masters and optimizer state.
+class Partition:
+    """A network (or an adapter) that is trained, cut up: this process's pieces of weights, float32 masters and optimizer state.
 
     All hooks of DeepSpeed are taken off but, where it is to reduce the gradients (reduces), those that do so.
 

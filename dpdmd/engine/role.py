@@ -100,6 +100,11 @@ class Role(ABC):
         if residency.replayed and world.device.type == "cuda":
             self._replay = Replay(self._predict, phases.pool)
         self._weights: Weights | None = None  # gathered by this role; None: a copy in every process, or the base's
+        self._take_over(config, world)
+
+    @abstractmethod
+    def _take_over(self, config: Config, world: World) -> None:
+        """Brings the weights where they are to be."""
 
     @property
     def module(self) -> nn.Module:
@@ -128,6 +133,11 @@ class Role(ABC):
         predict = self._predict if torch.is_grad_enabled() or self._replay is None else self._replay
         return predict(x, t, cond)
 
+    def _gathered(self, world: World, flat: Tensor | None = None, *, float8: bool = False) -> Weights:
+        """The weights, once they are cut up, as the residency has them."""
+        parameters = list(self.module.parameters())
+        return Weights(parameters, self._body.blocks, self.residency.policy, world.size, flat, float8=float8)
+
     def end_of_phase(self) -> None:
         """Gives the weights back, where they are not to stay."""
         if self._weights is not None:
@@ -145,16 +155,14 @@ class Role(ABC):
 class Teacher(Role):
     """Frozen. On a shared base its weights are the base's, which all roles gather."""
 
-    def __init__(self, name, body, backbone, config, world, phases, residency):
-        super().__init__(name, body, backbone, config, world, phases, residency)
+    def _take_over(self, config: Config, world: World) -> None:
         if self.base is not None:
             return
-        if not residency.sharded:
+        if not self.residency.sharded:
             self.module.to(world.device).eval()
             return
-        deepspeed.Frozen(self.module, deepspeed.settings_of(config, name, body.dtype, world.size))
-        parameters = list(self.module.parameters())
-        self._weights = Weights(parameters, body.blocks, residency.policy, world.size, float8=residency.float8)
+        deepspeed.cut_up(self.module, deepspeed.settings_of(config, self.name, self._body.dtype, world.size))
+        self._weights = self._gathered(world, float8=self.residency.float8)
 
     @property
     def traffic(self) -> Traffic | None:
@@ -174,9 +182,9 @@ class Trained(Role):
 
     trained = True
 
-    def __init__(self, name, body, backbone, config, world, phases, residency):
-        super().__init__(name, body, backbone, config, world, phases, residency)
-        self.differentiates_in_parts = residency.in_parts  # whether `backward` is called with `more`
+    def _take_over(self, config: Config, world: World) -> None:
+        name = self.name
+        self.differentiates_in_parts = self.residency.in_parts  # whether `backward` is called with `more`
         self._world_size = world.size
         self._accumulation = config.engine.accumulation
         self._clip = config.engine.clip
@@ -194,14 +202,14 @@ class Trained(Role):
             seed=Philox.of(config.run.seed, name, world.rank).key,
             offload=config.engine.offload,
         )
-        settings = deepspeed.settings_of(config, name, body.dtype, world.size)
-        self._partition = deepspeed.Trained(self.module, optimizer, settings, reduces=not residency.reduced)
+        settings = deepspeed.settings_of(config, name, self._body.dtype, world.size)
+        reduces = not self.residency.reduced
+        self._partition = deepspeed.Partition(self.module, optimizer, settings, reduces=reduces)
         self.swaps = self._partition.swaps
         if self.swaps:
             atexit.register(remove_swapped, self._partition.folder, Path(config.engine.nvme_path))
             self._check_swapping()
-        parameters, flat = list(self.module.parameters()), self._partition.flat
-        self._weights: Weights = Weights(parameters, body.blocks, residency.policy, world.size, flat)
+        self._weights: Weights = self._gathered(world, self._partition.flat)
         self._begin()
         self.average: Average | None = None
         if name == "student" and config.ema is not None:

@@ -202,7 +202,7 @@ def doubts(config: Config) -> list[str]:
     """What is possible, and leaves a student that has hardly been trained."""
     found = []
     for role in TRAINED:
-        optimizer, updates = getattr(config, f"{role}_optimizer"), config.num_updates(role)
+        optimizer, updates = config.optimizer(role), config.num_updates(role)
         if optimizer.warmup > updates:
             found.append(
                 f"{role}_optimizer.warmup = {optimizer.warmup} is longer than the run's {updates} updates of the {role}: the "
