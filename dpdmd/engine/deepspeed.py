@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -204,8 +206,25 @@ class Partition:
 def _initialize(module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
     import deepspeed
 
-    engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    with _without_muon():
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
     return engine
+
+
+@contextlib.contextmanager
+def _without_muon() -> Iterator[None]:
+    """Inside the block DeepSpeed asks whether an optimizer is its Muon without importing that: it would load torch.compile,
+    which takes 3 s of each process."""
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+    try:
+        yield
+    finally:
+        del sys.modules[name]
 
 
 def _take_hooks_off(engine, zero) -> None:
