@@ -1,8 +1,8 @@
-"""Distribution matching distillation with the losses of dpdmd.kernels, in a training loop of one's own.
+"""Distribution matching distillation with the losses of dpdmd.kernels, in your own training loop.
 
-Nothing but torch and dpdmd.kernels is needed: `python examples/dmd2_loop.py` trains a teacher of points in the plane (four
-classes, each of two clusters), then distils its many guided steps into one. On a CPU that takes some seconds. For networks
-of yours put them in the place of `Velocity`, and batches of yours in the place of `points` and `classes`.
+Needs only torch and dpdmd.kernels. `python examples/dmd2_loop.py` trains a teacher of points in the plane (four classes of
+two clusters each) and distils its many guided steps into one, in a few seconds on a CPU. Replace `Velocity` by your network,
+and `points` and `classes` by your batches.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from dpdmd.kernels import dmd_loss, flow_matching_loss, guided_euler_step, renoise
 
 CLASSES, SPREAD = 4, 0.05
-NO_CLASS = CLASSES  # the condition of the pass without one
+NO_CLASS = CLASSES  # the condition of the unconditional pass
 angles = torch.arange(2 * CLASSES) * math.pi / CLASSES
-CLUSTERS = torch.stack([angles.cos(), angles.sin()], -1).view(2, CLASSES, 2)  # a class's two lie opposite each other
+CLUSTERS = torch.stack([angles.cos(), angles.sin()], -1).view(2, CLASSES, 2)  # a class's two clusters are opposite
 
 
 class Velocity(nn.Module):
@@ -73,7 +73,7 @@ def generate(student: Velocity, noise: Tensor, condition: Tensor) -> Tensor:
 
 def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, critic_updates: int) -> Velocity:
     student, critic = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    # Two time scales: the critic learns what the student gives before each of the student's updates.
+    # Two time scales: the critic follows the student's outputs before each of the student's updates.
     student_optimizer = torch.optim.Adam(student.parameters(), 5e-4, betas=(0.0, 0.99), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), 2e-3, betas=(0.0, 0.99), fused=True)
     for _ in range(cycles):
@@ -92,7 +92,7 @@ def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, cr
             real = teacher(x_t, t, condition)
             real_uncond = teacher(x_t, t, torch.full_like(condition, NO_CLASS))
             fake = critic(x_t, t, condition)
-        # The raw velocities: no x0 estimates and no pseudo-target. The gradient goes to x alone.
+        # Pass raw velocities: no x0 estimates, no pseudo-target. Only x gets a gradient.
         loss = dmd_loss(x, real, fake, teacher_uncond=real_uncond, guidance_scale=guidance_scale)
         update(student_optimizer, loss)
     return student
@@ -100,7 +100,7 @@ def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, cr
 
 @torch.no_grad()
 def teachers(teacher: Velocity, noise: Tensor, condition: Tensor, steps: int, guidance_scale: float) -> Tensor:
-    """What the teacher makes of the same noise in `steps` steps, each of two passes."""
+    """The teacher's samples from the same noise in `steps` steps of two passes each."""
     x = noise
     times = torch.linspace(1.0, 0.0, steps + 1)
     for now, then in itertools.pairwise(times):
@@ -111,7 +111,7 @@ def teachers(teacher: Velocity, noise: Tensor, condition: Tensor, steps: int, gu
 
 
 def measure(x: Tensor, condition: Tensor) -> tuple[float, float]:
-    """The mean distance to the nearest cluster of the class, and the share of the class's rarer cluster, 0.5 at best."""
+    """Mean distance to the class's nearest cluster, and the share of its rarer cluster (0.5 at best)."""
     distances = (x[None] - CLUSTERS[:, condition]).norm(dim=-1)  # (2, B)
     rarer = [distances[:, condition == each].argmin(0).float().mean().item() for each in range(CLASSES)]
     return distances.amin(0).mean().item(), min(min(share, 1 - share) for share in rarer)

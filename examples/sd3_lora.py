@@ -1,11 +1,10 @@
 """A LoRA of Stable Diffusion 3 / 3.5 for diffusers, trained with the fused operations of dpdmd.kernels.
 
-    python examples/sd3_lora.py                                              # a small model and pictures made on the spot
+    python examples/sd3_lora.py                                              # a small model, generated pictures
     python examples/sd3_lora.py --model stabilityai/stable-diffusion-3.5-medium --pictures my_pictures --resolution 1024
 
-`my_pictures` holds pictures and their captions, cat.png and cat.txt. What is written is a LoRA of diffusers: a stock pipeline
-takes it by load_lora_weights. All that dpdmd has to do with it are `fuse_transformer`, after the adapters are added, and
-the loss.
+`my_pictures` holds pictures and captions: cat.png and cat.txt. The output is a diffusers LoRA for load_lora_weights of a stock
+pipeline. dpdmd adds `fuse_transformer`, called after the adapters are added, `renoise` and the loss.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from torch import Tensor
 import dpdmd
 from dpdmd.kernels import flow_matching_loss, fuse_transformer, renoise
 
-SMALL = Path(dpdmd.__file__).parent / "worlds" / "demo" / "teacher"  # of 32 x 32 pictures; dpdmd ships it
+SMALL = Path(dpdmd.__file__).parent / "worlds" / "demo" / "teacher"  # for 32 x 32 pictures; ships with dpdmd
 
 
 def made_up(size: int) -> list[tuple[Image.Image, str]]:
-    """Framed squares: a style that the small model does not know."""
+    """Framed squares, a style that the small model does not know."""
     found = []
     for colour in ("red", "green", "blue", "yellow"):
         picture = Image.new("RGB", (size, size), "white")
@@ -50,7 +49,7 @@ def read(folder: Path, size: int) -> list[tuple[Image.Image, str]]:
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusion3Pipeline, data: list[tuple[Image.Image, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (N, C, H, W), embeddings of the captions (N, S, D) and pooled ones (N, P), all computed once."""
+    """Latents (N, C, H, W), caption embeddings (N, S, D) and pooled ones (N, P), computed once."""
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture, _ in data])
     pixels = pixels.to(pipeline.device, pipeline.vae.dtype) / 127.5 - 1
     config = pipeline.vae.config
@@ -62,14 +61,14 @@ def encode(pipeline: StableDiffusion3Pipeline, data: list[tuple[Image.Image, str
 
 def loss_of(transformer: torch.nn.Module, batch: tuple[Tensor, ...], noise: Tensor, t: Tensor) -> Tensor:
     latents, text, pooled = batch
-    x_t = renoise(latents, noise, t)  # t in float32: as bfloat16 it would bias the target
+    x_t = renoise(latents, noise, t)  # keep t in float32: bfloat16 would bias the target
     velocity = transformer(x_t, text, pooled, t * 1000, return_dict=False)[0]
     return flow_matching_loss(velocity, noise, latents)
 
 
 @torch.no_grad()
 def validation(transformer: torch.nn.Module, data: tuple[Tensor, ...]) -> float:
-    """The loss at the same times, from the same noise, whenever it is asked for."""
+    """The loss at fixed times, from fixed noise."""
     generator = torch.Generator().manual_seed(1)
     count, losses = len(data[0]), []
     for t in torch.linspace(0.1, 0.9, 9):
@@ -102,10 +101,10 @@ def main() -> None:
     transformer.add_adapter(
         LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     )
-    fuse_transformer(transformer)  # prints what is fused, and why where a module is not
+    fuse_transformer(transformer)  # prints what is fused, and why a module is not
     adapters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in adapters:
-        parameter.data = parameter.data.float()  # masters; a step of 1e-4 would be lost in bfloat16
+        parameter.data = parameter.data.float()  # masters: bfloat16 would lose a step of 1e-4
     optimizer = torch.optim.AdamW(adapters, args.lr)
 
     before = validation(transformer, data)
