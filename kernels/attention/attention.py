@@ -18,6 +18,7 @@ from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.backend import requested, why_not
 from dpdmd.kernels.runtime.kept import gradients_wanted, keeping, kept
 from dpdmd.kernels.runtime.registration import transformed
+from dpdmd.kernels.runtime.saved import Function
 
 SDPA_BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -40,7 +41,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
         return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v.to(arithmetic)).to(q.dtype)
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Forward in Triton; backward in Triton, or in cuDNN, which is not bitwise repeatable."""
 
     @staticmethod
@@ -56,11 +57,11 @@ class _Attention(torch.autograd.Function):
         if ctx.backend == "triton":
             gradients = flash.backward(do, *ctx.saved_tensors, ctx.scale)
         else:
-            gradients = _cudnn_backward(do, *ctx.saved_tensors, ctx.scale)
+            gradients = _cudnn_backward(do, *ctx.saved_tensors, scale=ctx.scale)
         return *gradients, None, None
 
 
-class DenseGradient(torch.autograd.Function):
+class DenseGradient(Function):
     """The identity, whose upstream gradient is made dense. torch (2.11) keeps cuDNN's backward pass by the strides of q,
     k and v, and takes it for the next upstream gradient whatever its strides are: it then reads out of bounds. FLUX has
     both, slices of a concatenation's gradient and dense ones."""
@@ -156,7 +157,7 @@ def _why_not_triton(q: Tensor, k: Tensor, scale: float) -> str:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor:
-    heads_first = [tensor.transpose(1, 2) for tensor in (q, k, v)]
+    heads_first = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if backend == "sdpa" or (backend == "auto" and q.device.type != "cuda"):
         return _with_dense_gradient(F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2))
     if backend in ("cudnn", "efficient") and q.device.type != "cuda":
@@ -180,7 +181,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor
 
 def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     try:
-        from xformers.ops import memory_efficient_attention
+        from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:  # OSError: a library that its wheel needs is missing
         raise RuntimeError(
             f"backend='xformers' needs the xformers package, whose import fails ({error}); get it with "

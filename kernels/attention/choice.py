@@ -67,7 +67,7 @@ def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, nu
 
 
 # torch.compile runs it while tracing.
-fastest._dynamo_marked_constant = True
+fastest.__dict__["_dynamo_marked_constant"] = True
 
 
 def pick(times: dict[str, float], deterministic: bool) -> str:
@@ -75,10 +75,10 @@ def pick(times: dict[str, float], deterministic: bool) -> str:
     if not times:
         return "auto"
     repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
-    winner = min(times, key=times.get)
+    winner = min(times, key=times.__getitem__)
     if not repeatable:
         return winner
-    best = min(repeatable, key=repeatable.get)
+    best = min(repeatable, key=repeatable.__getitem__)
     limits = [REPEATING * times[winner], *(TIE * times[backend] for backend in TORCHS if backend in times)]
     return best if deterministic or repeatable[best] <= min(limits) else winner
 
@@ -126,7 +126,7 @@ def _is_entry(key: object, times: object) -> bool:
     return all(isinstance(each, dict) and all(_is_time(*one) for one in each.items()) for each in times.values())
 
 
-def _is_time(backend: str, us: object) -> bool:
+def _is_time(backend: str, us: Any) -> bool:
     return backend in CANDIDATES and type(us) in (int, float) and 0 < us < math.inf
 
 

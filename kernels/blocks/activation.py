@@ -7,6 +7,8 @@
 Sources: arXiv 1606.08415 (GELU, its tanh form), arXiv 2002.05202 (SwiGLU).
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,7 +31,7 @@ from dpdmd.kernels.runtime.launch import by_warps, jit, tl
 from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.rows import column_sums, row_starts, rows
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
 
 
@@ -256,7 +258,7 @@ def _run(
     walk = rows(x)
     tiles = -(-columns // COLUMNS)
     _activation_kernels[num_warps](
-        -(-walk.count // ROWS) * tiles,
+        -(-walk.num_rows // ROWS) * tiles,
         *(walk.tensor, *contiguous(bias), out, scale, *walk[1:], columns, tiles),
         *(form, walk.nested, walk.divisible and columns % 16 == 0, ROWS, COLUMNS),
     )
@@ -277,7 +279,7 @@ def _launch_backward(
     """The gradients of x and of bias, those of the two that are wanted."""
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
     if upstream.numel() == 0:
-        return _wanted(dx, torch.zeros_like(bias) if for_bias else None)
+        return _wanted(dx, torch.zeros_like(bias) if for_bias and bias is not None else None)
     columns = upstream.shape[-1]
     walk, upstream_walk = rows(x), rows(upstream)
     # A thread's sums take registers: with them 48 (GELU) and 80 (SwiGLU) at these sizes, so that 40 and 24 warps fit on
@@ -287,8 +289,8 @@ def _launch_backward(
     else:
         ROWS, COLUMNS, num_warps = _tile(columns, 4 if for_bias else 8, 8)
     tiles = -(-columns // COLUMNS)
-    chunk = _chunk(walk.count, tiles) if for_bias else ROWS
-    chunks = -(-walk.count // chunk)
+    chunk = _chunk(walk.num_rows, tiles) if for_bias else ROWS
+    chunks = -(-walk.num_rows // chunk)
     partial = torch.empty((chunks, x.shape[-1]), dtype=torch.float32, device=x.device) if for_bias else None
     _activation_backward_kernels[num_warps](
         chunks * tiles,
@@ -297,7 +299,7 @@ def _launch_backward(
         *(form, walk.nested, upstream_walk.nested),
         *(walk.divisible and upstream_walk.divisible and columns % 16 == 0, chunk, ROWS, COLUMNS),
     )
-    return _wanted(dx, column_sums(partial, bias.dtype) if for_bias else None)
+    return _wanted(dx, None if partial is None or bias is None else column_sums(partial, bias.dtype))
 
 
 def _wanted(*tensors: Tensor | None) -> list[Tensor]:
@@ -308,7 +310,7 @@ def _fake_backward(
     x: Tensor, bias: Tensor | None, upstream: Tensor, form: str, for_x: bool, for_bias: bool
 ) -> list[Tensor]:
     dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
-    return _wanted(dx, torch.empty(bias.shape, dtype=bias.dtype, device=bias.device) if for_bias else None)
+    return _wanted(dx, bias.new_empty(bias.shape) if for_bias and bias is not None else None)
 
 
 _activation = register(
@@ -329,7 +331,7 @@ _activation_backward = register(
 )
 
 
-class _Activation(torch.autograd.Function):
+class _Activation(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, x, bias, form):
@@ -361,6 +363,10 @@ def activation_triton(
 IMPLEMENTATIONS = {"reference": activation_reference, "triton": activation_triton}
 
 
+@overload
+def gelu_tanh(x: Tensor, bias: Tensor | None = ...) -> Tensor: ...
+@overload
+def gelu_tanh(x: Tensor, bias: Tensor | None = ..., *, quantize: bool) -> Tensor | Quantized: ...
 def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, quantize: bool = False) -> Tensor | Quantized:
     """GELU of x + bias, in its tanh form. The result has x's shape and dtype.
 
@@ -381,6 +387,10 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, quantize: bool = False) 
     return run(x, bias, "gelu_tanh", quantize, arithmetic)
 
 
+@overload
+def swiglu(x: Tensor, bias: Tensor | None = ..., *, gate_first: bool = ...) -> Tensor: ...
+@overload
+def swiglu(x: Tensor, bias: Tensor | None = ..., *, gate_first: bool = ..., quantize: bool) -> Tensor | Quantized: ...
 def swiglu(
     x: Tensor, bias: Tensor | None = None, *, gate_first: bool = False, quantize: bool = False
 ) -> Tensor | Quantized:

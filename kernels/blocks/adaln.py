@@ -21,10 +21,13 @@ again, and reads h, the upstream gradients and, where a gate needs a gradient, y
 The public functions are in adaln_modulate.py and gated_residual.py.
 """
 
+# Kernels set and read a variable under one condition on constants.
+# pyright: reportPossiblyUnboundVariable=false
+
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +39,7 @@ from dpdmd.kernels.runtime.formula import widen
 from dpdmd.kernels.runtime.launch import by_warps, jit, kernel, tl
 from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, multiples, power_of_two
 
 WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
@@ -472,7 +475,7 @@ def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
     """The tensors, (B, S, C) or (B, C), as the kernels walk them: channels dense, and one stride for all from sample
     to sample and from token to token. Those are returned, too. Where strides disagree, what is not contiguous is
     copied. None stays None."""
-    like = strides = None
+    like, strides = None, (0, 0, 0)
     for tensor in tensors:
         if tensor is None:
             continue
@@ -489,7 +492,7 @@ def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
     return contiguous(*tensors), like.shape[1:].numel(), like.shape[2:].numel()
 
 
-def _two(tensors: list) -> list:
+def _two(tensors: Sequence) -> list:
     return [*tensors, None, None][:2]
 
 
@@ -550,8 +553,8 @@ class BackwardInputs(NamedTuple):
     modulation: bool
 
     @property
-    def like(self) -> Tensor:
-        """A tensor with the shape and the dtype of h."""
+    def like(self) -> Tensor | Any:
+        """A tensor with the shape and the dtype of h: one of the two is there."""
         return self.dh if self.h is None else self.h
 
     def empty_gradients(self) -> list[Tensor]:
@@ -638,7 +641,7 @@ _backward_operation = register(
 )
 
 
-class _Adaln(torch.autograd.Function):
+class _Adaln(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, rms, eps, K, J, fork, residual, *rest):
@@ -689,7 +692,7 @@ def _promoted(*tensors: Tensor) -> torch.dtype | None:
     return functools.reduce(torch.promote_types, dtypes) if dtypes else None
 
 
-def _split(entries: tuple, *counts: int) -> list[tuple]:
+def _split(entries: Sequence, *counts: int) -> list:
     """The first counts[0] entries, the next counts[1], ...; fewer at the end where there are fewer."""
     ends = list(itertools.accumulate(counts))
     return [entries[end - count : end] for count, end in zip(counts, ends, strict=True)]
@@ -721,6 +724,6 @@ def adaln_triton(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) ->
 IMPLEMENTATIONS = {"reference": adaln_reference, "triton": adaln_triton}
 
 
-def run(operation: str, inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
+def run(operation: str, inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Any]:
     """What `adaln_reference` defines, by the implementation chosen for `operation`."""
     return choose(operation, IMPLEMENTATIONS, inputs.residual.device, arithmetic)(inputs, arithmetic, fork)

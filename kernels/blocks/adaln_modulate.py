@@ -11,6 +11,8 @@ The reference and the kernels are in adaln.py: this is the case of its form with
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 modulates one n twice.
 """
 
+from typing import Any, overload
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,19 @@ NORMS = ("layer", "rms")
 Vectors = Tensor | tuple[Tensor, Tensor]
 
 
+@overload
+def adaln_modulate(x: Tensor, scale: Tensor, shift: Tensor, *, norm: str = ..., eps: float = ...) -> Tensor: ...
+@overload
+def adaln_modulate(
+    x: Tensor,
+    scale: Vectors,
+    shift: Vectors,
+    *,
+    norm: str = ...,
+    eps: float = ...,
+    quantize: bool = ...,
+    fork: bool = ...,
+) -> Tensor | tuple[Any, ...]: ...
 def adaln_modulate(
     x: Tensor,
     scale: Vectors,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.runtime.rows import rows_product, rows_weight_gradient
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 
 
 class Adapter(NamedTuple):
@@ -54,10 +54,10 @@ def _lower(xs: tuple[Tensor, ...], downs: tuple[Tensor, ...]) -> Tensor:
     if len(xs) == 1:
         (x,) = xs
         return F.linear(x, down) if x.is_contiguous() or x.ndim != 3 else rows_product(x, down.t())
-    h = None
-    for x, part in zip(xs, _columns(down, xs), strict=True):
-        rows = x.flatten(0, -2)
-        h = rows @ part.t() if h is None else h.addmm_(rows, part.t())
+    (x, *others), (part, *parts) = xs, down.split([x.shape[-1] for x in xs], dim=1)
+    h = x.flatten(0, -2) @ part.t()
+    for x, part in zip(others, parts, strict=True):
+        h.addmm_(x.flatten(0, -2), part.t())
     return h.unflatten(0, xs[0].shape[:-1])
 
 
@@ -65,11 +65,7 @@ def _stacked(downs: tuple[Tensor, ...]) -> Tensor:
     return downs[0] if len(downs) == 1 else torch.cat(downs)
 
 
-def _columns(down: Tensor, xs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return (down,) if len(xs) == 1 else down.split([x.shape[-1] for x in xs], dim=1)
-
-
-class _Lowered(torch.autograd.Function):
+class _Lowered(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, count, *tensors):
@@ -95,7 +91,8 @@ class _Lowered(torch.autograd.Function):
         ddowns = [None] * len(downs)
         if any(for_downs):
             # Slices of one tensor, each dense: as with packed_linear's, nothing clones them.
-            gradient = torch.cat([_gradient(dh, x) for x in xs], dim=1) if len(xs) > 1 else _gradient(dh, xs[0])
+            gradients = [_gradient(dh, x) for x in xs]
+            gradient = torch.cat(gradients, dim=1) if len(xs) > 1 else gradients[0]
             slices = gradient.split([len(down) for down in downs])
             ddowns = [each if wanted else None for each, wanted in zip(slices, for_downs, strict=True)]
         return None, *dxs, *ddowns
@@ -124,7 +121,7 @@ def _raise(y: Tensor, h: Tensor, places: list[tuple[int, float]], ups: list[Tens
     return y
 
 
-class _Raised(torch.autograd.Function):
+class _Raised(Function):
     @staticmethod
     def forward(ctx, y, h, places, *ups):
         ctx.mark_dirty(y)
@@ -144,7 +141,7 @@ class _Raised(torch.autograd.Function):
         for (column, scale), up, wanted in zip(ctx.places, ups, for_ups, strict=True):
             part, lanes = rows[:, column : column + len(up)], slice(rank, rank + up.shape[1])
             rank = lanes.stop
-            if for_h:
+            if dh is not None:
                 dh.view(-1, sum(ranks))[:, lanes].addmm_(part, up, beta=0, alpha=scale)
             dup = None
             if wanted:

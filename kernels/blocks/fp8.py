@@ -140,7 +140,7 @@ def converts(device_type: str, index: int | None) -> bool:
     return _converts[index]
 
 
-converts._dynamo_marked_constant = True  # torch.compile runs it while tracing
+converts.__dict__["_dynamo_marked_constant"] = True  # torch.compile runs it while tracing
 
 IMPLEMENTATIONS = {"reference": quantize_rows_reference, "triton": quantize_rows_triton}
 
@@ -185,7 +185,7 @@ def _scaled_product(
 ) -> Tensor:
     values = x.values.reshape(-1, x.values.shape[-1]).contiguous()
     fused = None if bias is None or dtype == torch.float32 else bias.to(dtype)  # the product adds no float32 bias
-    out = torch._scaled_mm(
+    out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         values,
         weight.values.contiguous().t(),
         scale_a=x.scale.reshape(-1, 1).contiguous(),

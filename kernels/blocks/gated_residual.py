@@ -12,12 +12,14 @@ The reference and the kernels are in adaln.py: these are the cases of its form w
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 adds two branches at once.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dpdmd.kernels.blocks import adaln
 from dpdmd.kernels.blocks.adaln_modulate import Vectors, check_modulated, check_tokens, check_vectors, entries
-from dpdmd.kernels.blocks.fp8 import Quantized, no_gradient
+from dpdmd.kernels.blocks.fp8 import no_gradient
 from dpdmd.kernels.runtime import checks
 
 Biases = Tensor | tuple[Tensor | None, Tensor | None] | None
@@ -38,8 +40,8 @@ def gated_residual(residual: Tensor, gate: Vectors, y: Vectors, *, bias: Biases 
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
-    *branches, arithmetic = _check_gated(residual, gate, y, bias)
-    inputs = adaln.Inputs(residual, *branches, (), (), False, 0.0, False)
+    gates, ys, biases, arithmetic = _check_gated(residual, gate, y, bias)
+    inputs = adaln.Inputs(residual, gates, ys, biases, (), (), False, 0.0, False)
     return adaln.run("gated_residual", inputs, arithmetic)[0]
 
 
@@ -54,7 +56,7 @@ def gated_residual_adaln(
     norm: str = "layer",
     eps: float = 1e-6,
     quantize: bool = False,
-) -> tuple[Tensor | Quantized, ...]:
+) -> tuple[Any, ...]:
     """`gated_residual` and the `adaln_modulate` of its result, in one pass: (h, out), or (h, out_1, out_2) where scale
     and shift are pairs. Equal to calling one after the other.
 
@@ -67,14 +69,14 @@ def gated_residual_adaln(
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
     tensor would get a gradient.
     """
-    *branches, arithmetic = _check_gated(residual, gate, y, bias, quantize)
+    gates, ys, biases, arithmetic = _check_gated(residual, gate, y, bias, quantize)
     scales, shifts, arithmetic = check_modulated("residual", residual, scale, shift, norm, eps, quantize, arithmetic)
-    inputs = adaln.Inputs(residual, *branches, scales, shifts, norm == "rms", float(eps), quantize)
+    inputs = adaln.Inputs(residual, gates, ys, biases, scales, shifts, norm == "rms", float(eps), quantize)
     return tuple(adaln.run("gated_residual_adaln", inputs, arithmetic))
 
 
 def _check_gated(
-    residual: Tensor, gate: Vectors, y: Vectors, bias: Biases, quantize: bool = False
+    residual: Tensor, gate: Any, y: Any, bias: Any, quantize: bool = False
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
     """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
     if not quantize and _one_gated(residual, gate, y, bias):
@@ -92,7 +94,7 @@ def _check_gated(
     return tuple(gates.values()), tuple(ys.values()), tuple(biases.values()) or (None,) * len(ys), arithmetic
 
 
-def _one_gated(residual: Tensor, gate: Tensor, y: Tensor, bias: Tensor | None) -> bool:
+def _one_gated(residual: Tensor, gate: object, y: object, bias: object) -> bool:
     """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
     for tensor in (residual, gate, y):
         if not isinstance(tensor, Tensor):

@@ -24,7 +24,7 @@ from dpdmd.kernels.runtime.kept import gradients_wanted
 from dpdmd.kernels.runtime.launch import capability
 from dpdmd.kernels.runtime.layout import address
 from dpdmd.kernels.runtime.rows import sum_rows
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 
 
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ def _served(index: int) -> bool:
     return not why_not("triton", "cuda", index) and not csrc.missing("cuda", index)
 
 
-class _GeluMlp(torch.autograd.Function):
+class _GeluMlp(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, x, weight1, bias1, weight2):

@@ -33,7 +33,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; with weight {tuple(weight.shape)} it needs (N,)")
     tensors = x, weight, bias
     if not gradients_wanted(*tensors) and epilogue_takes(*tensors):
-        rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)
+        rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)  # pyright: ignore[reportPrivateImportUsage]
         return rows.view(*x.shape[:-1], -1)
     return gelu_tanh(F.linear(x, weight), bias)
 

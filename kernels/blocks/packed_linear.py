@@ -13,10 +13,10 @@ from torch import Tensor
 
 from dpdmd.kernels.runtime import checks
 from dpdmd.kernels.runtime.registration import transformed
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 
 
-class _PackedLinear(torch.autograd.Function):
+class _PackedLinear(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, x, count, *weights_and_biases):
@@ -79,12 +79,12 @@ def packed_linear(x: Tensor, weights: tuple[Tensor, ...], bias: tuple[Tensor, ..
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
     x, *parameters = tensors
-    weights, biases = parameters[: len(weights)], parameters[len(weights) :]
-    if len(weights) == 1:
+    count = len(weights)
+    if count == 1:
         return F.linear(x, *parameters)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors) and not transformed():
-        return _PackedLinear.apply(x, len(weights), *parameters)
-    return F.linear(x, torch.cat(weights), torch.cat(biases) if biases else None)
+        return _PackedLinear.apply(x, count, *parameters)
+    return F.linear(x, torch.cat(parameters[:count]), torch.cat(parameters[count:]) if bias else None)
 
 
 def _check(x: Tensor, weights: tuple[Tensor, ...], bias: tuple[Tensor, ...] | None, autocast: bool) -> None:

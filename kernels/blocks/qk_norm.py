@@ -10,10 +10,13 @@ Source: arXiv 2403.03206, section 5.3.2 and figure 2 (RMSNorm of q and k, joint 
 2104.09864, equation 34 (rotary embedding).
 """
 
+# Kernels set and read a variable under one condition on constants; there is always a stream to loop over.
+# pyright: reportPossiblyUnboundVariable=false
+
 import functools
 from collections import namedtuple
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.launch import jit, kernel, tl
 from dpdmd.kernels.runtime.layout import contiguous
 from dpdmd.kernels.runtime.registration import register
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import multiple, multiples, power_of_two
 
 NUM_WARPS = 4
@@ -85,7 +88,7 @@ def qk_norm_reference(
                 x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
             joint[name].append(x if weight is None else x * weight.to(arithmetic))
     q, k, v = (torch.cat(streams, dim=1) for streams in joint.values())
-    if cos is not None:
+    if cos is not None and sin is not None:
         q, k = rotated(q, cos, sin, interleaved), rotated(k, cos, sin, interleaved)
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
@@ -520,14 +523,14 @@ class _Slots(NamedTuple):
     """What the registered operations take for each stream, one after the other: tensors, their gradients, or whether
     those are wanted. A packed qkv stands for q, and k and v are None."""
 
-    q: Tensor | None
-    k: Tensor | None
-    v: Tensor | None
-    q_bias: Tensor | None
-    k_bias: Tensor | None
-    v_bias: Tensor | None
-    q_weight: Tensor | None
-    k_weight: Tensor | None
+    q: Any
+    k: Any
+    v: Any
+    q_bias: Any
+    k_bias: Any
+    v_bias: Any
+    q_weight: Any
+    k_weight: Any
 
     @property
     def projections(self) -> tuple:
@@ -554,13 +557,13 @@ def _vectors_needed(needed: list[_Slots]) -> tuple[bool, bool]:
     return any(any(stream.biases) for stream in needed), any(any(stream.weights) for stream in needed)
 
 
-def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Tensor | None], int]:
+def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Any], int]:
     """Projections of a stream as the kernels read them: dense heads, and one stride from sample to sample and one from
     token to token for all, copied where they are not so; and the distance from q to k and k to v in a packed one."""
     tensors = [q, k, v]
     present = [x for x in tensors if x is not None]
     if not all(x.is_contiguous() for x in present):
-        strides = q.stride()[:2]
+        strides = present[0].stride()[:2]
         if any(x.stride()[:2] != strides or not _heads_dense(x) for x in present):
             tensors = contiguous(*tensors)
     if q is not None and q.ndim == 5:
@@ -604,10 +607,11 @@ def _launch(
         tiles = -(-length * heads // rows)
         strides += *tensors[0].stride()[:2], part_stride
         tensors += contiguous(*stream.biases, *stream.weights)
-        streams.append((batch * tiles, _Stream(*tensors, *strides[-3:], length, offset, tiles)))
+        streams.append((batch * tiles, _Stream(*(*tensors, *strides[-3:], length, offset, tiles))))
         offset += length
-    for arguments in _launches(streams):
+    for programs, *arguments in _launches(streams):
         _qk_norm_kernel(
+            programs,
             *(*arguments, *out, offset, *contiguous(cos, sin), eps),
             *(heads, dim, half, rows, interleaved, _one_angle(cos, dim), multiples(*strides)),
         )
@@ -666,16 +670,16 @@ class _BackwardInputs(NamedTuple):
         """Uninitialised: the gradients of the projections that want one; and where a bias or a weight does, one tensor for
         those of all biases, or all weights, or both: of `vector_sizes` for stream 1, then for stream 2."""
         batch, _, heads, dim = self.like.shape
-        options, needed = {"device": self.like.device}, _by_stream(self.needed)
+        device, needed = self.like.device, _by_stream(self.needed)
         gradients = []
         for length, packed, wanted in zip(self.lengths, self.packed, needed, strict=True):
             shape = (batch, length, 3, heads, dim) if packed else (batch, length, heads, dim)
-            gradients += [torch.empty(shape, dtype=self.dtype, **options) for x in wanted.projections if x]
+            gradients += [torch.empty(shape, dtype=self.dtype, device=device) for x in wanted.projections if x]
         sizes = self.vector_sizes(*_vectors_needed(needed))
         if sizes:
             dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream[3:] if x is not None}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
-            gradients.append(torch.empty(len(self.lengths) * sum(sizes), dtype=dtype, **options))
+            gradients.append(torch.empty(len(self.lengths) * sum(sizes), dtype=dtype, device=device))
         return gradients
 
 
@@ -711,11 +715,12 @@ def _launch_backward(*arguments) -> list[Tensor]:
         of_projections *= 3 // len(of_projections)
         tensors = q, k, *contiguous(*stream.biases, *stream.weights), *of_projections
         numbers = *strides[-3:], call.lengths[i], offset, chunks[i], sum(rows[:i])
-        streams.append((rows[i] * groups, _BackwardStream(*tensors, *numbers)))
+        streams.append((rows[i] * groups, _BackwardStream(*(*tensors, *numbers))))
         offset += call.lengths[i]
-    for each in _launches(streams):
+    for programs, *arguments in _launches(streams):
         _qk_norm_backward_kernel(
-            *(*each, *(part for x in upstream for part in x)),
+            programs,
+            *(*arguments, *(part for x in upstream for part in x)),
             *(*contiguous(call.cos, call.sin), call.eps, bias_sums, weight_sums, sum(rows), chunk),
             *(heads, dim, half, tokens_each, heads_each, groups, STAGES),
             *(call.interleaved, _one_angle(call.cos, dim), multiples(*strides)),
@@ -760,7 +765,7 @@ _qk_norm_backward = register(
 )
 
 
-class _QkNorm(torch.autograd.Function):
+class _QkNorm(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, cos, sin, interleaved, eps, *inputs):
@@ -873,7 +878,7 @@ def _check(streams: tuple[TokenStream, ...], eps: float | None) -> tuple[torch.d
         raise ValueError(f"got {len(streams)} streams of tokens; it needs one or two")
     if eps is not None:
         checks.number("eps", eps)
-    like, total = None, 0
+    like, total, heads, dim = None, 0, 0, 0
     for stream in streams:
         if not isinstance(stream, TokenStream):
             raise TypeError(f"a stream is a {type(stream).__name__}; it needs to be a TokenStream")
@@ -902,7 +907,7 @@ def _check(streams: tuple[TokenStream, ...], eps: float | None) -> tuple[torch.d
                 raise TypeError(f"{name} has dtype {x.dtype}; it needs the first projection's, {dtype}")
             if x.device != device:
                 raise ValueError(f"{name} is on {x.device}; it needs to be on {device} like the first projection")
-        total += length
+        total += shape[1]
     arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
     for _, q_weight, k_weight, bias in streams:
         if bias is None:

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.activations import GELU
@@ -15,12 +15,12 @@ from dpdmd.kernels.runtime.registration import transformed
 class Fused(NamedTuple):
     """A class of modules that there is a fused forward for."""
 
-    why_not: Callable[[nn.Module], str]  # why a module must run as diffusers wrote it; "" where it need not
+    why_not: Callable[[Any], str]  # why a module must run as diffusers wrote it; "" where it need not
     forward: Callable  # takes the module first
     fp8_layers: tuple[str, ...] = ()  # where they are plain
 
 
-def or_stock(why_not: Callable[[nn.Module], str]) -> Callable[[Callable], Callable]:
+def or_stock(why_not: Callable[[Any], str]) -> Callable[[Callable], Callable]:
     """Makes forward(module, *args, **kwargs) call the stock forward where why_not names a reason, inside torch.func, and
     where the fused one returns None: at a call that it does not serve."""
 
@@ -45,7 +45,7 @@ class Like(NamedTuple):
 
     cls: type  # exactly; NoneType for one that is not there
     parts: dict[str, "Like"] = {}  # noqa: RUF012  (never written to)
-    demand: Callable[[nn.Module], str] | None = None  # further: what is wrong, "" for nothing
+    demand: Callable[[Any], str] | None = None  # further: what is wrong, "" for nothing
 
 
 def why_not_like(module: nn.Module, cls: type, parts: dict[str, Like]) -> str:
@@ -99,7 +99,7 @@ def away(module: nn.Module) -> bool:
     return any(parameter.numel() == 0 for parameter in parameters if parameter is not None)
 
 
-def norms_away(attn: nn.Module) -> bool:
+def norms_away(attn: Any) -> bool:
     """Whether an attention's norms are `away`, whose weights the fused forward reads."""
     return any(away(norm) for name, norm in attn._modules.items() if name.startswith("norm_"))
 
@@ -131,7 +131,7 @@ _NORMS, _ADDED_NORMS = ("norm_q", "norm_k"), ("norm_added_q", "norm_added_k")
 
 
 def attention_like(
-    cls: type, norm: Like, demand: Callable[[nn.Module], str], *, added: bool = False, to_out: bool = True
+    cls: type, norm: Like, demand: Callable[[Any], str], *, added: bool = False, to_out: bool = True
 ) -> Like:
     """An attention whose heads have such norms, of one eps: with norms of the text's tokens (added), with a projection of
     its output (to_out). demand: asked before its eps."""
@@ -141,7 +141,7 @@ def attention_like(
     return Like(cls, parts, lambda attn: demand(attn) or _unequal_eps(attn))
 
 
-def _unequal_eps(attn: nn.Module) -> str:
+def _unequal_eps(attn: Any) -> str:
     norms = {name: attn._modules[name] for name in (*_NORMS, *_ADDED_NORMS) if attn._modules.get(name) is not None}
     for name, norm in norms.items():
         if norm.eps is None or norm.eps != attn.norm_q.eps:

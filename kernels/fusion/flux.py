@@ -19,6 +19,7 @@ from diffusers.models.transformers.transformer_flux import (
     FluxTransformerBlock,
 )
 from torch import Tensor, nn
+from torch._C import _is_alias_of  # pyright: ignore[reportAttributeAccessIssue]
 
 from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
 from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
@@ -81,7 +82,7 @@ def why_not_single(block: nn.Module) -> str:
 
 @or_stock(why_not_double)
 def forward_double(
-    block: nn.Module,
+    block: FluxTransformerBlock,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
@@ -129,7 +130,7 @@ def forward_double(
 
 @or_stock(why_not_single)
 def forward_single(
-    block: nn.Module,
+    block: FluxSingleTransformerBlock,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,
@@ -179,7 +180,7 @@ def _joint_of(text: Tensor, image: Tensor) -> Tensor | None:
     """The tensor that both are parts of, if their memory and their gradients are its own."""
     batch, length, channels = text.shape
     shape, stride, offset = (batch, length + image.shape[1], channels), text.stride(), text.storage_offset()
-    if not plain((text, image)) or not torch._C._is_alias_of(text, image) or text.dtype != image.dtype:
+    if not plain((text, image)) or not _is_alias_of(text, image) or text.dtype != image.dtype:
         return None
     beside = (batch, channels), stride, offset + length * stride[1]
     if (image.shape[::2], image.stride(), image.storage_offset()) != beside:

@@ -1,7 +1,7 @@
 """A block's large weights in FP8, for its passes without gradient: which passes those are, and when the weights have
 changed."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,7 +59,7 @@ class Fp8Weights:
         if not plain(made):  # of a FakeTensorMode
             return made
         if copies is not None and all(map(_alike, made, copies)):  # a CUDA graph finds them where they were
-            torch._foreach_copy_(list(copies), list(made))
+            torch._foreach_copy_(list(copies), list(made))  # pyright: ignore[reportPrivateImportUsage]
         else:
             copies = made
         self._copies[layers, columns] = versions, passes if known == versions else self._passes, copies
@@ -86,7 +86,7 @@ class Fp8Pass(NamedTuple):
         return fp8_linear(x, self.weights.of(*layers, columns=columns), dtype=self.dtype)
 
 
-def fp8_pass(block: nn.Module, *inputs: Tensor) -> Fp8Pass | None:
+def fp8_pass(block: Any, *inputs: Tensor) -> Fp8Pass | None:
     """None where the block has no FP8, where torch.compile traces it, and in a pass that has gradients: also in the
     first one of a checkpoint, in no_grad mode but on inputs that require them, or in `selective_checkpoint`."""
     weights = block._fp8_weights

@@ -2,8 +2,9 @@
 rotation, attention."""
 
 import itertools
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpdmd.kernels.attention.attention import attention
 from dpdmd.kernels.blocks.adapters import lowered, raised
@@ -14,19 +15,19 @@ from dpdmd.kernels.fusion.fp8_weights import Fp8Pass
 from dpdmd.kernels.fusion.linear import adapter, as_autocast, base, plain, product
 
 
-def image_stream(attn: nn.Module, x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None) -> TokenStream:
+def image_stream(attn: Any, x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None) -> TokenStream:
     """The projections of x (B, S, C) by to_q, to_k and to_v."""
     qkv, bias = _projections((attn.to_q, attn.to_k, attn.to_v), x, head_dim, fp8)
     return TokenStream(qkv, *_norm_weights(attn.norm_q, attn.norm_k), bias)
 
 
-def text_stream(attn: nn.Module, x: Tensor, head_dim: int) -> TokenStream:
+def text_stream(attn: Any, x: Tensor, head_dim: int) -> TokenStream:
     """The projections of x by add_q_proj, add_k_proj and add_v_proj."""
     qkv, bias = _projections((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x, head_dim)
     return TokenStream(qkv, *_norm_weights(attn.norm_added_q, attn.norm_added_k), bias)
 
 
-def attend(attn: nn.Module, *streams: TokenStream, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+def attend(attn: Any, *streams: TokenStream, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(B, S_1 + ..., C), with the norms' eps. rope: cosines and sines of all tokens."""
     eps = None if attn.norm_q is None else attn.norm_q.eps
     if rope is None:
@@ -36,13 +37,13 @@ def attend(attn: nn.Module, *streams: TokenStream, rope: tuple[Tensor, Tensor] |
     return attention(q, k, v).flatten(2)
 
 
-def _norm_weights(norm_q: nn.Module | None, norm_k: nn.Module | None) -> tuple[Tensor | None, Tensor | None]:
+def _norm_weights(norm_q: Any, norm_k: Any) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if norm_q is None else (norm_q.weight, norm_k.weight)
 
 
 def _projections(
-    layers: tuple[nn.Module, ...], x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None
-) -> tuple[Tensor | tuple[Tensor, ...], tuple[Tensor | None, ...]]:
+    layers: tuple[Any, ...], x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None
+) -> tuple[Any, Any]:
     """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D) where all layers are plain, else three (B, S, H, D)."""
     if isinstance(x, Tensor) and not plain(*layers):
         added = [adapter(layer) for layer in layers]
@@ -60,7 +61,7 @@ def _projections(
     return qkv.unflatten(-1, (3, -1, head_dim)), tuple(layer.bias for layer in layers)
 
 
-def _packed(layers: tuple[nn.Linear, ...], x: Tensor | Quantized, fp8: Fp8Pass | None) -> Tensor:
+def _packed(layers: tuple[Any, ...], x: Tensor | Quantized, fp8: Fp8Pass | Any) -> Tensor:
     if isinstance(x, Quantized):
         return fp8.product(x, *layers)
     return packed_linear(x, tuple(layer.weight for layer in layers))

@@ -1,9 +1,12 @@
 """The matrix products of a fused block's linear layers, which leave the bias to the operation after them, with what LoRA
-adapters add to them; and the feed-forward.
+adapters add to them; and the feed-forward. An input is quantised in a pass in FP8 alone: what follows of
+that is Any to a checker.
 
 A bias that the next operation adds costs nothing there, and its gradient falls out of that operation's; added by the
 matrix product, its gradient is a pass of its own over the product's.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +21,7 @@ from dpdmd.kernels.blocks.linear_gelu import linear_gelu
 from dpdmd.kernels.fusion.conditions import away, hooked
 from dpdmd.kernels.fusion.fp8_weights import Fp8Pass
 from dpdmd.kernels.runtime.rows import rows_product, rows_weight_gradient
-from dpdmd.kernels.runtime.saved import save, saved
+from dpdmd.kernels.runtime.saved import Function, save, saved
 
 try:
     from peft.tuners.lora.layer import Linear as LoraLinear  # diffusers has imported it already
@@ -45,12 +48,12 @@ def plain(*layers: nn.Module) -> bool:
     return True
 
 
-def base(layer: nn.Module) -> nn.Module:
+def base(layer: nn.Module) -> Any:
     """The linear layer itself, or the one inside peft's LoRA layer."""
     return layer if type(layer) is nn.Linear else layer._modules["base_layer"]
 
 
-def adapter(layer: nn.Module) -> Adapter | None:
+def adapter(layer: Any) -> Adapter | None:
     """What peft's LoRA layer adds to a plain base layer, where it is one adapter's scale (x A^T) B^T in the base's dtype
     and nothing else. None for what is to be called: several adapters at once, dropout, DoRA, and whatever torch.compile
     traces."""
@@ -66,7 +69,7 @@ def adapter(layer: nn.Module) -> Adapter | None:
     weight, down, up = base(layer).weight, down.weight, up.weight
     if type(dropout) is not nn.Identity or not weight.dtype == down.dtype == up.dtype:
         return None
-    return Adapter(*as_autocast(down, up), layer.scaling[name])
+    return Adapter(*as_autocast(down, up), scale=layer.scaling[name])
 
 
 def _lora(layer: nn.Module) -> bool:
@@ -74,7 +77,7 @@ def _lora(layer: nn.Module) -> bool:
     return type(layer) is LoraLinear and not layer.merged_adapters and not hooked(layer)
 
 
-def _active(layer: nn.Module) -> list[str]:
+def _active(layer: Any) -> list[str]:
     """Those of its adapters that peft would apply now."""
     if layer._disable_adapters:
         return []
@@ -83,12 +86,12 @@ def _active(layer: nn.Module) -> list[str]:
     return [name for name in ([active] if isinstance(active, str) else active) if name in adapters]
 
 
-def serves(fp8: Fp8Pass | None, *layers: nn.Module) -> bool:
+def serves(fp8: Fp8Pass | None, *layers: Any) -> bool:
     """Whether the products with these layers run in FP8, so that their input is quantised where it is made."""
     return fp8 is not None and plain(*layers)
 
 
-def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None = None) -> tuple[Tensor, Tensor | None]:
+def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | Any = None) -> tuple[Tensor, Tensor | None]:
     """(x W^T, b): the bias is still to be added. A layer that is not plain is called, and leaves none."""
     if isinstance(x, Tensor) and serves(fp8, layer):
         x = quantize_rows(x)
@@ -107,7 +110,7 @@ def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None = None)
 
 
 def product_of_two(
-    layer: nn.Module, a: Tensor, b: Tensor | Quantized, fp8: Fp8Pass | None = None
+    layer: nn.Module, a: Tensor, b: Tensor | Quantized, fp8: Fp8Pass | Any = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | tuple[Tensor | None, None] | None]:
     """`product` with a and b side by side, where they are not put; in FP8 a pair of products, still to be added up."""
     width = a.shape[-1]
@@ -124,10 +127,10 @@ def product_of_two(
         return layer(torch.cat((a, b), dim=-1)), None
     (a, b), h = lowered(tuple(as_autocast(a, b)), [added])
     y, bias = product_of_two(base(layer), a, b if fp8 is None else quantize_rows(b), fp8)
-    return (raised(y, h, [added]) if fp8 is None else (raised(y[0], h, [added]), y[1])), bias
+    return ((raised(y[0], h, [added]), y[1]) if isinstance(y, tuple) else raised(y, h, [added])), bias
 
 
-def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None = None) -> tuple[Tensor, Tensor | None]:
+def feed_forward(ff: Any, x: Tensor | Any, fp8: Fp8Pass | None = None) -> tuple[Tensor, Tensor | None]:
     """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
     activation, _, out = ff.net
     proj = activation.proj
@@ -138,7 +141,7 @@ def feed_forward(ff: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None = Non
     return product(out, activated(proj, x, fp8, quantize=serves(fp8, out)), fp8)
 
 
-def activated(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | None, quantize: bool) -> Tensor | Quantized:
+def activated(layer: nn.Module, x: Tensor | Any, fp8: Fp8Pass | None, quantize: bool) -> Tensor | Quantized:
     """gelu(x W^T + b)"""
     if fp8 is None and plain(layer):
         linear = base(layer)
@@ -154,7 +157,7 @@ def _rows_linear(x: Tensor, weight: Tensor) -> Tensor:
     return _RowsLinear.apply(*as_autocast(x, weight))
 
 
-class _RowsLinear(torch.autograd.Function):
+class _RowsLinear(Function):
     # F.linear would copy x to make one matrix of it. A batched product reads the samples where they are.
     @staticmethod
     def forward(ctx, x, weight):
@@ -170,7 +173,7 @@ class _RowsLinear(torch.autograd.Function):
 
 
 def split_products(
-    joint: Tensor, length: int, first: nn.Module, second: nn.Module, fp8: tuple[Fp8Pass | None, Fp8Pass | None]
+    joint: Tensor, length: int, first: Any, second: Any, fp8: tuple[Fp8Pass | None, Fp8Pass | None]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
     """`product` of the first `length` rows of joint (B, S, C) with one layer, and of the others with another; fp8 of
     each."""
@@ -182,7 +185,7 @@ def split_products(
     return product(first, rows1, fp8[0]), product(second, rows2, fp8[1])
 
 
-class _SplitProducts(torch.autograd.Function):
+class _SplitProducts(Function):
     # Reads both parts where they are, and writes their gradients side by side: no copies, no concatenation.
     @staticmethod
     def forward(ctx, joint, weight1, weight2, length):
@@ -210,7 +213,7 @@ class _SplitProducts(torch.autograd.Function):
         return djoint, *dweights, None
 
 
-class _LinearOfTwo(torch.autograd.Function):
+class _LinearOfTwo(Function):
     # A concatenation would be written, read and kept for the backward pass; slices of the weight would fill two weights
     # with zeros there and add them up. The price is that the first product is rounded before the second is added.
     @staticmethod
@@ -253,7 +256,7 @@ def split_rows(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
     return _SplitRows.apply(joint, length)
 
 
-class _SplitRows(torch.autograd.Function):
+class _SplitRows(Function):
     # The backward passes of two slices fill two joint buffers and add them up; this one writes one, once.
     @staticmethod
     def forward(ctx, joint, length):

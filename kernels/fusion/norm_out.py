@@ -1,5 +1,7 @@
 """The fused forward of diffusers' AdaLayerNormContinuous: a transformer's norm after its last block."""
 
+from typing import Any
+
 import torch.nn.functional as F
 from diffusers.models.normalization import AdaLayerNormContinuous
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ def why_not(norm: nn.Module) -> str:
 
 
 @or_stock(why_not)
-def forward(norm: nn.Module, x: Tensor, conditioning_embedding: Tensor) -> Tensor:
+def forward(norm: Any, x: Tensor, conditioning_embedding: Tensor) -> Any:
     """x (B, S, C), conditioning_embedding (B, C)."""
     scale, shift = norm.linear(F.silu(conditioning_embedding).to(x.dtype)).chunk(2, dim=1)
     return adaln_modulate(x, scale, shift, eps=norm.norm.eps)

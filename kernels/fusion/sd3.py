@@ -10,13 +10,17 @@
 Source: arXiv 2403.03206, figure 2; diffusers' models/attention.py and JointAttnProcessor2_0.
 """
 
+# What a block is made of decides what is set, and whether it is read.
+# pyright: reportPossiblyUnboundVariable=false
+
 import itertools
+from typing import Any
 
 import torch.nn.functional as F
 from diffusers.models.attention import JointTransformerBlock
 from diffusers.models.attention_processor import Attention, JointAttnProcessor2_0
 from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, RMSNorm, SD35AdaLayerNormZeroX
-from torch import Tensor, nn
+from torch import Tensor
 
 from dpdmd.kernels.blocks.adaln_modulate import adaln_modulate
 from dpdmd.kernels.blocks.gated_residual import gated_residual, gated_residual_adaln
@@ -74,7 +78,7 @@ def _processor(attn: Attention) -> str:
 _PARTS = {flags: _parts(*flags) for flags in itertools.product((False, True), repeat=3)}
 
 
-def why_not(block: nn.Module) -> str:
+def why_not(block: Any) -> str:
     if type(block).forward is JointTransformerBlock.forward and block._chunk_size is not None:
         return "its feed-forward runs in chunks (enable_forward_chunking)"
     normed = getattr(block.attn, "norm_q", None) is not None
@@ -83,7 +87,7 @@ def why_not(block: nn.Module) -> str:
 
 @or_stock(why_not)
 def forward(
-    block: nn.Module,
+    block: Any,
     hidden_states: Tensor,
     encoder_hidden_states: Tensor,
     temb: Tensor,

@@ -22,6 +22,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from dpdmd.kernels.runtime import kept
 from dpdmd.kernels.runtime.registration import transformed
+from dpdmd.kernels.runtime.saved import Function
 
 
 def selective_checkpoint(
@@ -64,22 +65,20 @@ def selective_checkpoint(
         return function(*args, **kwargs)
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-    swapped = False
-    if isinstance(function, nn.Module):
-        own, swapped = _parameters_of(function)
-    parameters = own if parameters is None else list(parameters)
-    if swapped or _replaced(parameters):
+    own, swapped = _parameters_of(function) if isinstance(function, nn.Module) else ([], False)
+    read = own if parameters is None else list(parameters)
+    if swapped or _replaced(read):
         return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, **kwargs)
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
+    read = [parameter for parameter in read if parameter.requires_grad]
     values, structure = tree_flatten((args, kwargs))
     places = [i for i, value in enumerate(values) if isinstance(value, Tensor)]
     tensors = [values[i] for i in places]
-    if not parameters and not any(tensor.requires_grad for tensor in tensors):
+    if not read and not any(tensor.requires_grad for tensor in tensors):
         return function(*args, **kwargs)
     for i in places:
         values[i] = None
     run = _Run(function, values, places, structure)
-    outputs = _Checkpoint.apply(run, len(tensors), *tensors, *parameters)
+    outputs = _Checkpoint.apply(run, len(tensors), *tensors, *read)
     return tree_unflatten(outputs, run.output_structure)
 
 
@@ -138,7 +137,7 @@ class _Run:
     values: list[Any]  # None for a tensor
     places: list[int]  # of the tensors
     structure: TreeSpec
-    output_structure: TreeSpec | None = None  # known after a run
+    output_structure: Any = None  # a TreeSpec, known after a run
 
     def __call__(self, tensors: Iterable[Tensor]) -> list[Any]:
         values = list(self.values)
@@ -149,7 +148,7 @@ class _Run:
         return outputs
 
 
-class _Checkpoint(torch.autograd.Function):
+class _Checkpoint(Function):
     @staticmethod
     def forward(ctx, run, num_inputs, *tensors):
         inputs, parameters = tensors[:num_inputs], tensors[num_inputs:]
@@ -224,9 +223,9 @@ def _module_of(function: Callable) -> nn.Module | None:
 
 
 def _look_through(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
-    known = {id(tensor) for tensor in known}
-    others = [output for output in outputs if output.grad_fn is None and id(output) not in known]
-    nodes = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    ids = {id(tensor) for tensor in known}
+    others = [output for output in outputs if output.grad_fn is None and id(output) not in ids]
+    nodes: list[Any] = [output.grad_fn for output in outputs if output.grad_fn is not None]
     seen = set(nodes)
     while nodes and not others:
         for node, _ in nodes.pop().next_functions:
@@ -234,7 +233,7 @@ def _look_through(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
                 continue
             seen.add(node)
             nodes.append(node)
-            if type(node) is _Leaf and id(node.variable) not in known:
+            if type(node) is _Leaf and id(node.variable) not in ids:
                 others.append(node.variable)
     if others:
         other = others[0]
@@ -246,7 +245,7 @@ def _look_through(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
         )
 
 
-_Leaf = torch._C._functions.AccumulateGrad
+_Leaf = torch._C._functions.AccumulateGrad  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _leaves(tensors: Iterable[Tensor], differentiable: Iterable[bool]) -> list[Tensor]:

@@ -11,12 +11,14 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _get_current_graph_task_keep_graph
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.losses.scale import scaled, scaled_in_place
 from dpdmd.kernels.runtime import layout
 from dpdmd.kernels.runtime.formula import sample_size
 from dpdmd.kernels.runtime.registration import transformed
+from dpdmd.kernels.runtime.saved import Function
 
 Loss = tuple[Tensor, Tensor, float]
 
@@ -79,7 +81,7 @@ def attach(x: Tensor, computed: Loss) -> Tensor:
     return _Attach.apply(x, computed)
 
 
-class _Attach(torch.autograd.Function):
+class _Attach(Function):
     # `computed` is a tuple so that autograd sees no input but x. The older form of forward, with ctx: the newer one
     # binds its arguments by inspection, 20 us a call.
     @staticmethod
@@ -104,7 +106,7 @@ def _constant_gradient(ctx, upstream: Tensor) -> Tensor:
     return scaled(gradient, upstream, ctx.rest)
 
 
-class _AttachTransformed(torch.autograd.Function):
+class _AttachTransformed(Function):
     """`_Attach` in the form that torch.func takes. It returns the gradient too, so that a derivative of it is refused:
     the gradient is a constant."""
 
@@ -133,4 +135,4 @@ class _AttachTransformed(torch.autograd.Function):
 
 def _graph_ends_here() -> bool:
     """Whether this backward pass frees the graph, so that what it saved is nobody's afterwards."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
+    return not _get_current_graph_task_keep_graph()

@@ -13,6 +13,9 @@ Source: arXiv 2602.03139, the student's update from the renoised sample on (its 
 after DMD2 (arXiv 2405.14867).
 """
 
+# Kernels set and read a variable under one condition on constants.
+# pyright: reportPossiblyUnboundVariable=false
+
 from typing import NamedTuple
 
 import torch

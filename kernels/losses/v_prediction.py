@@ -39,8 +39,8 @@ def _launch(
     v: Tensor, noise: Tensor, z: Tensor, t: Tensor | None, remaining: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
     # start - t in the kernel: 1 - t for a tensor; for a float it was computed in float64.
-    start, t = (remaining, 0.0) if t is None else (1.0, t)
-    return squared.squared_loss(_residual, v, noise, z, (start, 0), joined(*split(t)), reduction)
+    start, end = (remaining, 0.0) if t is None else (1.0, t)
+    return squared.squared_loss(_residual, v, noise, z, (start, 0), joined(*split(end)), reduction)
 
 
 _v_prediction_loss = register(
@@ -54,8 +54,8 @@ _v_prediction_loss = register(
 def v_prediction_loss_triton(
     v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
 ) -> Loss:
-    t, remaining = (t, 1.0) if isinstance(t, Tensor) else (None, float(1 - t))
-    return run_triton(_v_prediction_loss, v, noise, z, t, remaining, reduction=reduction)
+    times = (t, 1.0) if isinstance(t, Tensor) else (None, float(1 - t))
+    return run_triton(_v_prediction_loss, v, noise, z, *times, reduction=reduction)
 
 
 def v_prediction_loss_cuda(

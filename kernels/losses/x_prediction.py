@@ -47,8 +47,8 @@ def _launch(
     x0_target: Tensor,
     reduction: str,
 ) -> tuple[Tensor, Tensor]:
-    a, b = joined(a, a_value), joined(b, b_value)
-    return squared.squared_loss(_residual, prediction, x_t, x0_target, a, b, reduction)
+    to_x0 = joined(a, a_value), joined(b, b_value)
+    return squared.squared_loss(_residual, prediction, x_t, x0_target, *to_x0, reduction)
 
 
 _x_prediction_loss = register(

@@ -28,7 +28,7 @@ Sources: arXiv 1711.05101 (AdamW), in the order of torch.optim.AdamW; arXiv 2110
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -164,7 +164,7 @@ class Moments(NamedTuple):
     exp_avg_sq_scale: Tensor | None
 
     def read(self) -> tuple[Tensor, Tensor]:
-        if self.exp_avg_scale is None:
+        if self.exp_avg_scale is None or self.exp_avg_sq_scale is None:
             return self.exp_avg.float(), self.exp_avg_sq.float()
         return (
             exp_avg_of(Float8State(self.exp_avg, self.exp_avg_scale)),
@@ -174,10 +174,10 @@ class Moments(NamedTuple):
     def write(
         self, m: Tensor, v: Tensor, root: Tensor, apply: Tensor | None, random: tuple[Tensor, Tensor] | None
     ) -> None:
-        if self.exp_avg.dtype == torch.float32:
+        if random is None or self.exp_avg.dtype == torch.float32:
             _write(self.exp_avg, m, apply)
             _write(self.exp_avg_sq, v, apply)
-        elif self.exp_avg.dtype == torch.bfloat16:
+        elif self.exp_avg_scale is None or self.exp_avg_sq_scale is None:
             _write(self.exp_avg, round_to_bfloat16(m, random[0]), apply)
             _write(self.exp_avg_sq, round_to_bfloat16(v, random[1]), apply)
         else:
@@ -484,7 +484,7 @@ def adamw_step(
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple[Tensor | None, ...]:
+def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple[Any, ...]:
     """Returns exp_avg, its scales, exp_avg_sq, its scales."""
     _floating("master", master, (torch.float32,))
     if master.ndim != 1:
@@ -529,7 +529,7 @@ def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple
     return states
 
 
-def _floating(name: str, value: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _floating(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a torch.Tensor")
     if value.dtype not in dtypes:

@@ -116,4 +116,4 @@ def why_not(name: str, device_type: str, index: int | None) -> str:
 
 # torch.compile runs these two while tracing. torch.compiler.assume_constant_result says so, too, but imports
 # torch._dynamo: a second of everybody's time.
-served._dynamo_marked_constant = why_not._dynamo_marked_constant = True
+served.__dict__["_dynamo_marked_constant"] = why_not.__dict__["_dynamo_marked_constant"] = True

@@ -35,7 +35,7 @@ def unable() -> str:
         return "nvcc, CUDA's compiler, is not on PATH"
     if not _ninja():
         return "ninja is not installed (pip install ninja)"
-    if importlib.util.find_spec("torch") is None:
+    if _torch() is None:
         return "torch, whose headers it needs, is not installed in the environment that builds (--no-build-isolation)"
     if _cublas_headers() is None:
         return "cublasLt.h is neither in nvcc's toolkit nor in a package (pip install nvidia-cublas brings it)"
@@ -50,7 +50,7 @@ def build(folder: Path) -> Path:
     target = folder / file_name()
     with tempfile.TemporaryDirectory(prefix="dpdmd-") as work:
         Path(work, "build.ninja").write_text(_rules())
-        done = subprocess.run([_ninja(), "-C", work], capture_output=True, text=True)
+        done = subprocess.run([_ninja() or "ninja", "-C", work], capture_output=True, text=True)
         if done.returncode:
             last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
             raise RuntimeError(f"the CUDA kernels do not compile with {_nvcc()}:\n{last}")
@@ -86,8 +86,14 @@ def _ninja() -> str | None:
     return shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
 
 
+def _torch() -> Path | None:
+    """The folder of torch, without importing it."""
+    found = importlib.util.find_spec("torch")
+    return Path(found.origin).parent if found and found.origin else None
+
+
 def _rules() -> str:
-    torch = Path(importlib.util.find_spec("torch").origin).parent
+    torch = _torch()
     codes = " ".join(f"-gencode=arch={code}" for code in ARCHITECTURES)
     sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.cu"))]
     objects = " ".join(f"{source.stem}.o" for source in sources)

@@ -5,6 +5,8 @@ Only what Python knows without looking into a tensor is checked: a GPU never wai
 checks away.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ _FLOAT32_ARITHMETIC = DTYPES[:3]
 REDUCTIONS = ("mean", "sum", "none")
 
 
-def tensors(**arguments: Tensor | None) -> torch.dtype:
+def tensors(**arguments: Any) -> torch.dtype:
     """Floating tensors (B, ...) of the first one's shape and device; None is passed over. Returns the dtype of the
     arithmetic: float64 where any tensor has it, else float32."""
     (first, like), *others = arguments.items()
@@ -37,7 +39,7 @@ def tensors(**arguments: Tensor | None) -> torch.dtype:
     return arithmetic
 
 
-def alike(shape: tuple[int, ...], device: torch.device, *values: Tensor | None) -> bool:
+def alike(shape: tuple[int, ...], device: torch.device, *values: object) -> bool:
     """Whether all are tensors of this shape and device, None passed over, and the arithmetic is float32: then there is
     no error to name anything in, and naming takes longer than looking."""
     for value in values:
@@ -50,14 +52,14 @@ def alike(shape: tuple[int, ...], device: torch.device, *values: Tensor | None) 
     return True
 
 
-def floating(name: str, value: Tensor) -> None:
+def floating(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a torch.Tensor")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} has dtype {value.dtype}; it needs float32, float16, bfloat16 or float64")
 
 
-def number(name: str, value: float) -> None:
+def number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a float")
 
@@ -99,6 +101,6 @@ def guidance(guidance_scale: float, name: str, uncond: Tensor | None) -> None:
         )
 
 
-def one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def one_of(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}; it needs to be one of {', '.join(map(repr, allowed))}")

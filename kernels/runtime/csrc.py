@@ -75,8 +75,8 @@ def _build_once(folder: Path) -> Path:
         return path
 
 
-def same_dtype(*tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors, in float32 where their dtypes differ: what the kernels are compiled for."""
+def same_dtype(*tensors: Tensor | None) -> list:
+    """The tensors, in float32 where their dtypes differ: what the kernels are compiled for. None stays None."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if len(dtypes) < 2:
         return list(tensors)

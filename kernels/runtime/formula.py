@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 
-def widen(arithmetic: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+def widen(arithmetic: torch.dtype, *tensors: Tensor | None) -> list:
+    """The tensors in `arithmetic`. None stays None."""
     return [None if tensor is None else tensor.to(arithmetic) for tensor in tensors]
 
 
@@ -17,7 +18,7 @@ def column(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
 
 def guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
     """Classifier-free guidance: uncond + s (cond - uncond). At s = 1 that is cond, and uncond is not read."""
-    return cond if guidance_scale == 1 else uncond + guidance_scale * (cond - uncond)
+    return cond if uncond is None or guidance_scale == 1 else uncond + guidance_scale * (cond - uncond)
 
 
 def sample_sum(y: Tensor) -> Tensor:

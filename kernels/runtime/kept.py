@@ -31,7 +31,8 @@ def keeping() -> bool:
 
 def kept(compute: Callable[[], Results]) -> Results:
     """compute(); where a checkpoint is being recomputed, what it gave in the forward pass."""
-    return _active.keep(compute) if keeping() else compute()
+    keep = _active.keep if keeping() else None
+    return compute() if keep is None else keep(compute)
 
 
 def gradients_wanted(*tensors: Tensor) -> bool:

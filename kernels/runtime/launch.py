@@ -3,24 +3,38 @@
 import functools
 import types
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-try:
-    import triton
-    import triton.language as tl
-    from triton import jit, knobs
-    from triton.tools.tensor_descriptor import TensorDescriptor
+if TYPE_CHECKING:  # a kernel is in another language than Python: to a checker what it names is anything
+    triton: types.ModuleType
+    knobs: Any
+    TensorDescriptor: Any
+    INTERPRETED: bool
+    F = TypeVar("F", bound=Callable)
 
-    INTERPRETED = bool(knobs.runtime.interpret)  # as read when the kernels are made, from TRITON_INTERPRET
-except ImportError:  # the modules with kernels must import all the same
-    triton = TensorDescriptor = None
-    tl = types.SimpleNamespace(constexpr=None, int64=None)
-    INTERPRETED = False
+    class tl(Any):
+        int64 = constexpr = Any
 
-    def jit(function):
-        return function
+    def jit(function: F) -> F: ...
+
+else:
+    try:
+        import triton
+        import triton.language as tl
+        from triton import jit, knobs
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        INTERPRETED = bool(knobs.runtime.interpret)  # as read when the kernels are made, from TRITON_INTERPRET
+    except ImportError:  # the modules with kernels must import all the same
+        triton = TensorDescriptor = None
+        tl = types.SimpleNamespace(constexpr=None, int64=None)
+        INTERPRETED = False
+
+        def jit(function):
+            return function
 
 
 def capability(index: int | None) -> tuple[int, int]:
@@ -71,7 +85,8 @@ class Kernel:
         if INTERPRETED:
             self._jit[(programs,)](*arguments)
             return
-        device, launched, key = None, list(arguments), [arguments[self._num_varying :]]
+        device, launched = None, list(arguments)
+        key: list[Any] = [arguments[self._num_varying :]]
         for i in self._specialised:
             argument = arguments[i]
             if isinstance(argument, Tensor):
@@ -83,16 +98,17 @@ class Kernel:
                 device = argument.base.get_device() if device is None else device
             else:
                 key.append(type(argument))
-        if device != torch.cuda.current_device():
+        current = torch.cuda.current_device()
+        if device != current:
             with torch.cuda.device(device):
                 self(programs, *arguments)
             return
-        key = device, *key
-        launch = self._compiled.get(key)
+        specialised = current, *key
+        launch = self._compiled.get(specialised)
         if launch is None or _hooked():
-            self._compiled[key] = _launch_of(self._jit[(programs,)](*arguments, **self._options))
+            self._compiled[specialised] = _launch_of(self._jit[(programs,)](*arguments, **self._options))
             return
-        stream = torch._C._cuda_getCurrentRawStream(device)
+        stream = torch._C._cuda_getCurrentRawStream(current)
         run, function, metadata = launch
         run(programs, 1, 1, stream, function, metadata, None, None, None, *launched)
 

@@ -11,15 +11,15 @@ from torch import Tensor
 from dpdmd.kernels.runtime.registration import plain
 
 
-def address(x: Tensor) -> int:
+def address(x: Tensor) -> int | torch.SymInt:
     """Where x starts in memory, in bytes; in its storage where x is of a subclass, as a FakeTensor has no memory."""
     return x.data_ptr() if plain((x,)) else x.storage_offset() * x.element_size()
 
 
-def align(first: Tensor, *others: Tensor | None) -> list[Tensor | None]:
+def align(first: Tensor, *others: Tensor | None) -> list:
     """The same values, each sample dense and in the memory order of `first` (or contiguous, where first's samples are
     not dense). None stays None."""
-    tensors = [first, *others]
+    tensors: list = [first, *others]
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
             break
@@ -43,7 +43,7 @@ def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_strided(x.shape, strides, dtype=dtype, device=x.device)
 
 
-def contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+def contiguous(*tensors: Tensor | None) -> list:
     """Each tensor, copied where it is not contiguous. None stays None."""
     return [None if tensor is None else tensor.contiguous() for tensor in tensors]
 

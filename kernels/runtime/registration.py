@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _profiler_enabled
 from torch.utils._device import DeviceContext
 
 LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
@@ -19,7 +20,6 @@ transformed = torch._C._are_functorch_transforms_active
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # FakeTensorMode is one of them
 _function_mode = torch._C._is_torch_function_mode_enabled
-_profiler = torch._C._autograd._profiler_enabled
 # The types of arguments that need no dispatcher. Subclasses of Tensor do, such as FakeTensor and DTensor.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, list, tuple))
 
@@ -32,7 +32,7 @@ def plain(values: Iterable[object]) -> bool:
 def observed(arguments: Iterable[object]) -> bool:
     """Whether the dispatcher must see a call with these arguments: for a profiler, a mode (FakeTensorMode, a
     TorchDispatchMode, a TorchFunctionMode), a transform of torch.func, or a subclass of Tensor among them."""
-    if _profiler() or _dispatch_modes() > 0 or transformed() or not plain(arguments):
+    if _profiler_enabled() or _dispatch_modes() > 0 or transformed() or not plain(arguments):
         return True
     return _function_mode() and not _default_device_alone()
 

@@ -18,7 +18,7 @@ class Rows(NamedTuple):
     """Row r starts at element r // inner * outer_stride + r % inner * stride of `tensor`."""
 
     tensor: Tensor
-    count: int
+    num_rows: int
     inner: int
     outer_stride: int
     stride: int
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     @property
     def nested(self) -> bool:
         """Whether there are two strides; where not, row r starts at r * stride."""
-        return self.inner < self.count
+        return self.inner < self.num_rows
 
     @property
     def divisible(self) -> bool:

@@ -5,8 +5,13 @@ saved again and when it is asked for, some 20 us, and half of what the fused ope
 Those are there anyway and belong to no graph, so the function's context may hold them itself.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+# torch's class. To a checker it is anything, as a backward pass has a parameter for each output, which torch's has not.
+Function: Any = torch.autograd.Function
 
 
 def save(ctx, *tensors: Tensor | None) -> None:
@@ -18,7 +23,7 @@ def save(ctx, *tensors: Tensor | None) -> None:
     ctx.save_for_backward(*[None if i in ctx.parameters else t for i, t in enumerate(tensors)])
 
 
-def saved(ctx) -> tuple[Tensor | None, ...]:
+def saved(ctx) -> tuple[Any, ...]:
     """RuntimeError where a tensor was written to since."""
     tensors = list(ctx.saved_tensors)
     for i, (parameter, version) in getattr(ctx, "parameters", {}).items():

@@ -5,9 +5,13 @@ counted along the grid's first axis only, as the others end at 65535, and in int
 2^31.
 """
 
+from typing import TypeVar
+
 from torch import Tensor
 
 from dpdmd.kernels.runtime.launch import jit, tl
+
+Value = TypeVar("Value", bound=float | None)
 
 # 4096 elements over 256 threads: two 16-byte accesses a thread and tensor in bfloat16, which is enough in flight.
 BLOCK = 4096
@@ -52,7 +56,7 @@ def split(coefficient: float | Tensor) -> tuple[Tensor | None, float]:
     return (coefficient, 0.0) if isinstance(coefficient, Tensor) else (None, float(coefficient))
 
 
-def joined(tensor: Tensor | None, value: float | None) -> tuple[Tensor | float | None, int]:
+def joined(tensor: Tensor | None, value: Value) -> tuple[Tensor | Value, int]:
     """A coefficient as a kernel takes it: a pointer or a float, and the stride."""
     return (value, 0) if tensor is None else (tensor, tensor.stride(0))
 

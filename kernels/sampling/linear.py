@@ -10,6 +10,7 @@ from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column
 from dpdmd.kernels.runtime.launch import kernel, tl
 from dpdmd.kernels.runtime.registration import register
+from dpdmd.kernels.runtime.saved import Function
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store
 
 # (plus, minus, factor) stands for (plus - minus) factor, where plus and minus are floats or tensors (B,): what the
@@ -29,7 +30,7 @@ def linear(
     return run(*inputs)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, run, coefficients, *inputs):
@@ -124,8 +125,8 @@ def _multiplied_cuda(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype:
 
 def _multiplied_reference(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype: torch.dtype) -> Tensor:
     """The definition."""
-    plus, minus = (value if tensor is None else column(tensor, x) for tensor, value in (plus, minus))
-    return (x.float() * ((plus - minus) * factor)).to(dtype)
+    first, second = (value if tensor is None else column(tensor, x) for tensor, value in (plus, minus))
+    return (x.float() * ((first - second) * factor)).to(dtype)
 
 
 IMPLEMENTATIONS = {
