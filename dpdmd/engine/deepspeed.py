@@ -218,8 +218,9 @@ def _without_muon() -> Iterator[None]:
     if name in sys.modules:
         yield
         return
-    sys.modules[name] = stand_in = ModuleType(name)
+    stand_in: Any = ModuleType(name)
     stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+    sys.modules[name] = stand_in
     try:
         yield
     finally:
