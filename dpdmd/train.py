@@ -30,7 +30,7 @@ from dpdmd.run.journal import Journal
 from dpdmd.run.progress import Progress
 from dpdmd.run.resume import continued, identity, run_folder, starts
 from dpdmd.run.stopping import Stop
-from dpdmd.trainer import Trainer, build, check, load_prompts, plan_run, role_of
+from dpdmd.trainer import Trainer, build, check, load_prompts, plan_run, role_of, updates_before
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -109,7 +109,7 @@ def loop(run: Run, stop: Stop) -> None:
         update = trainer.update(role, iteration)
         done = iteration + 1
         checkpoint_due |= due(done, settings.checkpoint_every) and done < settings.iterations
-        logged = iteration % settings.log_every == 0
+        logged = updates_before(iteration, config.distill.critic_updates) % settings.log_every == 0
         if logged or checkpoint_due or done == settings.iterations:
             trainer.settle()
         progress.advance(role)

@@ -223,6 +223,12 @@ def role_of(iteration: int, critic_updates: int) -> str:
     return "student" if (iteration + 1) % (critic_updates + 1) == 0 else "critic"
 
 
+def updates_before(iteration: int, critic_updates: int) -> int:
+    """Number of earlier updates of the iteration's own role."""
+    students = iteration // (critic_updates + 1)
+    return students if role_of(iteration, critic_updates) == "student" else iteration - students
+
+
 def load_prompts(config: Config) -> list[str]:
     """Those of prompts.file, or of the world. Raises ConfigError where there are none."""
     if config.prompts.file is not None:
