@@ -34,8 +34,8 @@ from dpdmd.trainer import Trainer, build, check, load_prompts, plan_run, role_of
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-    """A whole run. Raises ConfigError for what cannot be run, before it starts, RunStopped for a broken run, RunEnded for one
-    that was asked to end, and OSError where something could not be written."""
+    """A whole run. Raises ConfigError for what cannot work, before it starts; RunStopped if the run breaks; RunEnded if it
+    was asked to end; OSError if a file cannot be written."""
     command.quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
@@ -89,7 +89,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
 
 @dataclass(frozen=True)
 class Run:
-    """Who takes part from the first update on. journal: of the main process alone. first: the update that comes next, from 0."""
+    """What the loop works with. journal: on the main process only. first: the next iteration, from 0."""
 
     trainer: Trainer
     checkpoints: Checkpoints
@@ -100,7 +100,7 @@ class Run:
 
 
 def loop(run: Run, stop: Stop) -> None:
-    """All updates that are left, each logged, sampled, measured and saved when that is due."""
+    """Runs the remaining updates; logs, samples, evaluates and saves when due."""
     trainer, checkpoints, journal, progress = run.trainer, run.checkpoints, run.journal, run.progress
     config, settings = trainer.config, trainer.config.run
     checkpoint_due = False
@@ -155,7 +155,7 @@ def due(count: int, every: int) -> bool:
 
 
 def finish(run: Run, plan: Plan) -> None:
-    """After the last update: the student is exported, measured and described."""
+    """After the last update: exports, measures and describes the student."""
     trainer, student = run.trainer, run.folder / "student"
     config, main = trainer.config, trainer.world.main
     check_export(trainer)
