@@ -18,7 +18,7 @@ from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.engine.lora import adapter_parameters, add_adapters
 from dpdmd.run.export import STUDENT_FILE
 
-FILE = Path(__file__).with_name("toy_family.py")
+FILE = Path(__file__).parents[2] / "examples" / "toy_family.py"
 LENGTH = 8
 PROMPTS = ["a red ring", "a blue square at left", ""]
 WORDS = "[pad] [unk] a red ring blue square at left big green cross yellow circle"
