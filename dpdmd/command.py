@@ -92,7 +92,7 @@ def run(function: Callable[..., int | None], *arguments: object) -> int:
             discard(sys.stdout)
 
 
-def explain(error: Exception) -> tuple[int, str]:
+def explain(error: BaseException) -> tuple[int, str]:
     """The status that an exception ends with, and what is said of it: one line, of a ConfigError one a problem."""
     if isinstance(error, ConfigError):
         return 2, str(error)
@@ -144,7 +144,7 @@ def _of_system(error: OSError) -> str:
 _OURS = {Path(__file__).parent, Path(__file__).parents[1] / "benchmarks"}
 
 
-def _of_memory(error: Exception) -> bool:
+def _of_memory(error: BaseException) -> bool:
     torch = sys.modules.get("torch")
     if isinstance(error, MemoryError) or (torch is not None and isinstance(error, torch.OutOfMemoryError)):
         return True
@@ -159,7 +159,7 @@ def _not_installed(error: ModuleNotFoundError) -> bool:
     return package != "dpdmd" and importlib.util.find_spec(package) is None
 
 
-def _of_a_peer(error: Exception) -> bool:
+def _of_a_peer(error: BaseException) -> bool:
     words = ("Connection closed by peer", "Connection reset by peer", "remote process exited")
     return isinstance(error, RuntimeError) and any(each in str(error) for each in words)
 

@@ -18,13 +18,14 @@ import os
 import re
 import reprlib
 import typing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pydantic
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, PlainValidator, Tag
+from yaml.composer import ComposerError
 
 from dpdmd.command import ConfigError, expand
 from dpdmd.files import open_file
@@ -531,7 +532,7 @@ class Config(_Section):
         """The world that the run is measured in, and whose prompts it takes where no others are given; None for none."""
         return self.evaluation.world or (self.model.pipeline if self.model.pipeline in SHIPPED_WORLDS else None)
 
-    def num_updates(self, role: Literal["student", "critic"]) -> int:
+    def num_updates(self, role: str) -> int:
         """Of a role in the whole run: `distill.critic_updates` of the critic come before each of the student."""
         of_student = self.run.iterations // (self.distill.critic_updates + 1)
         return of_student if role == "student" else self.run.iterations - of_student
@@ -754,7 +755,7 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent, index):
         event = self.peek_event()
         if getattr(event, "tag", None) not in (None, "!"):
-            raise yaml.composer.ComposerError(None, None, f"the tag {event.tag} is not read", event.start_mark)
+            raise ComposerError(None, None, f"the tag {event.tag} is not read", event.start_mark)
         return super().compose_node(parent, index)
 
     def compose_mapping_node(self, anchor):
@@ -764,7 +765,7 @@ class _Loader(yaml.SafeLoader):
             name = key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)
             if name in seen:
                 first = seen[name].start_mark.line + 1
-                raise yaml.composer.ComposerError(
+                raise ComposerError(
                     None, None, f"the key {shown(key.value)} stands twice, in line {first} too", key.start_mark
                 )
             seen[name] = key
@@ -774,10 +775,10 @@ class _Loader(yaml.SafeLoader):
 class _Dumper(yaml.SafeDumper):
     """Quotes what either YAML would take for something else than text."""
 
-    def represent_str(self, value):
+    def represent_str(self, data):
         # Outside double quotes PyYAML writes these as they are, and reads a line break.
-        style = '"' if any(character in value for character in "\r\x85\u2028\u2029") else None
-        return self.represent_scalar("tag:yaml.org,2002:str", value, style)
+        style = '"' if any(character in data for character in "\r\x85\u2028\u2029") else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style)
 
 
 _Dumper.add_representer(str, _Dumper.represent_str)
@@ -792,7 +793,8 @@ def _read_yaml(text: str) -> Any:
         value = yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        raise ValueError(f"line {mark.line + 1}, column {mark.column + 1}: {_line(error.problem)}") from error
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        raise ValueError(f"{where}{_line(error.problem)}") from error
     except yaml.YAMLError as error:
         raise ValueError(_line(error)) from error
     except RecursionError as error:
@@ -858,7 +860,7 @@ def printable(text: str) -> str:
     return text if text.isprintable() and len(text) <= 300 else shown(text)
 
 
-def _explain(problem: dict[str, Any], before: str = "") -> str:
+def _explain(problem: Mapping[str, Any], before: str = "") -> str:
     parts = [part for part in problem["loc"] if part not in ("list[]", "literal[]")]
     key, value, kind = ".".join(printable(str(part)) for part in parts), problem["input"], problem["type"]
     if kind == "extra_forbidden":
@@ -889,7 +891,7 @@ def _explain(problem: dict[str, Any], before: str = "") -> str:
 
 def _section_needed(parts: list[str]) -> str:
     """How a section is written, whose name was given another value."""
-    section = Config
+    section: Any = Config
     optional = False
     for part in parts:
         annotation = section.model_fields[part].annotation

@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -132,7 +132,7 @@ class Flow(NoiseProcess):
 
     def __init__(self, scheduler, *, mu: float | Callable[[int], float] | None = None, even_steps: bool = False):
         self._scheduler = scheduler
-        self._mu = mu if callable(mu) else lambda num_steps: mu
+        self._mu: Callable[[int], Any] = mu if callable(mu) else lambda num_steps: mu
         self._even_steps = even_steps
         self.num_train_timesteps = scheduler.config.num_train_timesteps
         times = type(scheduler).from_config(scheduler.config).sigmas

@@ -55,7 +55,7 @@ _DTYPES = {
 
 
 @contextlib.contextmanager
-def open_file(path: str | Path, buffering: int = -1) -> Iterator[IO[bytes]]:
+def open_file(path: str | Path, buffering: int = -1) -> Iterator[Any]:
     """A regular file's bytes. Raises OSError for any other: a pipe or a device can keep its reader waiting for ever."""
     with open(path, "rb", buffering, opener=_at_once) as file:
         mode = os.fstat(file.fileno()).st_mode
@@ -121,7 +121,7 @@ class TensorFile:
         data = torch.empty(last - first, dtype=torch.uint8)
         with _reading(self.path), open_file(self.path) as file:
             file.seek(first)
-            if file.readinto(memoryview(data.numpy())) != len(data):
+            if file.readinto(data.numpy().data) != len(data):
                 raise DamagedFile(f"{self.path} is damaged: it ends within {name!r}")
         return data.view(dtype).reshape(shape)
 
@@ -155,7 +155,7 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor's elements in order, as a file holds them; a copy where they do not lie so on the CPU."""
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def open_tensors(path: str | Path) -> TensorFile:

@@ -189,7 +189,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.plan", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.plan", description=str(__doc__).split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument(

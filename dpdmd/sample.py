@@ -16,12 +16,14 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
 from dpdmd.backbones import load_backbone
+from dpdmd.backbones.base import Backbone
 from dpdmd.backbones.family import find
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.config import ConfigError, ModelConfig
@@ -39,7 +41,7 @@ from dpdmd.run.export import STUDENT_FILE, STUDENT_FORMAT, Description
 class Student:
     """An exported student with what is needed to sample from it."""
 
-    backbone: object
+    backbone: Backbone
     transformer: nn.Module
     times: Tensor  # (N + 1,) float32
     dtype: torch.dtype
@@ -135,7 +137,7 @@ def load_student(
     precision = resolve_dtype(dtype, resolved.type)
     check_kernels(resolved, precision, backbone)
     if description.adapter:
-        transformer = backbone.load_transformer("teacher", precision, resolved)
+        transformer: Any = backbone.load_transformer("teacher", precision, resolved)
         check_adapter(transformer, folder)
         if description.base not in (None, backbone.weights_fingerprint("transformer")):
             print(
@@ -162,7 +164,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.sample", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.sample", description=str(__doc__).split("\n")[0])
     parser.add_argument("--student", type=command.path, required=True, help="folder `student` of a finished run")
     parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
     parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")

@@ -135,7 +135,7 @@ def loop(run: Run, stop: Stop) -> None:
             draw_samples(trainer, run.folder / "samples" / f"step_{done:06d}.png")
         if role == "student" and trainer.evaluation and due(student_updates, config.evaluation.every):
             measurements = measure_student(trainer)
-            if journal:
+            if journal and measurements is not None:
                 journal.write(iteration, "evaluation", measurements)
         if checkpoint_due and not any(trainer.skipped_in_a_row.values()):
             checkpoints.save(done, trainer.networks, trainer.state())
@@ -186,7 +186,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = command.Parser(prog="deepspeed dpdmd/train.py", description=__doc__.split("\n")[0])
+    parser = command.Parser(prog="deepspeed dpdmd/train.py", description=str(__doc__).split("\n")[0])
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and stop")

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from dpdmd.backbones.base import Backbone
 from dpdmd.command import RunStopped
 from dpdmd.config import ROLES, TRAINED, Config, ConfigError
 from dpdmd.distill import Distillation, Draws
 from dpdmd.engine.body import Base
 from dpdmd.engine.lora import largest_rank
-from dpdmd.engine.role import Phases, Role, make
+from dpdmd.engine.role import Phases, make
 from dpdmd.engine.start import check as check_engine
 from dpdmd.engine.start import resolve_dtype
 from dpdmd.engine.step import Later, Step
@@ -64,9 +66,9 @@ class Trainer:
 
     config: Config
     world: World
-    backbone: object
+    backbone: Backbone
     distillation: Distillation
-    networks: dict[str, Role]
+    networks: dict[str, Any]  # each role's Role; student and critic are Trained
     prompts: list[str]
     conditioner: Conditioner
     phases: Phases
@@ -90,7 +92,7 @@ class Trainer:
         the update before: it runs ahead of the device by one."""
         network, accumulation = self.networks[role], self.config.engine.accumulation
         totals: dict[str, torch.Tensor] = {}
-        step = None
+        step: Any = None
         for micro_batch in range(accumulation):
             loss, numbers = self.loss(role, iteration, micro_batch * self.world.size + self.world.rank)
             network.backward(loss)

@@ -82,9 +82,9 @@ class Backbone(ABC):
                 f"model.fp8 = {config.fp8}: there are no fused operations for the family {self.family.name}, and fp8 needs "
                 "them; set model.fp8=off"
             )
-        self._pipelines: dict[str, PipelineFolder | None] = {}
+        self._pipelines: dict[str, PipelineFolder] = {}  # by role; without those whose settings the family knows
         self._architectures: dict[str, dict[str, Any]] = {}
-        opened = {} if teacher is None else {config.pipeline: teacher}
+        opened: dict[str, PipelineFolder | None] = {} if teacher is None else {config.pipeline: teacher}
         for role, key, name in (
             ("teacher", "model.pipeline", config.pipeline),
             ("student", "model.student", config.student or config.pipeline),
@@ -92,16 +92,17 @@ class Backbone(ABC):
         ):
             if name not in opened:
                 opened[name] = self._open(key, name)
-            self._pipelines[role] = pipeline = opened[name]
+            pipeline = opened[name]
             if pipeline is None:
                 self._architectures[role] = dict(self.family.known[name])
             else:
+                self._pipelines[role] = pipeline
                 pipeline.require("transformer", self.family.transformer_name)
                 self._architectures[role] = self._read_architecture(
                     pipeline.read("transformer"), f"{pipeline}: transformer/config.json"
                 )
 
-        pipeline = self._pipelines["teacher"]
+        pipeline = self._pipelines.get("teacher")
         self.folder = None if pipeline is None else pipeline.path
         self._vae_scale, vae_channels = self.family.vae.read(pipeline)
         self._check_roles(vae_channels)
@@ -111,9 +112,9 @@ class Backbone(ABC):
             each for each in text if not each.optional or (pipeline and pipeline.component_class(each.component))
         ]
         tokens = CLIP_LENGTH
-        if not config.random_init:
+        if pipeline is not None and not config.random_init:
             tokens = self._check_text(pipeline)
-            for each in opened.values():
+            for each in dict.fromkeys(self._pipelines.values()):
                 if each.is_local:
                     each.weights("transformer")
             if pipeline.is_local:
@@ -316,7 +317,7 @@ class Backbone(ABC):
             follow_umask(folder)
 
     @property
-    def _class(self) -> type[nn.Module]:
+    def _class(self) -> Any:
         return self.family.transformer_class
 
     @property
@@ -351,8 +352,8 @@ class Backbone(ABC):
             self._build(architecture)
         return architecture
 
-    def _build(self, architecture: dict[str, Any]) -> nn.Module:
-        """`empty_transformer` of any architecture."""
+    def _build(self, architecture: dict[str, Any]) -> Any:
+        """`empty_transformer` of any architecture: a diffusers model."""
         with torch.device("meta"):
             return self._class.from_config(architecture)
 
@@ -455,7 +456,7 @@ class Backbone(ABC):
         for module in transformer.modules():
             for name, parameter in module.named_parameters(recurse=False):
                 values = torch.empty(parameter.shape, dtype=torch.float32, device=device)
-                weight = module.weight
+                weight = module.get_parameter("weight")
                 if weight.ndim > 1:
                     bound = weight[0].numel() ** -0.5
                     values.uniform_(-bound, bound, generator=generator)

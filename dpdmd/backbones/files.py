@@ -47,7 +47,7 @@ def reading(what: str, purpose: str = "") -> Iterator[None]:
         raise ConfigError(f"{what} cannot be read{purpose} ({type(error).__name__}: {_reason(error)})") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: BaseException) -> str:
     """The first line of its message, and the next where the first only announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]

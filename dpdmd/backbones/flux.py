@@ -16,7 +16,7 @@ from torch import Tensor
 from dpdmd.backbones.base import Backbone, network_dtype
 from dpdmd.backbones.family import JOINT_TARGETS, Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled, text_pipeline
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.diffusion import Flow
 
@@ -152,7 +152,7 @@ class Flux(Backbone):
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import FluxPipeline
 
-        pipeline = FluxPipeline(transformer=None, vae=None, scheduler=None, **parts)
+        pipeline = text_pipeline(FluxPipeline, parts)
 
         def encode(prompts: list[str]) -> Encoding:
             prompt_embeds, pooled_prompt_embeds, _ = pipeline.encode_prompt(

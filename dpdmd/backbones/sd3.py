@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dpdmd.backbones.base import Backbone, network_dtype
 from dpdmd.backbones.family import Family, register
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled
+from dpdmd.backbones.text import T5, Clip, EncodePrompt, Encoding, sequence_and_pooled, text_pipeline
 from dpdmd.config import ConfigError
 from dpdmd.diffusion import Flow
 
@@ -150,8 +150,7 @@ class SD3(Backbone):
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
         from diffusers import StableDiffusion3Pipeline
 
-        parts = {"text_encoder_3": None, "tokenizer_3": None, **parts}
-        pipeline = StableDiffusion3Pipeline(transformer=None, vae=None, scheduler=None, **parts)
+        pipeline = text_pipeline(StableDiffusion3Pipeline, {"text_encoder_3": None, "tokenizer_3": None, **parts})
         # encode_prompt asks the transformer for nothing but the width of the zeros that stand for T5.
         joint_attention_dim = self._architectures["teacher"]["joint_attention_dim"]
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))

@@ -76,7 +76,7 @@ class Encoder:
         import transformers
 
         with reading(f"{pipeline}: {pipeline.path / self.tokenizer}"):
-            tokenizer_class = getattr(transformers, pipeline.component_class(self.tokenizer))
+            tokenizer_class = getattr(transformers, str(pipeline.component_class(self.tokenizer)))
             tokenizer = tokenizer_class.from_pretrained(pipeline.path / self.tokenizer, local_files_only=True)
             num_tokens = len(tokenizer)
         model = _read_model(pipeline, self.component, getattr(transformers, self.class_name), device, dtype)
@@ -142,9 +142,9 @@ def sequence_and_pooled(length: int, architecture: dict[str, Any]) -> dict[str, 
 
 def clip_length(pipeline: PipelineFolder, clips: list) -> int:
     """How many tokens CLIP's tokenizer makes, of encoders with these settings. Raises ConfigError."""
-    length = pipeline.read("tokenizer", "tokenizer_config.json").get("model_max_length", CLIP_LENGTH)
-    if isinstance(length, float) and length.is_integer():  # transformers' own way to write that there is no limit
-        length = int(length)
+    length: Any = pipeline.read("tokenizer", "tokenizer_config.json").get("model_max_length", CLIP_LENGTH)
+    # A float is transformers' own way to write that there is no limit.
+    length = int(length) if isinstance(length, float) and length.is_integer() else length
     check_setting("model_max_length", length, int, f"{pipeline}: tokenizer/tokenizer_config.json")
     positions = min(clip.max_position_embeddings for clip in clips)
     if length > positions:
@@ -165,9 +165,14 @@ def read_parts(
     return parts
 
 
+def text_pipeline(pipeline_class: Any, parts: dict[str, Any]) -> Any:
+    """A stock pipeline that can encode prompts and do nothing else."""
+    return pipeline_class(transformer=None, vae=None, scheduler=None, **parts)
+
+
 def _read_model(
     pipeline: PipelineFolder, component: str, model_class, device: torch.device | str, dtype: torch.dtype
-) -> nn.Module:
+) -> Any:
     from transformers.utils import logging
 
     folder, what = pipeline.path / component, f"{pipeline}: {component}"

@@ -67,6 +67,7 @@ class Base:
         self.transformer = transformer.to(world.device).eval()
         self.dtype = next(transformer.parameters()).dtype
         lora = config.lora
+        assert lora is not None, "without adapters nothing is shared"
         add_adapters(
             self.transformer,
             rank=lora.rank,

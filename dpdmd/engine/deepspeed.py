@@ -137,14 +137,14 @@ class Partition:
         self._zero = zero = self.engine.optimizer  # DeepSpeedZeroOptimizer_Stage3
         _require(zero, _OF_A_TRAINED)
         _take_hooks_off(self.engine, zero.parameter_offload if reduces else zero)
-        self.optimizer: torch.optim.Optimizer = zero.optimizer
+        self.optimizer: Any = zero.optimizer
         self.weights: list[Tensor] = zero.fp16_partitioned_groups_flat
         self.parameters: list[list[nn.Parameter]] = zero.fp16_groups
         self.flat: Tensor = zero.lp_param_buffer
         self.sizes: list[int] = zero.fp16_partitioned_groups_flat_numel
         swapper = getattr(zero, "optimizer_swapper", None)
         self.swaps = swapper is not None
-        self.folder = Path(swapper.swap_folder) if self.swaps else None
+        self.folder = None if swapper is None else Path(swapper.swap_folder)
 
     @property
     def masters(self) -> list[Tensor]:
@@ -186,15 +186,14 @@ class Partition:
         self._zero.clear_backward_seen_flag()  # as its forward would
         self.engine.backward(loss)
 
-    def step(self) -> Tensor | None:
-        """DeepSpeed's update, with its clipping, where the micro-batches are complete. Returns the gradient's norm before
-        clipping; inf where the update was skipped."""
+    def step(self) -> Tensor:
+        """DeepSpeed's update, with its clipping. Returns the gradient's norm before clipping; inf where the update was
+        skipped."""
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         if self.engine.skipped_steps != skipped_before:
             return torch.tensor(torch.inf)
-        norm = self.engine.get_global_grad_norm()
-        return None if norm is None else torch.as_tensor(norm)
+        return torch.as_tensor(self.engine.get_global_grad_norm())
 
     def set_lr(self, lr: float) -> None:
         for group in self._zero.param_groups:

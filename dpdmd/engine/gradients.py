@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,7 @@ class Gradients:
     """
 
     def __init__(self, units: list[Unit], dtype: torch.dtype, world_size: int, traffic: Traffic):
-        self.flat: Tensor | None = None
+        self.flat: Any = None  # a Tensor from an update's first backward pass on
         self._dtype = dtype
         self._units = units
         self._world_size = world_size
@@ -78,7 +79,7 @@ class Gradients:
     def _reduce(self, unit: Unit) -> None:
         if self.flat is None:
             self.flat = unit.empty(sum(each.size for each in self._units), self._dtype)
-        shard = self.flat[unit.offset : unit.offset + unit.size]
+        shard: Tensor = self.flat[unit.offset : unit.offset + unit.size]
         self._taken[unit].clear()
         self._reduced.add(unit)
         if self._world_size == 1:
@@ -89,7 +90,7 @@ class Gradients:
         direct = self._first and sent.dtype == shard.dtype
         received = shard if direct else torch.empty_like(sent[0])
         sent.div_(self._world_size)
-        work = dist.reduce_scatter_tensor(received, sent.view(-1), async_op=True)
+        work: Any = dist.reduce_scatter_tensor(received, sent.view(-1), async_op=True)
 
         def complete():
             work.wait()

@@ -38,11 +38,11 @@ class _Roles:
     """What `add_adapters` leaves in the transformer. A copy of the transformer has its own, shared by its own layers."""
 
     active: list[str]  # the adapter at work, or nothing: every LoRA layer has this very list
-    layer: nn.Module  # one of them, which tells whether that is still so
+    layer: Any  # one of them, which tells whether that is still so
 
 
 def add_adapters(
-    transformer: nn.Module,
+    transformer: Any,
     *,
     rank: int,
     alpha: float,
@@ -81,7 +81,7 @@ def add_adapters(
 
     transformer.requires_grad_(False)
     for role in roles:
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)
+        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore[reportArgumentType] - a float does
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the first role's
             # Without memory at first: peft would draw A on the CPU, from torch's own generator.
@@ -137,7 +137,7 @@ def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:
     return rf"({'|'.join(lists)})\.\d+\.(.+\.)?({'|'.join(map(re.escape, targets))})"
 
 
-def _draw(layer: nn.Module, role: str, generator: torch.Generator) -> None:
+def _draw(layer: Any, role: str, generator: torch.Generator) -> None:
     weight = layer.get_base_layer().weight
     down, up = layer.lora_A[role], layer.lora_B[role]
     bound = down.in_features**-0.5
@@ -146,7 +146,7 @@ def _draw(layer: nn.Module, role: str, generator: torch.Generator) -> None:
     up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=weight.device, dtype=weight.dtype))
 
 
-def use(transformer: nn.Module, role: str) -> None:
+def use(transformer: Any, role: str) -> None:
     """Puts the transformer in a role: "teacher" (no adapter), "student" or "critic". Takes about a microsecond.
 
     A forward pass has the role that is on while it runs; so has a recomputation of one in the backward pass. Whoever
@@ -189,7 +189,7 @@ def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Calla
         finally:
             active[:] = now
 
-    in_role.__wrapped__ = function  # by which a checkpoint knows whose function it is
+    vars(in_role)["__wrapped__"] = function  # by which a checkpoint knows whose function it is
     return in_role
 
 
@@ -237,7 +237,7 @@ def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: d
     """
     config = _config(transformer, role)
     own = adapter_parameters(transformer, role)
-    state = own if state is None else state
+    state = {**own} if state is None else state
     if state.keys() != own.keys():
         raise ValueError(f"state {_difference(state.keys(), own.keys())}")
     tensors = {}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import importlib
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -16,13 +18,11 @@ from dpdmd.config import Config, ConfigError
 from dpdmd.engine.compilation import compiling
 
 
-def check_nvme(path: str) -> None:
+def check_nvme(path: str | None) -> None:
     """Raises ConfigError where engine.offload = nvme cannot be had."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
-    if not os.access(path, os.W_OK):
+    if path is None or not os.access(path, os.W_OK):
         raise ConfigError(f"engine.nvme_path = {path!r}: no folder that can be written to")
-    if not AsyncIOBuilder().is_compatible(verbose=False):
+    if not _file_access().is_compatible(verbose=False):
         raise ConfigError(
             "engine.offload = nvme: DeepSpeed's asynchronous file access cannot be built here, for which it needs the headers "
             "of libaio (Debian: libaio-dev); engine.offload=cpu would run"
@@ -33,7 +33,7 @@ def swap_folder(config: Config, role: str) -> Path:
     """Under engine.nvme_path, for one run and one role: DeepSpeed names files by parameters' numbers alone, and copies
     all that is there into a checkpoint."""
     run = hashlib.sha256(str(Path(config.run.output_dir).resolve()).encode()).hexdigest()[:12]
-    return Path(config.engine.nvme_path) / f"dpdmd-{run}" / role
+    return Path(str(config.engine.nvme_path)) / f"dpdmd-{run}" / role
 
 
 def remove_swapped(folder: Path, root: Path) -> None:
@@ -46,13 +46,12 @@ def remove_swapped(folder: Path, root: Path) -> None:
 
 def load_file_access(device: str) -> None:
     """Loads DeepSpeed's library for NVMe, which is compiled where it was not yet. Raises ConfigError where it cannot be."""
-    from deepspeed.ops.op_builder import AsyncIOBuilder
-
+    library = _file_access()
     if device == "cuda":
         _bind_cudnn()
     try:
         with compiling("async_io", "DeepSpeed's asynchronous file access"):
-            AsyncIOBuilder().load(verbose=False)
+            library.load(verbose=False)
     except ConfigError:
         raise
     except Exception as error:  # whatever the compiler, the linker or the environment's settings lead to
@@ -61,6 +60,11 @@ def load_file_access(device: str) -> None:
             f"engine.offload = nvme: DeepSpeed's asynchronous file access could not be built or loaded ({reason[:500]}); "
             "engine.offload=cpu would run"
         ) from error
+
+
+def _file_access() -> Any:
+    """What compiles and loads the library."""
+    return importlib.import_module("deepspeed.ops.op_builder").AsyncIOBuilder()
 
 
 def _bind_cudnn() -> None:

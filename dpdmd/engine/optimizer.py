@@ -168,7 +168,7 @@ class AdamW(torch.optim.Optimizer):
         flat = parameter.detach().reshape(-1)  # a copy where the parameter has strides of its own
         state["step"] += 1
         adamw_step(
-            *(flat, *moments, gradient.detach().reshape(-1)),
+            *(flat, moments[0], moments[1], gradient.detach().reshape(-1)),
             weight=None if weight is None else weight.detach().view(-1),
             **{name: group[name] for name in ("lr", "betas", "eps", "weight_decay")},
             step=state["step"],

@@ -128,7 +128,7 @@ class Unit:
 
     def _values(self, pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """(..., size) in the weights' dtype."""
-        return pieces[0] if len(pieces) == 1 else from_float8(*pieces, self._dtype)[..., : self.size]
+        return pieces[0] if len(pieces) == 1 else from_float8(pieces[0], pieces[1], self._dtype)[..., : self.size]
 
     def pieces(self, flats: Sequence[Tensor | None], rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         """What belongs together, without padding: of each parameter's elements flats[i] (None: left out) those that a
@@ -174,7 +174,7 @@ class Weights:
     def __init__(
         self,
         parameters: list[nn.Parameter],
-        blocks: list[nn.Module],
+        blocks: Sequence[nn.Module],
         policy: Policy,
         world_size: int,
         flat: Tensor | None = None,

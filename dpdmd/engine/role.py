@@ -14,7 +14,6 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +25,7 @@ from dpdmd.engine import deepspeed
 from dpdmd.engine.averaging import Average
 from dpdmd.engine.body import Base, OnBase, Own
 from dpdmd.engine.gradients import Gradients, sum_of_squares
-from dpdmd.engine.nvme import remove_swapped
+from dpdmd.engine.nvme import remove_swapped, swap_folder
 from dpdmd.engine.optimizer import build_optimizer, learning_rate, restore_step
 from dpdmd.engine.replay import Replay
 from dpdmd.engine.residency import Residency, Traffic, Weights
@@ -99,7 +98,7 @@ class Role(ABC):
         self._replay: Replay | None = None  # of passes without gradient
         if residency.replayed and world.device.type == "cuda":
             self._replay = Replay(self._predict, phases.pool)
-        self._weights: Weights | None = None  # gathered by this role; None: a copy in every process, or the base's
+        self._weights: Any = None  # Weights that this role gathers; None: a copy in every process, or the base's
         self._take_over(config, world)
 
     @abstractmethod
@@ -206,10 +205,10 @@ class Trained(Role):
         reduces = not self.residency.reduced
         self._partition = deepspeed.Partition(self.module, optimizer, settings, reduces=reduces)
         self.swaps = self._partition.swaps
-        if self.swaps:
-            atexit.register(remove_swapped, self._partition.folder, Path(config.engine.nvme_path))
+        if self._partition.folder is not None:
+            atexit.register(remove_swapped, self._partition.folder, swap_folder(config, name).parents[1])
             self._check_swapping()
-        self._weights: Weights = self._gathered(world, self._partition.flat)
+        self._weights = self._gathered(world, self._partition.flat)
         self._begin()
         self.average: Average | None = None
         if name == "student" and config.ema is not None:
@@ -456,7 +455,7 @@ class ByDeepSpeed(Trained):
         self._partition.backward(loss)
 
     def _between(self) -> None:
-        self._partition.step()
+        self._partition.engine.step()  # which counts
 
     def _update(self, lr: float) -> Tensor:
         self._partition.set_lr(lr)

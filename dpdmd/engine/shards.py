@@ -143,5 +143,4 @@ def _float8(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
     nearest = torch.full((size,), _NEAREST, dtype=torch.int32)
     written = Moments(codes[0], scales[0], codes[1], scales[1])
     written.write(exp_avg, exp_avg_sq, exp_avg_sq.sqrt(), None, (nearest, nearest))
-    names = ("exp_avg", "exp_avg_scale", "exp_avg_sq", "exp_avg_sq_scale")
-    return dict(zip(names, written, strict=True))
+    return {"exp_avg": codes[0], "exp_avg_scale": scales[0], "exp_avg_sq": codes[1], "exp_avg_sq_scale": scales[1]}

@@ -306,7 +306,7 @@ def join(config: EngineConfig, run: str = "") -> World:
     _join(launch, backend, run)
     _join_deepspeed(backend)
     background = dist.new_group(backend="gloo", timeout=_COLLECTIVE) if launch.size > 1 else None
-    place = torch.device(device, launch.local_rank if device == "cuda" else None)
+    place = torch.device(device, launch.local_rank) if device == "cuda" else torch.device(device)
     return World(launch.rank, launch.size, place, background)
 
 
@@ -436,7 +436,7 @@ def _join_deepspeed(backend: str) -> None:
     import deepspeed
 
     # Not deepspeed.comm.torch: as an attribute that is torch itself.
-    importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
 
@@ -460,9 +460,8 @@ class Launcher:
     one that it started on this machine."""
 
     def __init__(self):
-        parent = os.getppid()
-        self._parent = parent if _is_deepspeeds(parent) else None
-        self._command = _parent_of(parent) if self._parent else None
+        self._parent = os.getppid()
+        self._command = _parent_of(self._parent) if _is_deepspeeds(self._parent) else None
 
     @property
     def gone(self) -> bool:

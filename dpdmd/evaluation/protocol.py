@@ -52,6 +52,8 @@ class Evaluation(Protocol):
 def find_evaluation(config: Config) -> Evaluation:
     """The evaluation of `config.world`, imported. Raises ConfigError where there is none."""
     name = config.world
+    if name is None:
+        raise ConfigError("evaluation.world is not set, and model.pipeline names no world that ships")
     shipped = ":" not in name
     module, _, attribute = (
         f"dpdmd.worlds.{name}.evaluation:EVALUATION".partition(":") if shipped else name.partition(":")

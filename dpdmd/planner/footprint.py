@@ -322,7 +322,7 @@ class _RmsNorm(torch.autograd.Function):
         return torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, *upstream):
         x, weight, _ = ctx.saved_tensors
         return torch.empty_like(x), None if weight is None else torch.empty_like(weight)
 
@@ -335,7 +335,8 @@ def _as_on_a_gpu() -> Iterator[None]:
 
     def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
-        return _triton_attention(*(x.transpose(1, 2) for x in (query, key, value)), scale, "triton").transpose(1, 2)
+        query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+        return _triton_attention(query, key, value, scale, "triton").transpose(1, 2)
 
     def rms_norm(input, normalized_shape, weight=None, eps=None):
         return _RmsNorm.apply(input, weight)

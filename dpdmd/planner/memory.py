@@ -84,7 +84,7 @@ class Memory:
 
     def _persistent(self) -> dict[str, float]:
         config = self._config
-        parts = dict.fromkeys(PARTS, 0.0)
+        parts: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for role in ROLES:
             for part, size in self._of_role(role).items():
                 parts[part] += size

@@ -3,6 +3,8 @@ configuration without `auto`. The plan counts by it and the engine obeys it."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from dpdmd.config import ROLES, Config
 from dpdmd.engine.residency import Policy, Residency
 
@@ -38,7 +40,7 @@ def _sharded(config: Config, role: str) -> bool:
 def _policy(config: Config, role: str, num_processes: int) -> Policy:
     """As configured; on one process weights are whole at no cost. A teacher kept in FP8 is made whole for a phase at most,
     and a base that all roles need is never given back as a whole."""
-    policy = "whole" if num_processes == 1 else config.engine.residency
+    policy: Any = "whole" if num_processes == 1 else config.engine.residency
     if role == "teacher" and policy != "block":
         if config.model.teacher_storage == "float8":
             return "phase"

@@ -37,7 +37,7 @@ WORTH = 0.05  # so much faster is what makes a change of settings one to recomme
 class Planner:
     """Plans of configurations that share model and method. What was measured is kept for the next one."""
 
-    def __init__(self, footprints: Footprints, num_gpus: int, gpu_memory: float | None):
+    def __init__(self, footprints: Footprints, num_gpus: int, gpu_memory: float):
         self.footprints, self.num_gpus, self.gpu_memory = footprints, num_gpus, gpu_memory
 
     def with_gpus(self, num_gpus: int) -> Planner:
@@ -80,7 +80,7 @@ class Planner:
     def _fits_with(self, config: Config, role: str, kept: int) -> bool:
         memory = Memory(_with_kept(config, role, kept), self.footprints, self.num_gpus)
         phases = memory.critic_phases() if role == "critic" else memory.student_phases()
-        return self.gpu_memory is None or max(phase.total for phase in phases) <= self.gpu_memory
+        return max(phase.total for phase in phases) <= self.gpu_memory
 
 
 def _with_kept(config: Config, role: str, number: int) -> Config:
@@ -134,7 +134,7 @@ def refusal(config: Config, plan: Plan, planner: Planner) -> str:
     gpus = f"{plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}"
     text = (
         f"this needs {gib(plan.needed)} GiB a GPU ({plan.fullest.name}, with {plan.choice}), and there are {gpus} of "
-        f"{gib(plan.gpu_memory)} GiB"
+        f"{gib(planner.gpu_memory)} GiB"
     )
     fitting = [each for each in alternatives(config, planner) if each.plan.fits]
     if fitting:

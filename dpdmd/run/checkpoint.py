@@ -547,7 +547,7 @@ def _leave_out(path: Path) -> Path:
 
 
 def _iteration(path: Path) -> int:
-    return int(_NAME.fullmatch(path.name)[1])
+    return int(path.name.removeprefix("step_"))
 
 
 def _digest(contents: dict[str, Any]) -> str:
@@ -587,7 +587,8 @@ def _host_memory(tensor: Tensor) -> Tensor:
         # Not torch's own allocator, which takes the next power of two.
         buffer.view(-1).view(torch.uint8).fill_(0)  # all threads together: the pages are there before they are pinned
         with contextlib.suppress(RuntimeError):  # without it copies are slower, and right
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
+            cudart: Any = torch.cuda.cudart()
+            torch.cuda.check_error(int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     return buffer
 
 
@@ -596,7 +597,8 @@ def _unpin(buffer: Tensor) -> None:
     with contextlib.suppress(RuntimeError):  # of a GPU that has failed
         if buffer.is_pinned():
             torch.cuda.synchronize()  # a copy to it may be under way
-            torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr())
+            cudart: Any = torch.cuda.cudart()
+            cudart.cudaHostUnregister(buffer.data_ptr())
 
 
 def _difference(key: str, saved: Any, now: Any) -> str:

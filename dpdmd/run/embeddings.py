@@ -94,7 +94,7 @@ class EmbeddingCache:
     ):
         self.folder = Path(folder) / text_key
         self._text_key = text_key
-        self._layout = None if shapes is None else _layout(shapes, dtype)
+        self._layout = None if shapes is None or dtype is None else _layout(shapes, dtype)
         self._quiet = quiet
         self._seen: set[Path] = set()
         self._places: dict[bytes, list[tuple[_Shard, int]]] = {}
@@ -222,8 +222,8 @@ class EmbeddingCache:
                 encoded = {name: tensor.detach().cpu() for name, tensor in encode(batch).items()}
                 self._layout = _check_embeddings(batch, encoded, self._layout)
                 num_bytes = sum(tensor.nbytes for tensor in encoded.values())
+                each = num_bytes // len(batch)
                 if start == 0:
-                    each = num_bytes // len(batch)
                     self.check_space(len(everybody) * (each + 2 * _DIGEST_BYTES))
                     logger.info(
                         "encoding %d prompts, %s, into %s",
@@ -287,7 +287,7 @@ class EmbeddingCache:
     def _row(self, key: bytes) -> dict[str, Tensor]:
         """{name: (1, ...)} from the first shard that holds what was written; the others are forgotten. Raises _Unusable
         where none does, KeyError where none is known."""
-        problem = None
+        problem: Exception = KeyError(key)
         for place in self._places[key]:
             shard, row = place
             try:

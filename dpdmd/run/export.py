@@ -98,11 +98,11 @@ def export_student(
     as student_step_<its iterations>."""
     with student.averaged():
         state_dict = student.full_state_dict()
-    if world.main:
+    if state_dict is not None:  # on the main process
         unfinished = folder.with_name(UNFINISHED + folder.name)
         remove(unfinished)
         with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
-            if config.lora is None:
+            if config.lora is None or student.base is None:
                 backbone.export(state_dict, unfinished)
             else:
                 save_adapter(student.base.transformer, "student", unfinished, state_dict)

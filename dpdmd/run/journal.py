@@ -111,7 +111,7 @@ def _tensorboard(folder: Path, first: int, opened: contextlib.ExitStack):
 
 
 def _wandb(config: Config, folder: Path, opened: contextlib.ExitStack):
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports] - few have it
 
     settings = config.model_dump(mode="json")
     run = opened.enter_context(wandb.init(project=config.run.wandb, dir=str(folder), config=settings, resume="allow"))

@@ -27,8 +27,8 @@ def _read_txt(where: str, text: str, field: str) -> list[str]:
     """One a line. Where every line has the form `12 --- a red ring`, number and dashes are cut; where one line has not,
     the dashes are taken to be text and all lines stay as they are."""
     lines = [line for line in _lines(text) if line.strip()]
-    numbered = [_NUMBERED.fullmatch(line) for line in lines]
-    return [match.group(1) for match in numbered] if all(numbered) else lines
+    numbered = [match[1] for line in lines if (match := _NUMBERED.fullmatch(line))]
+    return numbered if len(numbered) == len(lines) else lines
 
 
 def _read_jsonl(where: str, text: str, field: str) -> Iterable[str]:

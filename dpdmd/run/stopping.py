@@ -83,7 +83,7 @@ class Stop:
     def _take(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
-        if self._interrupts > 1:
+        if self._interrupts > 1 and self._watch is not None:
             self._watch.thread.join()  # which ends the process
         if not self._deferring:
             raise RunEnded(f"{name}: ended; --resume goes on from the newest checkpoint, if there is one")

@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> None:
     from dpdmd.config import load_config
 
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.worlds.demo.curves", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m dpdmd.worlds.demo.curves", description=str(__doc__).split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     training = commands.add_parser("train", help="train every variant and seed, write their numbers")
     training.add_argument("--compare", choices=VARIANTS, default="methods", help="the methods, or optimizer.state")

@@ -28,6 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -46,12 +47,14 @@ from transformers import (
     CLIPTokenizer,
     T5Config,
     T5EncoderModel,
-    T5TokenizerFast,
+    T5Tokenizer,
 )
 
 from dpdmd.backbones.files import read_json, reading
 from dpdmd.files import follow_umask
 from dpdmd.worlds.demo import TEACHER, measure, world
+
+# Models, pipelines and tokenizers are Any: their own annotations do not know what `config`, `to` and outputs are.
 
 LATENT_CHANNELS = 16
 TEXT_LENGTH = 15
@@ -67,7 +70,7 @@ def build_tokenizer() -> CLIPTokenizer:
     hidden = [byte for byte in range(256) if byte not in printable]
     alphabet = [*map(chr, printable), *(chr(256 + rank) for rank in range(len(hidden)))]
     vocabulary = alphabet + [letter + "</w>" for letter in alphabet]
-    merges: list[tuple[str, str]] = []
+    merges: list[Any] = []  # pairs of pieces
     for word in world.words():
         pieces = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:  # what the merges so far make of it, lowest rank first as BPE does
@@ -84,7 +87,7 @@ def build_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TEXT_LENGTH)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer, *, width: int, layers: int) -> CLIPTextModelWithProjection:
+def build_text_encoder(tokenizer: Any, *, width: int, layers: int) -> Any:
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
@@ -103,7 +106,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, *, width: int, layers: int) -> 
     return encoder
 
 
-def build_silent_t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
+def build_silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
     """A T5 encoder without layers that answers zeros to everything: just what the pipeline does without one.
 
     diffusers loads a folder without `text_encoder_3` only when that argument is passed as None; with this one it loads by its
@@ -112,13 +115,14 @@ def build_silent_t5(width: int) -> tuple[T5EncoderModel, T5TokenizerFast]:
     encoder = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=0, num_heads=1))
     for parameter in encoder.parameters():
         nn.init.zeros_(parameter)
-    return encoder, T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    return encoder, T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
 
 
-def build_autoencoder(widths: Sequence[int] = (16, 32, 64, 96)) -> AutoencoderKL:
+def build_autoencoder(widths: Sequence[int] = (16, 32, 64, 96)) -> Any:
     """32 x 32 x 3 -> 4 x 4 x 16: one width for each of 32, 16, 8 and 4 pixels."""
     stages = len(widths)
-    return AutoencoderKL(
+    kind: Any = AutoencoderKL
+    return kind(
         down_block_types=("DownEncoderBlock2D",) * stages,
         up_block_types=("UpDecoderBlock2D",) * stages,
         block_out_channels=tuple(widths),
@@ -130,7 +134,7 @@ def build_autoencoder(widths: Sequence[int] = (16, 32, 64, 96)) -> AutoencoderKL
     )
 
 
-def build_transformer(*, layers: int, width: int, text_width: int) -> SD3Transformer2DModel:
+def build_transformer(*, layers: int, width: int, text_width: int) -> Any:
     if width % 64:
         raise ValueError(f"width must be a multiple of 64 (the size of a head), got {width}")
     model = SD3Transformer2DModel(
@@ -242,7 +246,7 @@ def _autocast(device: torch.device) -> torch.autocast:
 
 
 def train_autoencoder(
-    vae: AutoencoderKL,
+    vae: Any,
     *,
     batch: int,
     rate: float,
@@ -284,7 +288,7 @@ def train_autoencoder(
 
 
 @torch.no_grad()
-def _encode(vae: AutoencoderKL, scenes: world.Scenes, *, normalise: bool = True) -> Tensor:
+def _encode(vae: Any, scenes: world.Scenes, *, normalise: bool = True) -> Tensor:
     """Latent means of scenes, (N, 16, 4, 4) float32, normalised as the pipeline has them."""
     parameter = next(vae.parameters())
     found = []
@@ -297,7 +301,7 @@ def _encode(vae: AutoencoderKL, scenes: world.Scenes, *, normalise: bool = True)
 
 
 @torch.no_grad()
-def check_autoencoder(vae: AutoencoderKL, *, count: int = 2048, seed: int = 77) -> dict[str, float]:
+def check_autoencoder(vae: Any, *, count: int = 2048, seed: int = 77) -> dict[str, float]:
     """Reconstruct fresh pictures: PSNR (dB), share with all five attributes kept, share valid. Float32 throughout."""
     device = next(vae.parameters()).device
     scenes = world.draw_scenes(count, seed=seed)
@@ -317,7 +321,7 @@ def check_autoencoder(vae: AutoencoderKL, *, count: int = 2048, seed: int = 77) 
 class Captions:
     """Token ids of captions, made on the device from attribute indices: what the tokenizer would make of world.caption(...)."""
 
-    def __init__(self, tokenizer: CLIPTokenizer, device: torch.device | str) -> None:
+    def __init__(self, tokenizer: Any, device: torch.device | str) -> None:
         def token(word: str) -> int:
             ids = tokenizer(word, add_special_tokens=False).input_ids
             assert len(ids) == 1, f"{word!r} is {len(ids)} tokens"
@@ -374,7 +378,7 @@ def encode_text(
 class BiasedJointAttention:
     """Joint attention of an SD3 block with `key_bias` (B, 1, 1, keys) added to the logits; image tokens come first."""
 
-    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, key_bias=None):
+    def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, key_bias=None):
         def heads(x: Tensor) -> Tensor:
             return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
 
@@ -393,10 +397,10 @@ class BiasedJointAttention:
 
 
 def train_transformer(
-    transformer: SD3Transformer2DModel,
-    encoders: Sequence[CLIPTextModelWithProjection],
+    transformer: Any,
+    encoders: Sequence[Any],
     tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
+    vae: Any,
     *,
     batch: int,
     rate: float,
@@ -479,10 +483,10 @@ def train_transformer(
 
 def save_pipeline(
     folder: Path,
-    transformer: SD3Transformer2DModel,
-    encoders: Sequence[CLIPTextModelWithProjection],
+    transformer: Any,
+    encoders: Sequence[Any],
     tokenizer: CLIPTokenizer,
-    vae: AutoencoderKL,
+    vae: Any,
     *,
     shift: float,
     dtype: torch.dtype = torch.bfloat16,
@@ -493,9 +497,9 @@ def save_pipeline(
     diffusers' own models come up in float32 whatever the file holds, transformers' in what the file holds.
     """
 
-    def stored(module: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
+    def stored(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
         # nn.Module's own `to`: diffusers' and transformers' warn of modules to keep in float32, of which there are none here
-        return nn.Module.to(copy.deepcopy(module), "cpu", dtype, memory_format=torch.contiguous_format)
+        return nn.Module.to(copy.deepcopy(module), "cpu", dtype, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
     silent, silent_tokenizer = build_silent_t5(transformer.config.joint_attention_dim)
     pipeline = StableDiffusion3Pipeline(
@@ -515,7 +519,7 @@ def save_pipeline(
 
 @torch.no_grad()
 def sample(
-    pipeline: StableDiffusion3Pipeline,
+    pipeline: Any,
     prompts: Sequence[world.Prompt],
     samples: int,
     *,
@@ -573,7 +577,7 @@ def evaluate(
 ) -> list[dict[str, float]]:
     """Load a pipeline folder with stock diffusers, sample it at each setting, measure. Prints a table, returns its rows."""
     with reading(f"{folder} (the folder of a StableDiffusion3Pipeline is needed)"):
-        pipeline = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
+        pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
     if shift is not None:
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     prompts = world.evaluation_prompts(num_prompts)
@@ -582,7 +586,7 @@ def evaluate(
     head += ["b.entr", "b.kind", "p.sprd", "s.sprd"]
     keys = ("accuracy", *(f"accuracy_{name}" for name in world.ATTRIBUTES), "validity")
     keys += ("background_entropy", "background_kinds", "position_spread", "size_spread")
-    print(f"{folder}: {num_prompts} prompts x {samples} samples, scheduler shift {pipeline.scheduler.config.shift}")
+    print(f"{folder}: {num_prompts} prompts x {samples} samples, scheduler shift {pipeline.scheduler.config['shift']}")
     print(" ".join(f"{name:>6}" for name in head))
     for setting in settings:
         setting = {"max_sequence_length": 12, **setting}
@@ -640,7 +644,7 @@ def write_card(folder: Path, card: dict) -> None:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dpdmd.worlds.demo.train_teacher", description=__doc__.split("\n")[0]
+        prog="python -m dpdmd.worlds.demo.train_teacher", description=str(__doc__).split("\n")[0]
     )
     add = parser.add_argument
     add(
@@ -740,7 +744,8 @@ def _main(argv: Sequence[str] | None) -> None:
     torch.manual_seed(args.seed)
     if args.autoencoder:
         with reading(f"--autoencoder {args.autoencoder} (the folder of an AutoencoderKL is needed)"):
-            vae = AutoencoderKL.from_pretrained(args.autoencoder, local_files_only=True).to(device)
+            vae: Any = AutoencoderKL.from_pretrained(args.autoencoder, local_files_only=True)
+            vae.to(device)
         report = {"from": args.autoencoder.name}
         if (args.autoencoder / "report.json").exists():
             report = read_json(args.autoencoder / "report.json", f"--autoencoder {args.autoencoder}")
