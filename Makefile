@@ -1,25 +1,25 @@
-# Two commands for a first look: `make demo` and `make test`. Each makes a virtual environment of its own from python3.
-# For work on the project: lint, docs, kernels (compiles csrc/), wheel, test-range.
+# To try the project: `make demo`, `make test`. Both create the virtual environment .venv from python3.
+# To work on it: lint, docs, kernels (compiles csrc/), wheel, test-range.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# Processes of the demo: two on a machine without a GPU, one for each GPU otherwise.
+# Processes of the demo: one for each GPU, or two without a GPU.
 PROCESSES ?= $(shell n=$$(nvidia-smi -L 2>/dev/null | wc -l); [ $$n -gt 0 ] && echo $$n || echo 2)
 OUT ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 
-# The versions that the project was tested with, for Python 3.11 and newer; CONSTRAINTS=/dev/null for what pip finds.
+# The tested versions, for Python 3.11 and newer. CONSTRAINTS=/dev/null lets pip choose.
 CONSTRAINTS ?= constraints.txt
-# Which tests, all by default: make test TESTS=tests/kernels/losses
+# Tests to run (default: all): make test TESTS=tests/kernels/losses
 TESTS ?=
-# Installs into a virtual environment.
+# Installs into the virtual environment $(1).
 INSTALL = PIP_CONSTRAINT=$(abspath $(CONSTRAINTS)) $(1)/bin/python -m pip install --disable-pip-version-check -q
 
 .PHONY: demo test lint docs kernels headers wheel test-range install clean
 
 install: $(VENV)/installed
 
-# torch first: DeepSpeed's own installation looks for it.
+# torch first: DeepSpeed's installation looks for it.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(call INSTALL,$(VENV)) torch numpy
@@ -40,7 +40,7 @@ lint: install
 docs: install
 	PATH="$(abspath $(BIN)):$$PATH" NO_MKDOCS_2_WARNING=1 mkdocs build --strict --quiet
 
-# cublasLt.h comes with a whole CUDA toolkit and with CUDA builds of torch. Where there is neither, the package is 420 MB.
+# cublasLt.h is part of a full CUDA toolkit and of CUDA builds of torch. Otherwise this installs a package of 420 MB.
 headers: install
 	if $(BIN)/python kernels/runtime/build.py --check 2>&1 | grep -q 'pip install nvidia-cublas'; then \
 	  $(call INSTALL,$(VENV)) 'nvidia-cublas==13.1.*'; fi
@@ -48,8 +48,8 @@ headers: install
 kernels: headers
 	$(BIN)/python kernels/runtime/build.py
 
-# In dist/: the source distribution, and a wheel made of it, with the compiled library and the tag of the oldest glibc that it
-# runs with. Then the wheel is installed in a fresh environment, where the library must load.
+# Builds the source distribution in dist/, and from it a wheel with the compiled library, tagged with the oldest glibc that it
+# runs with. Then installs the wheel in a fresh environment, where the library must load.
 wheel: export PYTHONPATH =
 wheel: headers
 	$(BIN)/python kernels/runtime/build.py --check
@@ -67,13 +67,13 @@ define LOADS
 import sys, dpdmd.kernels
 from dpdmd.kernels.runtime import csrc
 found, reason = csrc.find(), csrc.load()
-assert found and found.is_relative_to(sys.prefix) and not reason, reason or f'the wheel has no library, but there is {found}'
+assert found and found.is_relative_to(sys.prefix) and not reason, reason or f'the wheel has no library; found {found}'
 print(f'{found} loads')
 endef
 export LOADS
 
-# The tests with the oldest and the newest torch of pyproject.toml's range, each in an environment of its own. On Linux pip
-# takes CUDA builds of them, several GB each. The interpreter of the oldest one's triton does not know numpy 2.4.
+# The tests with the oldest and the newest torch of pyproject.toml's range, each in a new environment. On Linux pip installs
+# CUDA builds, several GB each. The oldest torch's triton has an interpreter that fails with numpy 2.4.
 test-range:
 	mkdir -p build
 	for pins in "torch==2.11.0 numpy==2.3.5" "torch==2.14.1 numpy==2.4.6"; do \

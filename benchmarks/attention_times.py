@@ -1,6 +1,6 @@
-"""Measure which attention kernel is the fastest on this GPU, by head dimension and length, for the package to ship.
+"""Time the attention kernels on this GPU by head dimension and length, for the table that ships with the package.
 
-python benchmarks/attention_times.py [FILE]         kernels/attention/attention_times.json unless given
+python benchmarks/attention_times.py [FILE]         default: kernels/attention/attention_times.json
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from dpdmd.kernels import attention
 from dpdmd.kernels.attention.choice import HEAD_DIMS, LENGTHS, SHIPPED, measure
 
-SHORT = ("H100", "H200")  # what a device is called in the table, if its full name has it
+SHORT = ("H100", "H200")  # the table's key for a GPU whose full name contains it
 
 
 def main() -> None:
@@ -25,10 +25,9 @@ def main() -> None:
         for length in LENGTHS:
             times = measure(attention, torch.cuda.current_device(), head_dim, length)
             table[gpu][f"{head_dim},{length}"] = times
-            for kind, by in times.items():
-                print(
-                    gpu, f"D = {head_dim}, S = {length}, {kind} [us]:", dict(sorted(by.items(), key=lambda one: one[1]))
-                )
+            for kind, by_kernel in times.items():
+                fastest_first = sorted(by_kernel.items(), key=lambda item: item[1])
+                print(gpu, f"D = {head_dim}, S = {length}, {kind} [us]:", dict(fastest_first))
     file.write_text(json.dumps(table, indent=1) + "\n")
 
 

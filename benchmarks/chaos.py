@@ -1,11 +1,10 @@
-"""Attacks runs of the demo from outside and counts what was lost: signals at random moments, damaged checkpoints, full disks.
+"""Interrupt and damage runs of the demo and count the lost ones: signals at random moments, damaged checkpoints, full disks.
 
     python benchmarks/chaos.py [--signals 50] [--damages 30] [--full 10] [--jobs N] [--json benchmarks/results/reliability.json]
 
-Each case starts a short run of the shipped teacher on the CPU, in one process or two, does one thing to it, and goes on with
---resume until the run ends by itself. It is survived where the final student has the bits of a run that nothing was done to;
-where something went wrong on the way, an exit status other than 0 and a line on stderr must have said so. A traceback counts
-as lost. --full mounts a small tmpfs, for which it needs root.
+Each case starts a short run of the shipped teacher on the CPU, in one process or two, does one thing to it, and resumes it
+until it finishes. The run survived if the final student has the bits of an undisturbed run, and if every error on the way
+gave an exit status other than 0 and a line on stderr. A traceback counts as lost. --full mounts a small tmpfs (needs root).
 """
 
 from __future__ import annotations
@@ -26,8 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +38,7 @@ SETTINGS = (
     *("distill.teacher_steps=6", "distill.anchor=2", f"run.iterations={ITERATIONS}", "run.checkpoint_every=2"),
     *("run.sample_every=3", "run.keep_checkpoints=2", "student_optimizer.lr=1e-3", "critic_optimizer.lr=1e-3"),
 )
-PATIENCE = 900.0  # seconds that a run may take, however busy the machine
+PATIENCE = 900.0  # seconds after which a run counts as stuck
 
 
 @dataclass
@@ -50,16 +47,16 @@ class Case:
     what: str
     processes: int
     survived: bool = False
-    problem: str = ""  # why it was not
-    said: list[str] = field(default_factory=list)  # what the user was told
+    problem: str = ""  # why it did not survive
+    said: list[str] = field(default_factory=list)  # messages that the user saw
 
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["deepspeed", "dpdmd.backbones.sd3", "dpdmd.train"])  # a run need not wait for imports
+_context = multiprocessing.get_context("forkserver")  # imports once for all runs
+_context.set_forkserver_preload(["deepspeed", "dpdmd.backbones.sd3", "dpdmd.train"])
 
 
 def _train(arguments: list[str], world: dict[str, str], log: Path) -> None:
-    """A process of a run, as a launcher starts it."""
+    """One process of a run, with the environment that a launcher sets."""
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     os.environ.update(world)
@@ -69,36 +66,30 @@ def _train(arguments: list[str], world: dict[str, str], log: Path) -> None:
     sys.exit(train.main(arguments))
 
 
-@dataclass
 class Run:
-    """One run: its processes and what they print."""
+    """A run of `number` processes, which print to log_of(folder)."""
 
-    folder: Path
-    processes: list[multiprocessing.Process]
-
-    @classmethod
-    def start(cls, shared: Path, folder: Path, number: int, *more: str) -> Run:
+    def __init__(self, shared: Path, folder: Path, number: int, *more: str):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         settings = (*SETTINGS, f"prompts.file={shared / 'prompts.txt'}", f"prompts.cache_dir={shared / 'embeddings'}")
         arguments = [*settings, f"run.output_dir={folder}", *more]
-        processes = []
+        self.processes = []
         for rank in range(number):
             world = {"OMP_NUM_THREADS": "1"}
             if number > 1:
                 world |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number)}
                 world |= {"LOCAL_WORLD_SIZE": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            processes.append(_context.Process(target=_train, args=(arguments, world, log_of(folder))))
-            processes[-1].start()
-        return cls(folder, processes)
+            self.processes.append(_context.Process(target=_train, args=(arguments, world, log_of(folder))))
+            self.processes[-1].start()
 
     @property
     def at_work(self) -> list[multiprocessing.Process]:
         return [each for each in self.processes if each.exitcode is None]
 
     def wait(self) -> int:
-        """The status of the first that failed, the others being ended then as a launcher does; 0 where none did."""
+        """Exit status: 0, or that of the first process that failed; the others are then ended, as a launcher does."""
         deadline = time.monotonic() + PATIENCE
         while self.at_work:
             failed = [each.exitcode for each in self.processes if each.exitcode]
@@ -124,18 +115,18 @@ def log_of(folder: Path) -> Path:
 
 
 def finish(shared: Path, folder: Path, number: int, case: Case) -> None:
-    """Goes on until the run ends by itself, and compares."""
+    """Resume until the run finishes, then compare its student with the undisturbed run's."""
     for _ in range(3):
-        if Run.start(shared, folder, number, "--resume").wait() == 0:
+        if Run(shared, folder, number, "--resume").wait() == 0:
             break
     else:
-        case.problem = "did not end well when it was resumed"
+        case.problem = "failed when it was resumed"
     case.said = said(folder)
     text = log_of(folder).read_text(errors="replace")
     if "Traceback" in text:
         case.problem = case.problem or "a traceback"
     if not case.problem and weights_of(folder) != json.loads((shared / f"weights-{number}.json").read_text()):
-        case.problem = "the student has other bits"
+        case.problem = "the student's bits differ from the undisturbed run's"
     case.survived = not case.problem
 
 
@@ -158,7 +149,7 @@ def by_signal(shared: Path, folder: Path, number: int, rng: random.Random, whole
     name = rng.choice(["SIGKILL", "SIGKILL", "SIGTERM", "SIGSTOP"])
     delay, victims = rng.uniform(0.05, 1.0) * whole, rng.choice(["one", "all"])
     case = Case("signal", f"{name} to {victims} after {delay:.1f} s", number)
-    run = Run.start(shared, folder, number)
+    run = Run(shared, folder, number)
     time.sleep(delay)
     chosen = run.processes if victims == "all" else [rng.choice(run.processes)]
     chosen = [process for process in chosen if process.exitcode is None]
@@ -180,15 +171,6 @@ def by_signal(shared: Path, folder: Path, number: int, rng: random.Random, whole
     return case
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {}
-
-
-def damage(function: Callable[[Path, random.Random], None]) -> Callable[[Path, random.Random], None]:
-    DAMAGES[function.__name__.replace("_", " ")] = function
-    return function
-
-
-@damage
 def flip_a_bit(file: Path, rng: random.Random) -> None:
     with file.open("r+b") as opened:
         place = rng.randrange(file.stat().st_size)
@@ -198,31 +180,26 @@ def flip_a_bit(file: Path, rng: random.Random) -> None:
         opened.write(bytes([byte ^ 1 << rng.randrange(8)]))
 
 
-@damage
 def truncate(file: Path, rng: random.Random) -> None:
     os.truncate(file, rng.randrange(file.stat().st_size))
 
 
-@damage
 def zero_a_page(file: Path, rng: random.Random) -> None:
     before = file.read_bytes()
     place = rng.randrange(max(1, len(before) - 4096))
     file.write_bytes(before[:place] + bytes(min(4096, len(before) - place)) + before[place + 4096 :] + b"\0")
 
 
-@damage
 def delete(file: Path, rng: random.Random) -> None:
     file.unlink()
 
 
-@damage
 def take_that_of_the_checkpoint_before(file: Path, rng: random.Random) -> None:
     newest = next(parent for parent in file.parents if parent.name.startswith("step_"))
     before = sorted(newest.parent.glob("step_*"))[-2]
     shutil.copy(before / file.relative_to(newest), file)
 
 
-@damage
 def swap_with_the_other_role(file: Path, rng: random.Random) -> None:
     if file.parent.name not in ("student", "critic"):
         file.write_text("{}")
@@ -232,8 +209,12 @@ def swap_with_the_other_role(file: Path, rng: random.Random) -> None:
     file.write_bytes(two), other.write_bytes(one)
 
 
+_DAMAGES = (flip_a_bit, truncate, zero_a_page, delete, take_that_of_the_checkpoint_before, swap_with_the_other_role)
+DAMAGES = {each.__name__.replace("_", " "): each for each in _DAMAGES}
+
+
 def by_damage(shared: Path, folder: Path, number: int, rng: random.Random, name: str) -> Case:
-    """The newest checkpoint of a run that was killed when it had several."""
+    """Damage a file of the newest checkpoint of a killed run that has several."""
     shutil.copytree(shared / f"killed-{number}", folder)
     newest = sorted((folder / "checkpoints").glob("step_*"))[-1]
     files = [path for path in sorted(newest.rglob("*")) if path.is_file() and path.suffix in (".json", ".safetensors")]
@@ -242,21 +223,19 @@ def by_damage(shared: Path, folder: Path, number: int, rng: random.Random, name:
     case = Case("damage", f"{name}: {file.relative_to(newest)}", number)
     finish(shared, folder, number, case)
     if not any("left out" in line and newest.name in line for line in case.said):
-        case.survived, case.problem = False, case.problem or "the damage was not named"
+        case.survived, case.problem = False, case.problem or "the log does not name the damaged checkpoint"
     return case
 
 
 def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, needed: int) -> Case:
-    """On a tmpfs that is filled up by another program while the run goes on, and has room again when it is resumed."""
+    """Another program fills the disk (a tmpfs) during the run, and leaves room again before the run is resumed."""
     folder.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={2 * needed}", "tmpfs", str(folder)], check=True)
     try:
         run_folder = folder / "run"
         share = rng.uniform(0.02, 0.95)
-        case = Case(
-            "full disk", f"room for {share:.0%} of what a run writes, from its first line of metrics on", number
-        )
-        run = Run.start(shared, run_folder, number)
+        case = Case("full disk", f"room for {share:.0%} of what a run writes, after its first line of metrics", number)
+        run = Run(shared, run_folder, number)
         while not (run_folder / "metrics.jsonl").exists() and run.at_work:
             time.sleep(0.02)
         filler = folder / "filler"
@@ -264,7 +243,7 @@ def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, ne
         status = run.wait()
         first = said(run_folder)
         if status == 0 and not (run_folder / "finished.json").exists():
-            case.problem = "ended with status 0 and is not finished"
+            case.problem = "ended with status 0 but did not finish"
         if status not in (0, 1, 2) or (status and not any(line.startswith("error") for line in first)):
             case.problem = f"ended with status {status} and said {first}"
         filler.unlink()
@@ -275,7 +254,7 @@ def by_full_disk(shared: Path, folder: Path, number: int, rng: random.Random, ne
 
 
 def fill(filler: Path, size: int) -> None:
-    """Writes so many bytes, or as many as there is room for: the run writes too."""
+    """Write `size` bytes, or fewer if the disk is full before: the run writes too."""
     try:
         filler.write_bytes(bytes(max(0, size)))
     except OSError as error:
@@ -287,19 +266,20 @@ def fill(filler: Path, size: int) -> None:
 
 
 def prepare(shared: Path) -> tuple[float, int]:
-    """Runs that nothing is done to, and one that is killed late. Returns the seconds of the longest and the bytes it writes."""
+    """Make an undisturbed run and a killed one, with 1 and with 2 processes. Returns the longest run's seconds and the bytes
+    that the largest one writes."""
     (shared / "prompts.txt").write_text("a red ring\na blue square\na big green cross\na yellow circle\n")
     seconds, written = 0.0, 0
     for number in (1, 2):
         began = time.monotonic()
         folder = shared / f"straight-{number}"
-        if status := Run.start(shared, folder, number).wait():
+        if status := Run(shared, folder, number).wait():
             log = log_of(folder).read_text()[-2000:]
-            raise RuntimeError(f"a run that nothing was done to ended with status {status}: {log}")
+            raise RuntimeError(f"an undisturbed run ended with status {status}: {log}")
         seconds = max(seconds, time.monotonic() - began)
         written = max(written, sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()))
         write_json(shared / f"weights-{number}.json", weights_of(folder))
-        run = Run.start(shared, shared / f"killed-{number}", number)
+        run = Run(shared, shared / f"killed-{number}", number)
         while len(list((shared / f"killed-{number}" / "checkpoints").glob("step_*"))) < 2:
             time.sleep(0.02)
         run.end(1)
@@ -312,24 +292,16 @@ def main(argv: list[str] | None = None) -> int:
 
 def _main(argv: list[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="python benchmarks/chaos.py", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--signals", type=command.whole(0), default=50, metavar="N", help="moments at which a run gets a signal"
-    )
+    parser.add_argument("--signals", type=command.whole(0), default=50, metavar="N", help="runs that get a signal")
     parser.add_argument("--damages", type=command.whole(0), default=30, metavar="N", help="damaged checkpoints")
-    parser.add_argument(
-        "--full",
-        type=command.whole(0),
-        default=10,
-        metavar="N",
-        help="moments at which the disk is full (needs root)",
-    )
-    parser.add_argument("--jobs", type=command.count, default=1, metavar="N", help="cases at a time")
+    parser.add_argument("--full", type=command.whole(0), default=10, metavar="N", help="full disks (needs root)")
+    parser.add_argument("--jobs", type=command.count, default=1, metavar="N", help="cases that run at a time")
     parser.add_argument("--seed", type=command.seed, default=0)
-    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="store what was found")
+    parser.add_argument("--json", type=command.new_file, metavar="FILE", help="write the results and all messages")
     args = parser.parse_args(argv)
     if args.full and os.geteuid() != 0:
-        raise command.ConfigError("--full mounts a tmpfs, for which it needs root: --full 0 leaves it out")
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the process is started of which all others are forks
+        raise command.ConfigError("--full mounts a tmpfs, which needs root; --full 0 leaves these cases out")
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before the fork server starts: every run inherits it
     with tempfile.TemporaryDirectory(prefix="dpdmd-chaos-") as root:
         shared = Path(root)
         seconds, written = prepare(shared)
@@ -349,23 +321,19 @@ def _main(argv: list[str] | None) -> int:
                 case = attacked(shared, folder, number, random.Random(f"{args.seed}-{index}"), argument)
             except Exception as error:  # a case that could not be carried out counts as lost
                 case = Case(kind, "could not be carried out", number, problem=f"{error}")
-            print(
-                f"{'survived' if case.survived else 'LOST: ' + case.problem}: {case.what}, {number} processes",
-                flush=True,
-            )
+            outcome = "survived" if case.survived else f"LOST: {case.problem}"
+            print(f"{outcome}: {case.what}, {number} processes", flush=True)
             shutil.rmtree(folder, ignore_errors=True)
             return case
 
         with ThreadPoolExecutor(args.jobs) as pool:
             cases = list(pool.map(attack, range(len(jobs))))
     left = [path.name for path in Path("/dev/shm").glob("*deepspeed*")] if Path("/dev/shm").is_dir() else []
-    counts = Counter((case.kind, case.survived) for case in cases)
-    kinds = dict.fromkeys(case.kind for case in cases)
-    table = {
-        kind: {"tried": counts[kind, True] + counts[kind, False], "survived": counts[kind, True]} for kind in kinds
-    }
-    for kind, numbers in table.items():
-        print(f"{kind}: {numbers['survived']} of {numbers['tried']} survived")
+    table = {}
+    for kind in dict.fromkeys(case.kind for case in cases):
+        survived = [case.survived for case in cases if case.kind == kind]
+        table[kind] = {"tried": len(survived), "survived": sum(survived)}
+        print(f"{kind}: {sum(survived)} of {len(survived)} survived")
     if args.json is not None:
         typed = f"python benchmarks/chaos.py --signals {args.signals} --damages {args.damages} --full {args.full}"
         found = {**provenance(f"{typed} --seed {args.seed}"), "table": table, "left_in_shared_memory": left}

@@ -1,10 +1,9 @@
-"""What a checkpoint costs a run: how long the training waits, how long the writing takes, and verifying and loading it.
+"""Measure what a checkpoint costs: how long the training waits, and how long writing, verifying and loading take.
 
     deepspeed --num_gpus 1 benchmarks/checkpoint.py --config configs/sd35_medium.yaml model.random_init=true [--json FILE]
 
-Builds the networks, trains three cycles and saves twice, with a cycle while the second is written; then verifies and loads.
-Beside it, on the same networks and the same disk, DeepSpeed's own save_checkpoint of student and critic, which is how it was done
-before: the training waited for all of it.
+Trains three cycles and saves twice, with a cycle during the second write; then verifies and loads. On the same networks and
+disk, DeepSpeed's own save_checkpoint of student and critic is the peer: there the training waits for the whole write.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from dpdmd.run.resume import identity
 
 
 class Clock:
-    """Seconds of named parts; the device's work and the other processes' are waited for."""
+    """Seconds of named parts, including the device's work and the other processes'."""
 
     def __init__(self, world):
         self.seconds: dict[str, float] = {}
@@ -58,7 +57,7 @@ def cycle(trainer, number: int) -> None:
 
 
 def deepspeeds(trainer, folder: Path) -> None:
-    """As it was until there were checkpoints of our own: pickled, by each engine."""
+    """Each engine pickles its own state."""
     for role in TRAINED:
         network = trainer.networks[role]
         network.release()
@@ -68,7 +67,7 @@ def deepspeeds(trainer, folder: Path) -> None:
 def measure(trainer, folder: Path, peer: bool) -> dict[str, float]:
     world, networks = trainer.world, trainer.networks
     clock = Clock(world)
-    for number in range(3):  # the second records graphs
+    for number in range(3):  # the second cycle records graphs
         clock(f"a cycle, number {number + 1}", cycle, trainer, number)
     if peer:
         clock("DeepSpeed's save_checkpoint: the training waits", deepspeeds, trainer, folder / "deepspeed")
@@ -79,7 +78,7 @@ def measure(trainer, folder: Path, peer: bool) -> dict[str, float]:
         folder / "checkpoints", 1, world, identity(trainer.config, trainer.backbone, world), trainer.config
     )
     for number, which in enumerate(("first", "second")):
-        if number and world.main:  # room for the next
+        if number and world.main:  # makes room
             shutil.rmtree(folder / "checkpoints")
         clock(f"{which} save: the training waits", checkpoints.save, number + 1, networks, trainer.state())
         if which == "second":
@@ -96,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def folder_in(parent: Path) -> Path:
-    """A new one."""
+    """A new folder inside `parent`, which is made if need be."""
     parent.mkdir(parents=True, exist_ok=True)
     return Path(tempfile.mkdtemp(prefix="dpdmd-checkpoint-", dir=parent))
 
@@ -105,10 +104,9 @@ def _main(argv: list[str] | None) -> int:
     parser = command.Parser(prog="benchmarks/checkpoint.py", description=__doc__.split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=None)
-    parser.add_argument(
-        "--folder", type=command.new_folder, default=tempfile.gettempdir(), help="on the disk to write to"
-    )
-    parser.add_argument("--no-peer", action="store_true", help="leave DeepSpeed's out")
+    default = tempfile.gettempdir()
+    parser.add_argument("--folder", type=command.new_folder, default=default, help="a folder on the disk to measure")
+    parser.add_argument("--no-peer", action="store_true", help="leave out DeepSpeed's save_checkpoint")
     parser.add_argument("--json", type=command.new_file)
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     args = parser.parse_intermixed_args(argv)
@@ -128,7 +126,7 @@ def _main(argv: list[str] | None) -> int:
             given = (each for each in sys.argv if not each.startswith("--local_rank"))
             typed = " ".join(["deepspeed", "--num_gpus", str(world.size), *given])
             settings = config.model_dump(mode="json")
-            settings["prompts"]["file"] = f"benchmarks/{PROMPTS.name}"  # wherever the checkout lies
+            settings["prompts"]["file"] = f"benchmarks/{PROMPTS.name}"  # the same for every checkout
             found = {"processes": world.size, "bytes": size, "seconds": seconds, "config": settings}
             write_json(args.json, {**provenance(typed), **found})
     return 0

@@ -1,4 +1,4 @@
-"""One distillation cycle of this engine by phase: `deepspeed benchmarks/cycle.py --help`. cases/cycle.py says more."""
+"""Time one distillation cycle of this engine by phase; cases/cycle.py has the code and the documentation."""
 
 from dpdmd import command  # isort: skip  # noqa: F401  first: the others take seconds, in which a user may interrupt
 

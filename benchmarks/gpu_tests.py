@@ -1,13 +1,12 @@
-"""Runs the tests on a GPU and records what became of them, so that everybody sees when they last passed there.
+"""Run the tests on a GPU and record the results, so that everybody sees when they last passed there.
 
-    python benchmarks/gpu_tests.py                                all of them: benchmarks/results/gpu_tests.json
-    python benchmarks/gpu_tests.py tests/kernels --output mine.json      some of them
+    python benchmarks/gpu_tests.py                                all tests: benchmarks/results/gpu_tests.json
+    python benchmarks/gpu_tests.py tests/kernels --output mine.json      some tests
 
-Runs pytest of this interpreter, with the options of `make test`; needs nothing installed beyond what the tests need. The
-file holds the commit, the machine and the versions, how many tests passed, failed and were skipped (of those marked gpu
-apart, and by file), and why each that failed did. It is written whatever came of the tests; of a run that is cut off the
-file unfinished-... beside it stays. The exit status is 0 where all passed and some of those marked gpu ran, 1 where not, 2
-where there is no GPU or pytest runs no test.
+Runs pytest with the options of `make test`. The file holds the commit, machine and versions, the numbers of passed, failed and
+skipped tests (in all, by file, and of those marked gpu), and the reason of each failure. If this script is killed,
+unfinished-FILE stays beside it. Exit status: 0 if all tests passed and some of those marked gpu ran, 1 if not, 2 without a
+GPU or if pytest ran no test.
 """
 
 from __future__ import annotations
@@ -40,30 +39,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python benchmarks/gpu_tests.py", description="Runs the tests on a GPU and records what became of them."
-    )
-    parser.add_argument("tests", nargs="*", help="files and folders; all tests without")
-    parser.add_argument(
-        "--output",
-        type=command.new_file,
-        default=str(STORED),
-        help="where to write; benchmarks/results/gpu_tests.json for all tests",
-    )
+    parser = argparse.ArgumentParser(prog="python benchmarks/gpu_tests.py", description=__doc__.split("\n")[0])
+    parser.add_argument("tests", nargs="*", help="files and folders (default: all tests)")
+    file_help = "file to write (default, for all tests: benchmarks/results/gpu_tests.json)"
+    parser.add_argument("--output", type=command.new_file, default=str(STORED), help=file_help)
     options = parser.parse_args(arguments)
     output = options.output.absolute()
-    _check(options.tests, output)
+    if not torch.cuda.is_available():
+        raise ConfigError("torch sees no GPU here, and this script records a run on one; make test runs without a GPU")
+    if options.tests and output == STORED:
+        raise ConfigError(f"{shlex.join(options.tests)}: {STORED.name} is for all tests; give --output FILE for some")
     made_by = provenance(shlex.join(["python", "benchmarks/gpu_tests.py", *arguments]))
     begin = time.monotonic()
-    # Of a run that is cut off this is what stays.
-    unfinished = output.with_name(f"unfinished-{output.name}")
+    unfinished = output.with_name(f"unfinished-{output.name}")  # tests/record.py writes it while the tests run
     unfinished.unlink(missing_ok=True)
-    status = _run([each if Path(each).is_absolute() else str(Path.cwd() / each) for each in options.tests], unfinished)
+    tests = [os.path.join(os.getcwd(), each) for each in options.tests]
+    pytest = [sys.executable, *PYTEST, "--record", str(unfinished), *tests]
+    status = subprocess.run(pytest, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
     record = json.loads(unfinished.read_text(encoding="utf-8")) if unfinished.exists() else {}
     if status > 0 and not record.get("files"):
-        raise ConfigError(f"pytest ended with status {status} and ran no test; what it said stands above")
+        raise ConfigError(f"pytest ended with status {status} and ran no test; its output is above")
     if record.get("status") is None:  # pytest was killed
-        reason = f"ended with status {status} before it was through"
+        reason = f"ended with status {status} before it finished"
         record = {**record, "status": status, "failures": {**record.get("failures", {}), "pytest itself": reason}}
     write_json(output, {**made_by, "seconds": round(time.monotonic() - begin, 1), **record})
     unfinished.unlink(missing_ok=True)
@@ -71,22 +68,6 @@ def _main(arguments: list[str]) -> int:
     ran = gpu.get("passed", 0) + gpu.get("failed", 0)
     print(f"{output}: {ran} of {sum(gpu.values())} tests marked gpu ran")
     return int(status != 0 or ran == 0)
-
-
-def _check(tests: Sequence[str], output: Path) -> None:
-    """What can be known before the tests take their time."""
-    if not torch.cuda.is_available():
-        raise ConfigError("torch sees no GPU here, and this is the record of a run on one; make test runs without one")
-    if tests and output == STORED:
-        raise ConfigError(f"{shlex.join(tests)}: {STORED.name} is for all tests; give --output FILE for some")
-
-
-def _run(tests: Sequence[str], file: Path) -> int:
-    """pytest's status; tests/record.py writes to `file`, while they run too."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, *PYTEST, "--record", str(file), *tests], cwd=ROOT, env=environment
-    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
-"""The fused operations beside plain PyTorch and torch.compile: right first, then how fast.
+"""Check the fused operations, then time them beside plain PyTorch and torch.compile.
 
-    python benchmarks/run.py                                      every operation: some ten minutes on a GPU
-    python benchmarks/run.py --op losses --json benchmarks/results/kernels.json       at most three
-    python benchmarks/run.py --op blocks attention                the operations of a transformer: some seven
+    python benchmarks/run.py                                      every operation: about ten minutes on a GPU
+    python benchmarks/run.py --op losses --json benchmarks/results/kernels.json       at most three minutes
+    python benchmarks/run.py --op blocks attention                a transformer's operations: about seven minutes
     python benchmarks/run.py --op adamw_step                      the optimizer's step
     python benchmarks/run.py --op dmd_loss --size video --json mine.json
-    python benchmarks/run.py --op transformer --part forward      a whole transformer, part by part: each some minutes
+    python benchmarks/run.py --op transformer --part forward      a whole transformer: minutes for each part
     python benchmarks/run.py --baseline benchmarks/results/kernels.json
     python benchmarks/run.py --plot                               docs/roofline.png, from benchmarks/results/kernels.json
-    python benchmarks/run.py --op cycle --help                    whole distillation cycles, beside eager, torch.compile and
-                                                                  DeepSpeed's ZeRO-3 (cycle.py)
     python benchmarks/run.py --op transformer --plot              docs/transformer.png, from .../results/transformer.json
+    python benchmarks/run.py --op cycle --help                    whole distillation cycles, beside their peers
     python benchmarks/run.py --markdown benchmarks/results/transformer.json
 
-Every implementation is compared with float64 (attention with float32, whole transformers with the stock module) before
-any is timed; where one fails, no time of that operation and size is shown, and the exit status is 1. The file of --json
-is written after every operation, so that a run that is cut off has what it found. DPDMD_KERNELS=triton (cuda,
-reference) restricts ours to one implementation. Without a GPU the references run on small sizes.
+Every implementation is compared with float64 (attention with float32, whole transformers with the stock module) before any
+is timed. If one fails, that operation is not timed at that size, and the exit status is 1. The file of --json is written
+after every row, so that an interrupted run keeps its results. DPDMD_KERNELS=triton (cuda, reference) selects one of our
+implementations. Without a GPU the references run on small sizes.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ import functools
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +49,10 @@ PEERS = ("eager", "compile", "none")
 
 
 def groups() -> dict[str, list[str]]:
-    """Names of --op that stand for several; losses: with the sampler's steps."""
+    """Names of --op that stand for several operations. The sampler's steps are among the losses."""
     tables = {"losses": losses.Elementwise.table, "blocks": blocks.BlockOperation.table}
-    return {
-        name: [op for op, each in cases.OPERATIONS.items() if each.table == table] for name, table in tables.items()
-    }
+    operations = cases.OPERATIONS.items()
+    return {name: [op for op, each in operations if each.table == table] for name, table in tables.items()}
 
 
 def choices() -> list[str]:
@@ -63,14 +61,13 @@ def choices() -> list[str]:
 
 
 def known_sizes() -> list[str]:
-    return list(
-        dict.fromkeys([*(size for each in cases.OPERATIONS.values() for size in each.sizes), *networks.NETWORKS])
-    )
+    sizes = [size for each in cases.OPERATIONS.values() for size in each.sizes]
+    return list(dict.fromkeys([*sizes, *networks.NETWORKS]))
 
 
 def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str]]:
-    """Those of ours that DPDMD_KERNELS allows and that run here, and why the others do not. UsageError where the one
-    that it asks for does not."""
+    """Our implementations that DPDMD_KERNELS allows and that run here, and the reasons of those that do not run. Raises
+    UsageError if DPDMD_KERNELS names one that does not run here."""
     try:
         asked = backend.requested()
     except ValueError as error:
@@ -81,15 +78,15 @@ def our_implementations(device: torch.device) -> tuple[tuple[str, ...], list[str
     reasons = {name: backend.why_not(name, device.type, device.index) for name in candidates}
     found = tuple(name for name in candidates if not reasons[name])
     if asked != "auto" and not found:
-        raise report.UsageError(f"{backend.ENVIRONMENT_VARIABLE}={asked} cannot be had: {reasons[asked]}")
+        raise report.UsageError(f"{backend.ENVIRONMENT_VARIABLE}={asked} does not run here: {reasons[asked]}")
     return found or ("reference",), [f"{name}: {reason}" for name, reason in reasons.items() if reason]
 
 
-Step = tuple[str, Callable[[], None]]  # what a log calls it, and what it does
+Step = tuple[str, Callable[[], None]]  # its name in the log, and the function
 
 
 def plan(run: Run, args: argparse.Namespace) -> list[Step]:
-    """Everything that was asked for, in order. UsageError for a size that an operation does not have."""
+    """The steps that the options ask for. Raises UsageError for a size that an operation does not have."""
     cpu = run.device.type == "cpu"
     named = [each for name in args.op or () for each in groups().get(name, (name,))]
     names = list(dict.fromkeys(named)) or list(cases.OPERATIONS)
@@ -125,13 +122,13 @@ def measure_all(args: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     source = provenance(shlex.join(["python", "benchmarks/run.py", *args.argv]))
     baseline = None
-    if args.baseline:  # refused now rather than after three minutes
+    if args.baseline:  # an unusable file is refused before measuring
         baseline = report.read_run(args.baseline)
         report.refuse_other_machine(baseline, source["machine"]["gpu"], args.baseline)
     ours, missing = our_implementations(device)
 
     def collect() -> dict[str, Any]:
-        return {
+        found = {
             **source,
             "device": device.type,
             "dtype": str(DTYPE).removeprefix("torch."),
@@ -145,15 +142,14 @@ def measure_all(args: argparse.Namespace) -> int:
             "left_out": run.left_out,
             "seconds": time.perf_counter() - begin,
         }
-
-    def write() -> None:
         if args.json:
-            report.write_run(args.json, collect())
+            report.write_run(args.json, found)
+        return found
 
     def note(row: dict[str, Any]) -> None:
-        if row.get("group") in (None, "output", "all gradients"):  # of the others there are fifty
+        if row.get("group") in (None, "output", "all gradients"):  # the accuracy part has fifty more groups
             print(f"  {report.line(row)}", file=sys.stderr, flush=True)
-        write()
+        collect()
 
     run = Run(device, ours, args.peers, left_out=missing, note=note)
     steps = plan(run, args)
@@ -163,9 +159,8 @@ def measure_all(args: argparse.Namespace) -> int:
     for name, step in steps:
         print(f"{time.perf_counter() - begin:6.1f} s  {name}", file=sys.stderr, flush=True)
         step()
-        write()
-    result = collect()
-    tell(console, result, baseline, args.baseline)
+        collect()
+    tell(console, collect(), baseline, args.baseline)
     return 1 if run.failures else 0
 
 
@@ -176,12 +171,12 @@ def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path:
     floor = {way: taken["median_us"] for way, taken in result["engine_floor"].items()}
     if floor:
         console.print(
-            f"Forward and backward of an autograd function with nothing in it: {floor['forward_backward']:.0f} us, "
+            f"Forward and backward of an empty autograd function: {floor['forward_backward']:.0f} us, "
             f"{floor['forward_backward_one_thread']:.0f} us in one thread. No loss can be faster."
         )
     noise = report.noise(report.timed_rows(result))
     if noise is not None:
-        console.print(f"The same measurement made twice differs by {noise:.1%} (median).")
+        console.print(f"Two rounds of one measurement differ by {noise:.1%} (median).")
     for each in result["left_out"]:
         console.print(f"left out: {each}", markup=False)
     if baseline is not None:
@@ -193,14 +188,16 @@ def tell(console, result: dict[str, Any], baseline: dict[str, Any] | None, path:
 
 
 def plot(files: list[Path], output: Path | None, of_transformer: bool) -> int:
-    """A roofline of the operations, or a transformer's time by kind of kernel."""
+    """Draw a roofline of the operations, or a transformer's time by kind of kernel."""
     stored, picture = (STORED_TRANSFORMER, PICTURE_TRANSFORMER) if of_transformer else (STORED, PICTURE)
-    output = output or picture
-    results = _read(files or [stored])
+    files, output = files or [stored], output or picture
+    results = [report.read_run(path) for path in files]
+    for path, result in zip(files, results, strict=True):
+        if not result["machine"]["gpu"]:
+            raise report.UsageError(f"{path} was measured on a CPU; --plot draws runs on a GPU")
     if of_transformer and not plots.broken_down(results):
-        raise report.UsageError(
-            f"{' '.join(map(str, files or [stored]))}: nothing there is broken down; --op transformer --part breakdown does it"
-        )
+        names = " ".join(map(str, files))
+        raise report.UsageError(f"{names}: no breakdown to draw; run.py --op transformer --part breakdown measures one")
     try:
         (plots.breakdown if of_transformer else plots.roofline)(results, output)
     except ImportError as error:
@@ -209,94 +206,43 @@ def plot(files: list[Path], output: Path | None, of_transformer: bool) -> int:
     return 0
 
 
-def _read(files: list[Path]) -> list[dict[str, Any]]:
-    results = [report.read_run(path) for path in files]
-    for path, result in zip(files, results, strict=True):
-        if not result["machine"]["gpu"]:
-            raise report.UsageError(
-                f"{path} was measured on a CPU, which says nothing of a GPU: there is nothing to draw"
-            )
-    return results
-
-
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/run.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--op", nargs="+", metavar="NAME", choices=choices(), help=f"of {', '.join(choices())}")
-    parser.add_argument(
-        "--size",
-        nargs="+",
-        metavar="NAME",
-        choices=known_sizes(),
-        help=f"of {', '.join(known_sizes())}, as far as an operation has them; without a GPU the small ones unless named",
+
+    def add(option: str, description: str, metavar: str = "FILE", **settings: Any) -> None:
+        parser.add_argument(option, help=description, metavar=metavar, **settings)
+
+    def add_names(option: str, known: Sequence[str], rest: str = "") -> None:
+        add(option, f"one or more of {', '.join(known)}{rest}", "NAME", nargs="+", choices=known)
+
+    add_names("--op", choices())
+    add_names("--size", known_sizes(), "; an operation takes those that it has (default without a GPU: the small ones)")
+    add_names("--part", (*transformer.PARTS, "all"), " (with --op transformer)")
+    batches = f"batch sizes (with --op transformer; default: {transformer.BATCHES})"
+    add("--batch", batches, "N", nargs="+", type=command.count)
+    add_names("--variant", networks.VARIANTS, " (with --op transformer; default without a GPU: all but compiled)")
+    loss, block = losses.Elementwise, blocks.BlockOperation
+    limits = f"losses at {', '.join(loss.compiled_sizes)} until {loss.compile_seconds:.0f} s have gone into compiling, "
+    limits += f"blocks until {block.compile_seconds:.0f} s"
+    add_names("--peers", PEERS, f" (default: eager; on a GPU also compile: {limits})")
+    add("--json", "write all numbers, with machine, versions and commit", type=command.new_file)
+    slower = (
+        "print what got slower than in this file of --json from the same GPU, by more than the larger spread of both"
     )
-    parser.add_argument(
-        "--part",
-        nargs="+",
-        metavar="NAME",
-        choices=(*transformer.PARTS, "all"),
-        help=f"of the transformer: of {', '.join(transformer.PARTS)}, all",
-    )
-    parser.add_argument(
-        "--batch",
-        nargs="+",
-        type=command.count,
-        metavar="N",
-        help=f"of the transformer, instead of {transformer.BATCHES}",
-    )
-    parser.add_argument(
-        "--variant",
-        nargs="+",
-        metavar="NAME",
-        choices=networks.VARIANTS,
-        help=f"of the transformer: of {', '.join(networks.VARIANTS)}; without a GPU nothing is compiled unless named",
-    )
-    parser.add_argument(
-        "--peers",
-        nargs="+",
-        metavar="NAME",
-        choices=PEERS,
-        help=f"of {', '.join(PEERS)}; by default eager on every size and, on a GPU, compile: of losses on "
-        f"{', '.join(losses.Elementwise.compiled_sizes)} for as long as {losses.Elementwise.compile_seconds:.0f} s of "
-        f"compiling last, of blocks {blocks.BlockOperation.compile_seconds:.0f} s",
-    )
-    parser.add_argument(
-        "--json", type=command.new_file, metavar="FILE", help="write all numbers, with machine, versions and commit"
-    )
-    parser.add_argument(
-        "--baseline",
-        type=command.path,
-        metavar="FILE",
-        help="a file that --json wrote on the same GPU: print what got slower than it by more than the spread (the larger "
-        "of both runs'). For reading, not for a gate: the exit status stays what it is",
-    )
-    parser.add_argument(
-        "--plot", nargs="*", type=command.path, metavar="FILE", help="measure nothing; draw files that --json wrote"
-    )
-    parser.add_argument(
-        "--output",
-        type=command.new_file,
-        metavar="PNG",
-        help="where --plot draws (docs/roofline.png, docs/transformer.png)",
-    )
-    parser.add_argument(
-        "--markdown",
-        nargs="+",
-        type=command.path,
-        metavar="FILE",
-        help="measure nothing; print the transformer's tables of files that --json wrote",
-    )
+    add("--baseline", f"{slower}; the exit status does not change", type=command.path)
+    add("--plot", "measure nothing; draw files that --json wrote", nargs="*", type=command.path)
+    picture = "the picture of --plot (default: docs/roofline.png or docs/transformer.png)"
+    add("--output", picture, "PNG", type=command.new_file)
+    add("--markdown", "measure nothing; print the tables of files that --json wrote", nargs="+", type=command.path)
     args = parser.parse_args(argv)
     if args.peers and "none" in args.peers and len(args.peers) > 1:
-        parser.error(f"--peers got {' '.join(args.peers)}: none stands alone")
-    args.peers = tuple(args.peers) if args.peers else None
+        parser.error(f"--peers got {' '.join(args.peers)}: none cannot be combined with others")
     of_transformer = [name for name in ("part", "batch", "variant") if getattr(args, name)]
     if of_transformer and "transformer" not in (args.op or ()):
-        parser.error(f"--{of_transformer[0]} is of --op transformer")
+        parser.error(f"--{of_transformer[0]} needs --op transformer")
     args.part = [part for part in transformer.PARTS if not args.part or part in args.part or "all" in args.part]
-    args.batch = tuple(args.batch) if args.batch else None
-    args.variant = tuple(args.variant) if args.variant else None
     args.argv = argv
     return args
 
@@ -306,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str]) -> int:
-    if argv[:2] == ["--op", "cycle"]:  # has options of its own, and needs what the trainer needs
+    if argv[:2] == ["--op", "cycle"]:  # with other options, and the trainer's imports
         from cases import cycle
 
         return cycle.compare_main(argv[2:])

@@ -1,8 +1,7 @@
-"""What the site has beside the pages of this folder, made while mkdocs builds it.
+"""Pages and files that mkdocs adds to the site, beside the pages of this folder.
 
-Pages: README, CHANGELOG and CONTRIBUTING; the reference of settings, of dpdmd/config.py's fields; the reference of
-operations, of the public names of kernels/__init__.py, whose docstrings mkdocstrings puts in. Files: those of the
-repository that any page links.
+Pages: README, CHANGELOG and CONTRIBUTING; the reference of settings, from the fields of dpdmd/config.py; the reference of
+operations, from the public names of kernels/__init__.py (mkdocstrings inserts the docstrings). Files: those that a page links.
 """
 
 from __future__ import annotations
@@ -24,21 +23,17 @@ LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 
 
 def on_files(files, config):
-    def add(name: str, **source: Any) -> None:
-        files.append(File.generated(config, name, **source))
-
-    for name, page in PAGES.items():
-        add(page, content=(ROOT / name).read_text(encoding="utf-8"))
-    add("settings.md", content=settings())
-    add("operations.md", content=operations())
+    pages = {page: (ROOT / name).read_text(encoding="utf-8") for name, page in PAGES.items()}
+    for page, content in {**pages, "settings.md": settings(), "operations.md": operations()}.items():
+        files.append(File.generated(config, page, content=content))
     linked = {linked_file(target, page.src_uri) for page in files.documentation_pages() for target in links(page)}
     for path in sorted(linked - {None}):
-        add(f"files/{path}", abs_src_path=str(ROOT / path))
+        files.append(File.generated(config, f"files/{path}", abs_src_path=str(ROOT / path)))
     return files
 
 
 def on_page_markdown(markdown, page, config, files):
-    """Links of a page as they lead from there in the repository, to where the site has what they name."""
+    """Replace links to files of the repository by links to the site's pages and files."""
 
     def replaced(match: re.Match) -> str:
         begin, target, end = match.groups()
@@ -56,7 +51,7 @@ def links(page: File) -> list[str]:
 
 
 def in_repository(target: str, page: str) -> str | None:
-    """The path from the repository's root of what a page links; None for an address."""
+    """A link's target as a path from the repository's root; None for a URL."""
     if "://" in target or target.startswith("mailto:"):
         return None
     folder = "" if page in PAGES.values() else "docs"
@@ -64,10 +59,10 @@ def in_repository(target: str, page: str) -> str | None:
 
 
 def linked_file(target: str, page: str) -> str | None:
-    """The same for a file that is no page and lies elsewhere than in docs/."""
+    """The path of a linked file that is neither a page nor in docs/; None for other targets."""
     path = in_repository(target, page)
-    elsewhere = path and path not in PAGES and not path.startswith("docs/") and (ROOT / path).is_file()
-    return path if elsewhere else None
+    added = path and path not in PAGES and not path.startswith("docs/") and (ROOT / path).is_file()
+    return path if added else None
 
 
 # Settings
@@ -81,8 +76,8 @@ def settings() -> str:
     lines = [
         "# Settings",
         "",
-        "A YAML file of `configs/` holds them by section; on the command line they are written `section.key=value`, and stand "
-        "over those of the file. `--dry-run` prints all that a run would take.",
+        "A YAML file (see `configs/`) holds them by section. `section.key=value` on the command line overrides the file. "
+        "`--dry-run` prints the resolved configuration.",
     ]
     return "\n".join([*lines, *section(schema, schema, ""), ""])
 
@@ -95,7 +90,7 @@ def section(schema: dict[str, Any], of: dict[str, Any], prefix: str) -> list[str
         if inner:
             below += ["", f"## {prefix}{name}", ""]
             if text := field.get("description"):
-                below += [f"{prose(text)} Default: `null`, without; `{name}: {{}}` takes the defaults below.", ""]
+                below += [f"{prose(text)} Default: `null`, off; `{name}: {{}}` takes the defaults below.", ""]
             below += section(schema, schema["$defs"][inner[0].rsplit("/", 1)[1]], f"{prefix}{name}.")
         else:
             value = "" if field["default"] is None else f"`{written(field['default'])}`"
@@ -109,7 +104,7 @@ def prose(text: str) -> str:
 
 
 def written(value: Any) -> str:
-    """As YAML has it."""
+    """A value as written in YAML."""
     if isinstance(value, bool) or value is None:
         return {True: "true", False: "false", None: "null"}[value]
     return '""' if value == "" else f"{value}"
@@ -135,7 +130,7 @@ def limits(field: dict[str, Any]) -> str:
     high = min((field[each] for each in ("maximum", "le") if each in field), default=None)
     found = [f"from {low:g}"] if low is not None else []
     found += [f"above {field['exclusiveMinimum']:g}"] if "exclusiveMinimum" in field else []
-    # Beyond that a limit only catches slips.
+    # Higher limits only catch typing errors.
     found += [f"to {high:g}"] if high is not None and high < 1e9 else []
     found += [f"below {field['lt']:g}"] if "lt" in field else []
     return " " + " ".join(found) if found else ""
@@ -145,7 +140,7 @@ def limits(field: dict[str, Any]) -> str:
 
 
 def operations() -> str:
-    """A section for each folder of kernels/ that public names come from, as its docstring has it."""
+    """A section for each folder of kernels/ with public names: its docstring, then the names."""
     lines = ["# Reference of the operations", "", "All are imported from `dpdmd.kernels`."]
     names: dict[str, list[str]] = {}
     for node in ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8")).body:
@@ -160,7 +155,7 @@ def operations() -> str:
 
 
 class Arguments(griffe.Extension):
-    """Docstrings describe an argument in a line that begins with its name; in Markdown such lines are made a list."""
+    """Makes a Markdown list of the docstring lines that begin with an argument's name."""
 
     def on_function(self, *, func: griffe.Function, **_: Any) -> None:
         if func.docstring:

@@ -1,8 +1,8 @@
 """Distribution matching distillation with the losses of dpdmd.kernels, in your own training loop.
 
-Needs only torch and dpdmd.kernels. `python examples/dmd2_loop.py` trains a teacher of points in the plane (four classes of
-two clusters each) and distils its many guided steps into one, in a few seconds on a CPU. Replace `Velocity` by your network,
-and `points` and `classes` by your batches.
+Needs only torch and dpdmd.kernels. `python examples/dmd2_loop.py` trains a teacher on points in the plane (four classes of
+two clusters each) and distils its many guided steps into one step, in a few seconds on a CPU. Replace `Velocity` with your
+network, and `points` and `classes` with your batches.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CLUSTERS = torch.stack([angles.cos(), angles.sin()], -1).view(2, CLASSES, 2)  # 
 
 
 class Velocity(nn.Module):
-    """v(x_t, t, class) of a flow x_t = (1 - t) x + t noise, whose velocity is noise - x. x_t (B, 2), t (B,)."""
+    """v(x_t, t, class) for the flow x_t = (1 - t) x + t noise, whose velocity is noise - x. x_t (B, 2), t (B,)."""
 
     def __init__(self, width: int = 128):
         super().__init__()
@@ -73,7 +73,7 @@ def generate(student: Velocity, noise: Tensor, condition: Tensor) -> Tensor:
 
 def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, critic_updates: int) -> Velocity:
     student, critic = (copy.deepcopy(teacher).requires_grad_(True) for _ in range(2))
-    # Two time scales: the critic follows the student's outputs before each of the student's updates.
+    # Two time scales: the critic learns the student's outputs before each update of the student.
     student_optimizer = torch.optim.Adam(student.parameters(), 5e-4, betas=(0.0, 0.99), fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), 2e-3, betas=(0.0, 0.99), fused=True)
     for _ in range(cycles):
@@ -92,7 +92,7 @@ def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, cr
             real = teacher(x_t, t, condition)
             real_uncond = teacher(x_t, t, torch.full_like(condition, NO_CLASS))
             fake = critic(x_t, t, condition)
-        # Pass raw velocities: no x0 estimates, no pseudo-target. Only x gets a gradient.
+        # Pass velocities: no x0 estimates, no pseudo-target. Only x gets a gradient.
         loss = dmd_loss(x, real, fake, teacher_uncond=real_uncond, guidance_scale=guidance_scale)
         update(student_optimizer, loss)
     return student
@@ -100,7 +100,7 @@ def distil(teacher: Velocity, cycles: int, batch: int, guidance_scale: float, cr
 
 @torch.no_grad()
 def teachers(teacher: Velocity, noise: Tensor, condition: Tensor, steps: int, guidance_scale: float) -> Tensor:
-    """The teacher's samples from the same noise in `steps` steps of two passes each."""
+    """The teacher's samples (B, 2) from the noise, in `steps` steps of two passes each."""
     x = noise
     times = torch.linspace(1.0, 0.0, steps + 1)
     for now, then in itertools.pairwise(times):
@@ -111,7 +111,7 @@ def teachers(teacher: Velocity, noise: Tensor, condition: Tensor, steps: int, gu
 
 
 def measure(x: Tensor, condition: Tensor) -> tuple[float, float]:
-    """Mean distance to the class's nearest cluster, and the share of its rarer cluster (0.5 at best)."""
+    """Mean distance to the class's nearer cluster, and the rarer cluster's share in the worst class (0.5 is best)."""
     distances = (x[None] - CLUSTERS[:, condition]).norm(dim=-1)  # (2, B)
     rarer = [distances[:, condition == each].argmin(0).float().mean().item() for each in range(CLASSES)]
     return distances.amin(0).mean().item(), min(min(share, 1 - share) for share in rarer)
@@ -121,7 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher-updates", type=int, default=1000)
     parser.add_argument("--cycles", type=int, default=250, help="updates of the student")
-    parser.add_argument("--critic-updates", type=int, default=5, help="before each of them")
+    parser.add_argument("--critic-updates", type=int, default=5, help="before each update of the student")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--guidance-scale", type=float, default=1.5)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,10 +1,10 @@
-"""A LoRA of Stable Diffusion 3 / 3.5 for diffusers, trained with the fused operations of dpdmd.kernels.
+"""Train a LoRA of Stable Diffusion 3 / 3.5 for diffusers with the fused operations of dpdmd.kernels.
 
     python examples/sd3_lora.py                                              # a small model, generated pictures
     python examples/sd3_lora.py --model stabilityai/stable-diffusion-3.5-medium --pictures my_pictures --resolution 1024
 
-`my_pictures` holds pictures and captions: cat.png and cat.txt. The output is a diffusers LoRA for load_lora_weights of a stock
-pipeline. dpdmd adds `fuse_transformer`, called after the adapters are added, `renoise` and the loss.
+`my_pictures` holds pictures and captions: cat.png and cat.txt. A stock pipeline loads the output with load_lora_weights. dpdmd's
+part is `fuse_transformer` (call it after adding the adapters), `renoise` and the loss.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SMALL = Path(dpdmd.__file__).parent / "worlds" / "demo" / "teacher"  # for 32 x 
 
 
 def made_up(size: int) -> list[tuple[Image.Image, str]]:
-    """Framed squares, a style that the small model does not know."""
+    """Framed squares and captions: a style that the small model does not know."""
     found = []
     for colour in ("red", "green", "blue", "yellow"):
         picture = Image.new("RGB", (size, size), "white")
@@ -49,7 +49,7 @@ def read(folder: Path, size: int) -> list[tuple[Image.Image, str]]:
 
 @torch.no_grad()
 def encode(pipeline: StableDiffusion3Pipeline, data: list[tuple[Image.Image, str]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Latents (N, C, H, W), caption embeddings (N, S, D) and pooled ones (N, P), computed once."""
+    """Latents (N, C, H, W), caption embeddings (N, S, D) and pooled embeddings (N, P)."""
     pixels = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture, _ in data])
     pixels = pixels.to(pipeline.device, pipeline.vae.dtype) / 127.5 - 1
     config = pipeline.vae.config
@@ -61,7 +61,7 @@ def encode(pipeline: StableDiffusion3Pipeline, data: list[tuple[Image.Image, str
 
 def loss_of(transformer: torch.nn.Module, batch: tuple[Tensor, ...], noise: Tensor, t: Tensor) -> Tensor:
     latents, text, pooled = batch
-    x_t = renoise(latents, noise, t)  # keep t in float32: bfloat16 would bias the target
+    x_t = renoise(latents, noise, t)  # t stays float32: in bfloat16 it would bias the target
     velocity = transformer(x_t, text, pooled, t * 1000, return_dict=False)[0]
     return flow_matching_loss(velocity, noise, latents)
 
@@ -79,8 +79,8 @@ def validation(transformer: torch.nn.Module, data: tuple[Tensor, ...]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default=str(SMALL), help="pipeline folder or hub id (default: a small one of dpdmd)")
-    parser.add_argument("--pictures", type=Path, help="folder of pictures and captions (default: some squares)")
+    parser.add_argument("--model", default=str(SMALL), help="pipeline folder or hub id (default: dpdmd's demo teacher)")
+    parser.add_argument("--pictures", type=Path, help="folder of pictures and captions (default: drawn squares)")
     parser.add_argument("--resolution", type=int, default=32)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=60)
@@ -101,10 +101,10 @@ def main() -> None:
     transformer.add_adapter(
         LoraConfig(r=args.rank, lora_alpha=args.rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     )
-    fuse_transformer(transformer)  # prints what is fused, and why a module is not
+    fuse_transformer(transformer)  # prints what it fuses, and why it leaves a module
     adapters = [parameter for parameter in transformer.parameters() if parameter.requires_grad]
     for parameter in adapters:
-        parameter.data = parameter.data.float()  # masters: bfloat16 would lose a step of 1e-4
+        parameter.data = parameter.data.float()  # float32 masters: bfloat16 would lose steps of 1e-4
     optimizer = torch.optim.AdamW(adapters, args.lr)
 
     before = validation(transformer, data)
@@ -130,7 +130,7 @@ def main() -> None:
     caption = pictures[0][1]
     made = stock(caption, height=args.resolution, width=args.resolution, num_inference_steps=20).images[0]
     made.save(args.output / "picture.png")
-    print(f"{args.output}: the LoRA, and picture.png, which a stock pipeline made with it for {caption!r}")
+    print(f"{args.output}: the LoRA, and picture.png: a stock pipeline's picture of {caption!r} with it")
 
 
 if __name__ == "__main__":

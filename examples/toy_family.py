@@ -1,10 +1,10 @@
-"""Your own model family in one file; dpdmd itself does not know it:
+"""A model family of your own in one file:
 
     deepspeed dpdmd/train.py model.family=examples/toy_family.py model.pipeline=FOLDER prompts.file=PROMPTS.txt ...
 
-It has what SD3 and FLUX lack: a language model as text encoder, with variable length and a mask; video latents, normalised by
-a mean and a standard deviation a channel; a shift that depends on the number of steps; guidance counted from the conditional
-prediction.
+It uses what SD3 and FLUX lack: a language model as text encoder, with variable length and a mask; video latents, normalised
+with a mean and a standard deviation for each channel; a shift that depends on the number of steps; guidance that starts from
+the conditional prediction.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LLM = Llm("text_encoder", "Qwen2Model")
 
 
 class ToyBlock(nn.Module):
-    """Attention of [text, video] with the text's mask, and a feed-forward."""
+    """Attention over [text, video] with the text's mask, and a feed-forward layer."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -40,11 +40,10 @@ class ToyBlock(nn.Module):
         self.net = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        """tokens (B, S, D); mask (B, S), True for those that are attended to."""
+        """tokens (B, S, D); mask (B, S), True for tokens to attend to."""
         y = self.norm(tokens)
-        q, k, v = (
-            each(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in (self.to_q, self.to_k, self.to_v)
-        )
+        layers = (self.to_q, self.to_k, self.to_v)
+        q, k, v = (layer(y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for layer in layers)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
         tokens = tokens + self.to_out(attended.transpose(1, 2).flatten(2))
         return tokens + self.net(self.norm(tokens))
@@ -131,7 +130,9 @@ class Toy(Backbone):
     def _check_widths(self, pipeline: PipelineFolder, encoders: dict[str, Any]) -> None:
         found, needed = encoders["text_encoder"].hidden_size, self._architectures["teacher"]["caption_dim"]
         if found != needed:
-            raise ConfigError(f"{pipeline}: text_encoder is {found} wide, and caption_dim = {needed}")
+            raise ConfigError(
+                f"{pipeline}: text_encoder has hidden_size {found}, but the transformer's caption_dim is {needed}"
+            )
 
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
         length = self.config.max_sequence_length

@@ -1,5 +1,5 @@
-"""What is measured, a file for each subject. Whole transformers (transformer.py) and cycles (cycle.py) are chosen by
-parts of their own; of the other operations this is the list, and an operation is an entry of its subject's file."""
+"""The measured operations, a file for each subject. Whole transformers (transformer.py) and cycles (cycle.py) are not in this
+list: run.py calls them directly."""
 
 from cases import adamw, attention, blocks, losses
 

@@ -3,9 +3,8 @@
     read     master 4, exp_avg, exp_avg_sq 4 or 2 or 1 each, gradient 2     bytes a parameter
     written  master 4, exp_avg, exp_avg_sq, weight 2
 
-so 28 with float32 moments, 20 with bfloat16 ones, 16.06 with 8-bit ones and their scales. (A float32 gradient makes 2 more.)
-torch's fused AdamW wants a gradient in float32 and knows of no weight: it is timed with the conversion before it and the
-copy after it, as trainers do it.
+In all 28 with float32 moments, 20 with bfloat16 ones, 16.06 with 8-bit ones and their scales. torch's fused AdamW needs a
+float32 gradient and writes no bfloat16 weight: its time includes the conversion before and the copy after, as in trainers.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from dpdmd.kernels import Float8State, Philox, adamw_step, use_backend
 from dpdmd.kernels.optim.adamw import BLOCK, exp_avg_of, exp_avg_sq_of
 
 SIZES = {
-    "16m": 2**24,  # parameters; 22 bytes of each hold a set of inputs with all forms of the moments
+    "16m": 2**24,  # parameters; a set of inputs with all forms of the moments takes 22 bytes of each
     "256m": 2**28,
-    "awkward": 100_003,  # no whole number of blocks
+    "awkward": 100_003,  # not a multiple of the block
 }
 FORMS = ("float32", "bfloat16", "float8")
 PEER_FORM = "float32"
 LR, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.999), 1e-8, 0.01
 STEP = 2
 KEY = Philox(20260203)
-CHECKED = 2**20  # elements at either end that are compared with float64: none depends on another
-# Relative errors: of the master's change, which its rounding allows 1e-5; of a copy in bfloat16; of the moments as stored.
+CHECKED = 2**20  # elements at each end that are compared with float64; elements are independent
+# Limits of relative errors: of the master's change (its rounding alone makes 1e-5), and of the stored moments.
 CHANGE_LIMIT = 1e-3
 MOMENT_LIMITS = {"float32": 1e-6, "bfloat16": 2**-7, "float8": 2**-3}
 
@@ -46,7 +45,7 @@ Moments = tuple[Tensor, Tensor] | tuple[Float8State, Float8State]
 
 @dataclass(frozen=True)
 class Shard:
-    """What a step works on, in place."""
+    """The tensors that a step updates in place."""
 
     master: Tensor
     gradient: Tensor
@@ -54,7 +53,7 @@ class Shard:
     moments: dict[str, Moments]  # by form
 
     def bytes(self, form: str) -> int:
-        """The fewest that any implementation can do with."""
+        """The fewest bytes that a step must move."""
         kept = [self.master, *(part for moment in self.moments[form] for part in _parts(moment))]
         return 2 * sum(each.nbytes for each in kept) + self.gradient.nbytes + self.weight.nbytes
 
@@ -65,7 +64,7 @@ class Shard:
             else moment.clone()
             for moment in self.moments[form]
         )
-        # A weight that nothing writes shows.
+        # NaN shows a weight that is not written.
         return Shard(self.master.clone(), self.gradient, torch.full_like(self.weight, math.nan), {form: moments})
 
 
@@ -137,7 +136,7 @@ def _torchs(shard: Shard) -> Callable[[], None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Step(Operation):
-    """Ours takes a shard and the form of its moments and makes the step; the peer takes a shard, and returns what does."""
+    """`ours` makes a step on a shard with one form of moments; `peer` takes a shard and returns the function that does."""
 
     table: ClassVar[str] = "optimizer"
     compile_context: ClassVar[Callable] = torch.no_grad
@@ -146,7 +145,7 @@ class Step(Operation):
         return inputs.bytes("float8")
 
     def implementations(self, run: Run, size: str) -> list[Implementation]:
-        """Each of ours with one form of the moments after the other."""
+        """Each of ours once for every form of the moments, then the peers."""
         found = super().implementations(run, size)
         ours = [
             dataclasses.replace(each, name=f"{each.name} {form}", function=functools.partial(self.ours, form=form))
@@ -157,7 +156,7 @@ class Step(Operation):
         return [*ours, *(each for each in found if each.peer)]
 
     def prepare(self, implementation: Implementation, shard: Shard) -> Callable[[], None]:
-        """What one step on a shard is."""
+        """The function that makes one step on the shard."""
         if not implementation.peer:
             return functools.partial(implementation.function, shard)
         if implementation.name == "eager":
@@ -166,7 +165,7 @@ class Step(Operation):
         return functools.partial(implementation.function, *tensors)
 
     def truth(self, inputs: Shard) -> None:
-        """`compare` works it out at both ends of the shard."""
+        """`compare` computes the truth, at both ends of the shard."""
 
     def once(self, implementation: Implementation, inputs: Shard) -> Shard:
         mine = inputs.copy(form_of(implementation))
@@ -219,12 +218,12 @@ def compare(before: Shard, after: Shard, form: str) -> dict[str, float]:
         pairs |= dict(zip(("exp_avg", "exp_avg_sq"), zip(stored, exact_moments, strict=True), strict=True))
         for name, (got, truth) in pairs.items():
             errors.setdefault(name, []).append(accuracy.relative(got, truth))
-    # NaN is what max() may lose.
+    # max() may lose a NaN.
     return {name: math.nan if any(map(math.isnan, found)) else max(found) for name, found in errors.items()}
 
 
 def _values(moments: Moments, part: slice) -> list[Tensor]:
-    """Both moments of some elements, whole blocks from the first on, in float64."""
+    """Both moments of a slice in float64; it starts at a block."""
     if not isinstance(moments[0], Float8State):
         return [moment[part].double() for moment in moments]
     blocks = slice(part.start // BLOCK, -(-part.stop // BLOCK))

@@ -1,9 +1,9 @@
-"""Attention forward and backward, each alone, by every backend: TFLOP/s, and the error against float32.
+"""Attention's forward and backward pass by every backend: TFLOP/s, and the error against float32.
 
-    forward   4 B H S S D operations: two products of S x S x D for each sample and head
-    backward  2.5 times that: five products
+    forward   4 B H S S D operations: two matmuls of S x S x D for each sample and head
+    backward  2.5 times that: five matmuls
 
-A backend whose error is more than twice that of plain PyTorch in the same dtype is not timed.
+A backend whose error exceeds twice that of plain PyTorch in the same dtype is not timed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ SIZES = {  # (B, S, H, D)
     "awkward": (2, 113, 3, 24),
 }
 ERROR_LIMIT = 2.0  # times the error of plain PyTorch in the same dtype
-SETS = 2  # q, k and v of one set are 160 MB where L2 matters
+SETS = 2  # of inputs: q, k and v of one take 160 MB at the large sizes, more than L2
 
 
 def _make(shape: tuple[int, ...], draw: Draw) -> Tensors:
@@ -50,28 +50,28 @@ def _plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _slice(tensor: Tensor) -> Tensor:
-    """One sample and two heads, which depend on no others: float32 of the whole would not fit."""
+    """One sample and two heads, independent of the others: the whole in float32 would not fit."""
     return tensor[:1, :, :2]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attention(Operation):
-    """Ours and the peers are backends of one function. Timed on a GPU in a graph alone, as a short attention takes the host
-    longer."""
+    """Ours and the peers are backends of one function. On a GPU it is timed in CUDA graphs only: a short attention takes the
+    host longer than the GPU."""
 
     outputs: tuple[str, ...] = ("o",)
 
     table: ClassVar[str] = "attention"
-    poisoned: ClassVar[bool] = False  # it is torch's memory for most
+    poisoned: ClassVar[bool] = False  # most backends are torch's
     each_alone: ClassVar[bool] = True
     on_host: ClassVar[bool] = False
-    gpu_seconds: ClassVar[float] = 0.2  # for one backend and one pass, both rounds together
+    gpu_seconds: ClassVar[float] = 0.2  # for a backend and pass, both rounds together
 
     def num_sets(self, inputs: Tensors, cache_bytes: int) -> int:
         return SETS
 
     def implementations(self, run: Run, size: str) -> list[Implementation]:
-        """A backend may not serve a shape, or not be here."""
+        """One for each backend, which may not be installed or not support the shape."""
         backends = BACKENDS if run.device.type == "cuda" else CPU_BACKENDS
         functions = {name: functools.partial(self.ours, backend=name) for name in backends}
         return [Implementation(name, name not in OURS, each, may_be_missing=True) for name, each in functions.items()]
@@ -89,7 +89,7 @@ class Attention(Operation):
         return {"o": o.detach(), **{f"d{name}": each for name, each in zip(named, gradients, strict=True)}}
 
     def truth(self, inputs: Tensors) -> tuple[Tensors, dict[str, float]]:
-        """float32's results on the slice, and the errors of plain PyTorch in bfloat16."""
+        """Results in float32 on the slice, and the errors of plain PyTorch in bfloat16."""
         part = {name: _slice(tensor) for name, tensor in inputs.items()}
         exact = self.results(self.peer, {name: tensor.float() for name, tensor in part.items()})
         plain = self.results(self.peer, part)
@@ -103,8 +103,8 @@ class Attention(Operation):
         }
 
     def problem(self, name: str, error: Error) -> str:
-        plain = f"allowed {ERROR_LIMIT:.0f} times that of plain PyTorch, {error.limit / ERROR_LIMIT:.1e}"
-        return f"relative error of {name} {error.value:.1e}, {plain}"
+        plain = f"{ERROR_LIMIT:.0f} times plain PyTorch's {error.limit / ERROR_LIMIT:.1e}"
+        return f"relative error of {name} {error.value:.1e}, allowed {plain}"
 
     def facts(
         self, implementation: Implementation, size: str, inputs: Tensors, outcome: Any, truth: Any
@@ -128,9 +128,8 @@ class Attention(Operation):
 
     def row(self, name: str, ways: tuple[str, ...], checked: dict[str, Checked]) -> dict[str, Any]:
         errors = checked[name].errors
-        to_cudnn = {}
-        if "cudnn" in checked:
-            to_cudnn = {which: error / checked["cudnn"].errors[which] for which, error in errors.items()}
+        cudnn = checked["cudnn"].errors if "cudnn" in checked else {}
+        to_cudnn = {which: errors[which] / error for which, error in cudnn.items()}
         return {"operations": checked[name].work, "errors": errors, "errors_to_cudnn": to_cudnn}
 
     def rates(self, own: dict[str, timing.Time], work: dict[str, float], copy_tb_s: float) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""The memory-bound operations of a transformer block: their sizes, inputs and peers, and the bytes that they must move.
+"""The memory-bound operations of a transformer block: sizes, inputs, peers, and the bytes that each must move.
 
-A peer is what diffusers writes, in bfloat16 as it comes; the same function in float64 is the truth that everything is
-checked against.
+A peer is diffusers' code in bfloat16; the same function in float64 is the truth that everything is checked against.
 
-Some of ours add the bias of the matrix product before them, as its gradient is a by-product there. A peer has it added
-by the product, for nothing: so it gets tensors with the bias in them, and its backward pass sums up the gradient of the
-bias, as that of the product would.
+Some of ours add the bias of the linear layer before them, because its gradient is a by-product there. A peer's linear layer
+adds the bias at no cost: so the peer gets tensors that contain the bias, and its backward pass sums up the bias's gradient,
+as the linear layer's would.
 """
 
 from __future__ import annotations
@@ -54,43 +53,38 @@ class Dimensions:
 SIZES = {
     "sd35-b4": Dimensions(batch=4, image=4096, text=333, heads=24, head_dim=64, mlp=6144),  # SD3.5-M, 1024 x 1024
     "flux-b4": Dimensions(batch=4, image=4096, text=512, heads=24, head_dim=128, mlp=12288),  # FLUX.1, 1024 x 1024
-    "awkward": Dimensions(batch=3, image=13, text=5, heads=3, head_dim=24, mlp=200),  # powers of two nowhere
+    "awkward": Dimensions(batch=3, image=13, text=5, heads=3, head_dim=24, mlp=200),  # no powers of two
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOperation(Operation):
-    """The forward pass and the backward pass, each alone: torch.autograd.grad on a retained graph, for all inputs that have
-    a gradient. The figures that count are those of the GPU alone: at these sizes a call takes the host about as long."""
+    """Forward and backward pass are timed separately; backward is torch.autograd.grad on a retained graph, for all inputs with
+    a gradient. Compare the times of the GPU alone: at these sizes a call takes the host about as long."""
 
     sizes: Mapping[str, Dimensions] = field(default_factory=lambda: SIZES)
-    biases: Mapping[str, str] = field(
-        default_factory=dict
-    )  # the products among the separate inputs, and each one's bias
+    biases: Mapping[str, str] = field(default_factory=dict)  # the bias of each linear layer's output, by input names
 
     compile_seconds: ClassVar[float] = 240.0
 
     def inputs_of(self, implementation: Implementation, inputs: Tensors) -> Tensors:
-        return self.peer_inputs(inputs) if implementation.peer else inputs
-
-    def peer_inputs(self, inputs: Tensors) -> Tensors:
-        """Separate, with the biases in the products."""
+        """A peer's linear layers have added their biases."""
+        if not implementation.peer:
+            return inputs
         separate = self.separate(inputs)
         return separate | {name: separate[name] + separate[bias] for name, bias in self.biases.items()}
 
     def truth_inputs(self, inputs: Tensors) -> Tensors:
-        """Separate: the biases are still to be added."""
+        """The truth adds the biases itself."""
         return self.separate(inputs)
 
     def separate(self, tensors: Tensors) -> Tensors:
-        """image_qkv (B, S, 3, H, D) as image_q, image_k, image_v (B, S, H D), as three linear layers make them."""
+        """Split image_qkv (B, S, 3, H, D) into image_q, image_k, image_v (B, S, H D), as from three linear layers."""
         separate = {}
         for name, tensor in tensors.items():
             if name.endswith("_qkv"):
-                parts = (part.flatten(2).contiguous() for part in tensor.unbind(2))
-                separate |= {
-                    name.removesuffix("qkv") + each: part for each, part in zip(PROJECTIONS, parts, strict=True)
-                }
+                for each, part in zip(PROJECTIONS, tensor.unbind(2), strict=True):
+                    separate[name.removesuffix("qkv") + each] = part.flatten(2).contiguous()
             else:
                 separate[name] = tensor
         return separate
@@ -100,7 +94,7 @@ class BlockOperation(Operation):
 
 
 class _BiasOfProduct(torch.autograd.Function):
-    """The identity of a product that holds its bias, and the gradients of both."""
+    """Identity on a linear layer's output that contains its bias; backward gives the gradients of both."""
 
     @staticmethod
     def forward(ctx, product, bias):
@@ -117,7 +111,7 @@ def _product(product: Tensor, bias: Tensor) -> Tensor:
 
 
 def _quantized(x: Tensor) -> Quantized | Tensor:
-    """e4m3 with one scale a row. The truth, in float64, is what is quantised."""
+    """Quantise to e4m3 with one scale a row. The truth, in float64, stays unquantised."""
     if x.dtype == torch.float64:
         return x
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST_E4M3).clamp(min=1e-12)
@@ -132,7 +126,7 @@ def _no_grad(function: Callable) -> Callable:
     return without_gradient
 
 
-# adaln_modulate: LayerNorm, scale and shift. The vectors are chunks of a modulation of six or nine, as in the blocks.
+# adaln_modulate: LayerNorm, scale and shift. The vectors are chunks of one modulation tensor, as in the blocks.
 
 
 def _chunks(dimensions: Dimensions, draw: Draw, names: tuple[str, ...]) -> Tensors:
@@ -173,7 +167,7 @@ def _adaln_pair_peer(x, scale, shift, scale2, shift2):
     return _modulated(n, scale, shift), _modulated(n, scale2, shift2)
 
 
-# gated_residual, alone and followed by the next adaln_modulate; with a pair of branches as SD3.5's dual blocks have.
+# gated_residual, alone and followed by the next adaln_modulate; with two branches, as in SD3.5's dual blocks.
 
 
 def _make_gated(dimensions: Dimensions, draw: Draw, branches=1, adaln=True) -> Tensors:
@@ -210,8 +204,8 @@ def _gated_adaln_pair_peer(residual, gate, gate2, y, y2, bias, bias2, scale, shi
     return _gated_adaln_peer(h, gate2, y2, bias2, scale, shift)
 
 
-# qk_norm: SD3.5's joint attention, image first; diffusers has the heads before the tokens.
-# qk_norm_rope: FLUX's double blocks, text first, torch's own RMSNorm.
+# qk_norm: SD3.5's joint attention, image first; diffusers puts the heads before the tokens.
+# qk_norm_rope: FLUX's double blocks, text first, with torch's RMSNorm.
 
 PROJECTIONS = ("q", "k", "v")
 QKV_BIASES = {f"{stream}_{each}": f"{stream}_{each}_bias" for stream in ("image", "text") for each in PROJECTIONS}
@@ -289,7 +283,7 @@ def _qk_norm_rope_peer(cos, sin, **inputs):
     return tuple(joint)
 
 
-# The activations of the feed-forward layer, and FP8's quantisation of what nothing else writes: attention's output.
+# The activations of the feed-forward layer, and FP8 quantisation alone, as for attention's output.
 
 
 def _make_activation(dimensions: Dimensions, draw: Draw, halves=1) -> Tensors:
@@ -311,7 +305,7 @@ def _quantizing(function: Callable) -> Callable:
 
 
 def _quantizing_peer(function: Callable) -> Callable:
-    """Quantises the output, of several the last."""
+    """Quantise the output, or the last of several."""
 
     def quantizing(**inputs):
         made = function(**inputs)
@@ -343,7 +337,7 @@ OPERATIONS = (
         make=_make_adaln,
         ours=_quantizing(_adaln_ours),
         peer=_quantizing_peer(_adaln_peer),
-        forward=Traffic(("x",), ("out",)),  # 1.5: a byte an element is written
+        forward=Traffic(("x",), ("out",)),  # 1.5: one byte an element is written
     ),
     BlockOperation(
         name="gated_residual",
@@ -391,7 +385,7 @@ OPERATIONS = (
         peer=_qk_norm_peer,
         outputs=PROJECTIONS,
         forward=Traffic(("image_qkv", "text_qkv"), PROJECTIONS),  # 6 of all tokens
-        # 8: the norms want q and k again, of the packed tensors two thirds
+        # 8: the norms read q and k again, two thirds of the packed tensors
         backward=Traffic(("d q", "d k", "d v", "q", "k"), ("d image_qkv", "d text_qkv")),
         biases=QKV_BIASES,
         sizes={size: SIZES[size] for size in ("sd35-b4", "awkward")},
@@ -402,9 +396,11 @@ OPERATIONS = (
         ours=_qk_norm_rope_ours,
         peer=_qk_norm_rope_peer,
         outputs=PROJECTIONS,
-        # 6, and the angles in float32, which a sample in bfloat16 has a sixth of the bytes of q for
+        # 6, and the float32 angles: a sixth of the bytes of one sample's q
         forward=Traffic(("image_qkv", "text_qkv", "cos", "sin"), PROJECTIONS),
-        backward=Traffic(("d q", "d k", "d v", "q", "k", "cos", "sin"), ("d image_qkv", "d text_qkv")),  # 8 and them
+        backward=Traffic(
+            ("d q", "d k", "d v", "q", "k", "cos", "sin"), ("d image_qkv", "d text_qkv")
+        ),  # 8, and the angles
         biases=QKV_BIASES,
         sizes={size: SIZES[size] for size in ("flux-b4", "awkward")},
         constants=("cos", "sin"),

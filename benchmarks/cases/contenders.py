@@ -1,7 +1,7 @@
-"""Who runs the cycle in cases/cycle.py: this engine in several settings, and its peers on the same algorithm.
+"""The contenders of cases/cycle.py: this engine with several settings, and its peers on the same algorithm.
 
-A peer's networks are diffusers' own modules; its losses and sampler steps are plain PyTorch (DPDMD_KERNELS=reference). As
-trainers commonly have it: bfloat16 weights with torch's fused AdamW on them, gradient checkpointing of every block.
+A peer uses diffusers' modules, and losses and sampler steps in plain PyTorch (DPDMD_KERNELS=reference). As in most trainers,
+weights are bfloat16, torch's fused AdamW updates them directly, and every block is checkpointed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dpdmd.engine.world import World
 @dataclass(frozen=True)
 class Contender:
     title: str
-    settings: tuple[str, ...] = ()  # over those of the command line
+    settings: tuple[str, ...] = ()  # override the command line's
     peer: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -35,7 +35,7 @@ CONTENDERS = {
 
 
 class Peer:
-    """A role as `dpdmd.engine.role.Role` has it: called as (x, t, cond) -> prediction, backward, step."""
+    """The peer of `dpdmd.engine.role.Role`: a call (x, t, cond) -> prediction, backward, step."""
 
     differentiates_in_parts = False
     traffic = None

@@ -1,12 +1,10 @@
-"""One distillation cycle (critic updates and a student update) by phase, and beside its peers.
+"""Time one distillation cycle (critic updates and a student update) by phase, and beside its peers.
 
-    python benchmarks/run.py --op cycle                               this engine and its peers in turn, each in processes of
-                                                                      its own on the same machine; --help says more
-    deepspeed benchmarks/cycle.py --config FILE [section.key=value]   this engine alone, on the trainer's own code
+    python benchmarks/run.py --op cycle                               this engine, then each peer, in new processes
+    deepspeed benchmarks/cycle.py --config FILE [section.key=value]   this engine alone
 
-Seconds are those of the device (CUDA events; the CPU's clock without a GPU): each phase's are summed over one cycle and the
-median over cycles is shown. What is left between the phases' sum and the cycle (losses, steps, waiting for the host) is a
-row of its own.
+Times are the device's (CUDA events; the CPU's clock without a GPU). A phase's time is its sum over a cycle, and the median of
+the cycles is shown. The rest of a cycle (losses, sampler steps, waiting for the host) is the row "between the phases".
 """
 
 from __future__ import annotations
@@ -42,12 +40,12 @@ FIXED = (f"prompts.file={PROMPTS}", "prompts.encoding=stream", "run.sample_every
 
 
 class Clock:
-    """Times named pieces of work; the times are read at the end, so that measuring does not hold the device up."""
+    """Times named phases; they are read at the end of a cycle, so that the device does not wait."""
 
     def __init__(self, device: torch.device):
         self._cuda = device.type == "cuda"
         self._marks: list[tuple[str, object, object]] = []
-        self.update = ""  # which update is under way: part of a phase's name
+        self.update = ""  # role of the current update: part of a phase's name
 
     def mark(self):
         if not self._cuda:
@@ -69,7 +67,7 @@ class Clock:
         return result
 
     def read(self) -> dict[str, float]:
-        """Seconds of each phase since the last reading."""
+        """Seconds of each phase since the last call."""
         totals = defaultdict(float)
         for phase, begin, end in self._marks:
             totals[phase] += self.seconds(begin, end)
@@ -78,7 +76,7 @@ class Clock:
 
 
 class TimedNetwork:
-    """A role whose forward, backward and step passes are timed."""
+    """A role whose forward pass, backward pass and step are timed."""
 
     def __init__(self, network, clock: Clock):
         self._network, self._clock = network, clock
@@ -107,7 +105,7 @@ def run_cycle(trainer: train.Trainer, cycle: int, clock: Clock | None = None) ->
 
 
 def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
-    """Medians over `cycles` whole cycles, after `warmup` cycles that are not counted."""
+    """Medians over `cycles` cycles, after `warmup` others."""
     clock = Clock(trainer.world.device)
     networks = trainer.networks
     trainer.networks = {role: TimedNetwork(network, clock) for role, network in networks.items()}
@@ -125,7 +123,7 @@ def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
         total = clock.seconds(begin, clock.mark())
         trainer.settle()
         if trainer.num_skipped:
-            raise RuntimeError(f"updates that were not finite, by role: {trainer.skipped}; no time is worth reporting")
+            raise RuntimeError(f"non-finite updates, by role: {trainer.skipped}; a cycle with them is not timed")
         parts = clock.read()
         if trainer.world.main:
             print(f"cycle {cycle}{' (warm-up)' if cycle < warmup else ''}: {total:.3f} s", flush=True)
@@ -136,33 +134,31 @@ def measure(trainer: train.Trainer, cycles: int, warmup: int) -> dict:
     result = {
         "seconds_a_cycle": statistics.median(seconds),
         "seconds_of_each_cycle": seconds,
-        # Each update makes a batch of the student's images.
-        "images_a_second": samples / statistics.median(seconds),
+        "images_a_second": samples / statistics.median(seconds),  # each update makes a batch of the student's images
         "seconds_by_phase": {phase: statistics.median(each[phase] for each in phases) for phase in phases[0]},
-        "communication": {key: sum(vars(traffic)[key] for traffic in traffics) for key in vars(Traffic())}
-        if traffics
-        else None,
+        "communication": None,
     }
+    if traffics:
+        result["communication"] = {key: sum(vars(each)[key] for each in traffics) for key in vars(Traffic())}
     trainer.networks = networks
     if cuda:
         result["peak_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
         result["peak_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
         free, total = torch.cuda.mem_get_info()
-        # CUDA's context, the kernels' code, NCCL; and whatever else is on the GPU.
+        # CUDA's context, the kernels' code, NCCL, and other programs on the GPU.
         result["outside_torch_gib"] = (total - free - torch.cuda.memory_reserved()) / 2**30
         result["allocations_repeated"] = torch.cuda.memory_stats()["num_alloc_retries"]
     return result
 
 
-SPECIAL = {
-    "communication": "nccl",
-    "optimizer": "adamw|adam_|multi_tensor_apply.*Adam",
-}  # beside harness/profile.py's kinds
+# Kinds of kernels by name, before harness/profile.py's.
+SPECIAL = {"communication": "nccl", "optimizer": "adamw|adam_|multi_tensor_apply.*Adam"}
 LARGEST = 25  # kernels listed
+LOWER_BOUND = "lower bound: matmuls, attention, optimizers"
 
 
 def by_kind(trainer: train.Trainer, cycle: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of GPU time of one cycle by kind of kernel, those in which none ran, and the largest kernels."""
+    """Milliseconds of a cycle's GPU time by kind of kernel and idle, and of the largest kernels."""
     kernels = profile.traced(lambda: run_cycle(trainer, cycle))
     kinds, names = defaultdict(float), defaultdict(float)
     for name, _, duration in kernels:
@@ -180,7 +176,7 @@ def by_kind(trainer: train.Trainer, cycle: int) -> dict[str, dict[str, float]]:
 
 
 def build(name: str, config, world, backbone) -> train.Trainer:
-    """The trainer, with a peer's networks where `name` is one."""
+    """The trainer; for a peer with the peer's networks."""
     kind = CONTENDERS[name].peer
     if kind is None:
         return train.build(config, world, backbone, train.load_prompts(config))
@@ -196,7 +192,7 @@ def build(name: str, config, world, backbone) -> train.Trainer:
 
 
 def start_run(file: str | None, settings: list[str]):
-    """Configuration, backbone and world of a run that only measures."""
+    """Configuration, backbone and world of a benchmark run."""
     command.quieten()
     config = load_config(file, [*FIXED, *settings])
     backbone = load_backbone(config.model)
@@ -206,8 +202,10 @@ def start_run(file: str | None, settings: list[str]):
 
 
 def run_one(args) -> int:
-    """One contender, in the processes that the launcher started."""
+    """Measure one contender, in the processes that the launcher started."""
     config, backbone, world = start_run(args.config, [*args.settings, *CONTENDERS[args.contender].settings])
+    if args.profile and world.device.type != "cuda":
+        raise command.ConfigError("--profile reads a GPU's kernels, and this run is on the CPU: leave it out")
     plan = None
     if CONTENDERS[args.contender].peer is None:
         config, plan = train.plan_run(config, backbone, world)
@@ -237,17 +235,14 @@ def run_one(args) -> int:
                 print(f"{key:45} {result[key]:8.1f} GiB")
         print(f"{'communication a cycle':45} {result['communication']}", flush=True)
         if "floor_seconds" in result:
-            print(
-                f"{'floor: products, attention, optimizers':45} {sum(result['floor_seconds'].values()):8.3f} s",
-                flush=True,
-            )
+            print(f"{LOWER_BOUND:45} {sum(result['floor_seconds'].values()):8.3f} s", flush=True)
         if args.json:
             write(args.json, result)
     return 0
 
 
 def compare(args) -> int:
-    """Every contender in turn, in processes of its own, and a table."""
+    """Run each contender in new processes, and print a table."""
     results, problems = {}, {}
     for name in args.contenders:
         with tempfile.TemporaryDirectory() as folder:
@@ -267,19 +262,17 @@ def compare(args) -> int:
                 print(f"failed: {problems[name]}", flush=True)
             else:
                 results[name] = json.loads(file.read_text(encoding="utf-8"))
-        if args.json and results:  # after each: the next one may take too long
+        if args.json and results:  # after each contender, in case the next is interrupted
             write(args.json, together(results, problems))
     print(table(results, problems))
     return 0 if results and not problems else 1
 
 
 def together(results: dict[str, dict], problems: dict[str, str]) -> dict:
-    """What all have in common once, and the rest by contender."""
+    """The file of --json: what all contenders share, once; the rest by contender."""
     keys = ("date", "commit", "machine", "python", "cuda", "packages", "processes")
     shared = {key: next(iter(results.values()))[key] for key in keys}
-    contenders = {
-        name: {key: value for key, value in result.items() if key not in keys} for name, result in results.items()
-    }
+    contenders = {name: {key: result[key] for key in result if key not in keys} for name, result in results.items()}
     return {"command": " ".join(["python", *sys.argv]), **shared, "contenders": contenders, "failed": problems}
 
 
@@ -288,8 +281,8 @@ def write(path: Path, values: dict) -> None:
 
 
 def table(results: dict[str, dict], problems: dict[str, str]) -> str:
-    """A line for each contender, in Markdown."""
-    lines = ["| | seconds a cycle | images a second | takes, of dpdmd's | peak GiB | received GB a cycle |"]
+    """A Markdown table with a row for each contender."""
+    lines = ["| | seconds a cycle | images a second | time beside dpdmd's | peak GiB | received GB a cycle |"]
     lines.append("| --- | --- | --- | --- | --- | --- |")
     ours = results.get("ours", {}).get("seconds_a_cycle")
     for result in results.values():
@@ -304,7 +297,7 @@ def table(results: dict[str, dict], problems: dict[str, str]) -> str:
     floors = [result["floor_seconds"] for result in results.values() if "floor_seconds" in result]
     if floors and ours:
         floor = sum(floors[0].values())
-        lines.append(f"| floor: products, attention, optimizers | {floor:.2f} | | {floor / ours:.2f} | | |")
+        lines.append(f"| {LOWER_BOUND} | {floor:.2f} | | {floor / ours:.2f} | | |")
     lines += [f"| {CONTENDERS[name].title} | failed: {reason} | | | | |" for name, reason in problems.items()]
     return "\n".join(lines)
 
@@ -314,13 +307,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("settings", nargs="*", metavar="section.key=value")
     parser.add_argument("--config", default=None)
     parser.add_argument("--cycles", type=command.count, default=2)
-    parser.add_argument(
-        "--warmup",
-        type=command.whole(0),
-        default=2,
-        help="cycles before those that count: a pass that comes once a cycle is recorded in the second (dpdmd/engine/replay.py)",
-    )
-    parser.add_argument("--profile", action="store_true", help="one more cycle, its GPU time by kind of kernel")
+    warmup = "untimed cycles before: the second records a pass that occurs once a cycle (dpdmd/engine/replay.py)"
+    parser.add_argument("--warmup", type=command.whole(0), default=2, help=warmup)
+    parser.add_argument("--profile", action="store_true", help="run one more cycle for its GPU time by kind of kernel")
     parser.add_argument("--json", type=command.new_file)
     return parser
 

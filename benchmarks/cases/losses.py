@@ -1,8 +1,8 @@
-"""Losses and the sampler's steps: sizes, inputs, peers, and the bytes that each must move. Also the table that says why the
-flow form of dmd_loss exists: the gradient's error where teacher and critic nearly agree.
+"""Losses and sampler steps: sizes, inputs, peers, and the bytes that each must move. `cancellation` measures why dmd_loss has a
+form for flows: the error of its gradient where teacher and critic nearly agree.
 
-A peer is what a good trainer writes by hand: the paper's formula in plain PyTorch on tensors upcast to float32. The
-same function in float64 is the truth that everything is checked against.
+A peer is the paper's formula in plain PyTorch, on tensors upcast to float32. The same function in float64 is the truth that
+everything is checked against.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from dpdmd.kernels import (
 
 GUIDANCE_SCALE = 4.0
 KEY = 20260203  # of the noise that renoise_philox draws
-SDXL_LAST_ALPHABAR = 0.0047  # SDXL's schedule ends here, and its first step starts here
+SDXL_LAST_ALPHABAR = 0.0047  # where SDXL's schedule ends and its sampling starts
 
 SIZES = {
     "sd35-b1": (1, 16, 128, 128),  # SD3.5 latents, 1024 x 1024
@@ -41,8 +41,8 @@ SIZES = {
     "flux": (4, 4096, 64),  # FLUX packed latents, 1024 x 1024
     "wan-480p": (1, 16, 21, 60, 104),  # Wan video latents, 81 frames of 480 x 832
     "wan-720p": (1, 16, 21, 90, 160),
-    "video": (8, 16, 84, 90, 160),  # 325 frames: memory-bound, whoever launches
-    "awkward": (3, 5, 1023),  # odd, and a multiple of no vector width
+    "video": (8, 16, 84, 90, 160),  # 325 frames: memory-bound, however it is launched
+    "awkward": (3, 5, 1023),  # odd: not a multiple of any vector width
 }
 CPU_SIZES = ("sd35-b1", "awkward")
 DIFFERENCES = (0.05, 0.01, 0.001)
@@ -51,19 +51,21 @@ TIMES = (0.9, 0.5, 0.1, 0.03)
 
 @dataclass(frozen=True, kw_only=True)
 class Elementwise(Operation):
-    """A loss, whose first input receives a gradient, or a step that returns a result of the inputs' size. What is read is
-    read once, and `forward` counts it: a loss's forward pass writes the gradient, and its backward pass hands it on, so
-    that both together move what one does. Coefficients (B,) and the loss itself are left out: a few bytes a sample."""
+    """A loss, whose first input gets the gradient, or a sampler step, whose result has the inputs' shape.
+
+    `forward` counts the bytes of both passes: a loss's forward pass writes the gradient, and its backward pass returns it.
+    Not counted are coefficients (B,) and the loss: a few bytes a sample.
+    """
 
     sizes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SIZES)
     outputs: tuple[str, ...] = ("loss",)  # or ("result",)
-    exact: Callable[..., Tensor] | None = None  # where the peer in float64 is not the truth
-    exact_inputs: Callable[..., Tensors] | None = None  # and what it takes, made of the inputs
-    random_peer: bool = False  # the peer draws noise of its own: its moments are checked
+    exact: Callable[..., Tensor] | None = None  # the truth, unless it is the peer in float64
+    exact_inputs: Callable[..., Tensors] | None = None  # makes exact's inputs from the operation's
+    random_peer: bool = False  # the peer draws its own noise: only the noise's moments are checked
 
     table: ClassVar[str] = "rows"
-    # Unless --peers asks for it, torch.compile runs on one size bound by launches and one bound by memory, and no longer
-    # than this: each compilation takes seconds, and the whole run has three minutes.
+    # Without --peers compile: one size bound by launches and one bound by memory, and a limit on the time, as each
+    # compilation takes seconds and all losses should take three minutes.
     compiled_sizes: ClassVar[tuple[str, ...] | None] = ("sd35-b4", "video")
     compile_seconds: ClassVar[float] = 60.0
     compile_context: ClassVar[Callable] = contextlib.nullcontext
@@ -84,7 +86,7 @@ class Elementwise(Operation):
         return self.exact_inputs(**inputs) if self.exact_inputs else inputs
 
     def results(self, function: Callable[..., Tensor], inputs: Tensors) -> Tensors:
-        """The loss, and its gradient as the result."""
+        """A step's result; or the loss, and the gradient as "result"."""
         named = self.leaves(inputs)
         outputs = self.called(function, named)
         if not self.loss:
@@ -93,7 +95,7 @@ class Elementwise(Operation):
         return {"loss": outputs["loss"].detach(), "result": next(iter(named.values())).grad}
 
     def truth(self, inputs: Tensors) -> Tensors:
-        """Sample by sample: float64 of a whole video batch, with all that autograd keeps, would not fit."""
+        """Computed sample by sample: a whole video batch in float64 would not fit with what autograd keeps."""
         given = self.truth_inputs(inputs)
         parts = []
         for index in range(len(next(iter(given.values())))):
@@ -114,12 +116,8 @@ class Elementwise(Operation):
         return {name: Error(accuracy.relative(outcome[name], truth[name]), limits[name]) for name in outcome}
 
     def problem(self, name: str, error: Error) -> str:
-        of = {
-            "result": "relative error",
-            "loss": "relative error of the loss",
-            "moments": "moments of the noise off by",
-        }
-        return f"{of[name]} {error.value:.1e}, allowed {error.limit:.1e}"
+        what = {"result": "relative error", "loss": "relative error of the loss", "moments": "error of the moments"}
+        return f"{what[name]} {error.value:.1e}, allowed {error.limit:.1e}"
 
     def facts(self, implementation: Implementation, size: str, *checked: Any) -> dict[str, Any]:
         return {"shape": list(self.sizes[size]), "elements": math.prod(self.sizes[size])}
@@ -159,7 +157,7 @@ class Elementwise(Operation):
 
 
 def moments_error(x: Tensor, t: Tensor, renoised: Tensor) -> float:
-    """For a peer that draws noise of its own: how far the noise in (1 - t) x + t noise is from mean 0 and deviation 1."""
+    """How far the noise in (1 - t) x + t noise is from mean 0 and standard deviation 1."""
     mean, square = 0.0, 0.0
     for index in range(len(x)):
         noise = (renoised[index].double() - (1 - t[index]).double() * x[index].double()) / t[index].double()
@@ -169,7 +167,7 @@ def moments_error(x: Tensor, t: Tensor, renoised: Tensor) -> float:
 
 
 def _tensors(*names: str) -> Callable[[tuple[int, ...], Draw], Tensors]:
-    """Tensors of the size's shape; t is the samples' times."""
+    """A maker of random tensors of the size's shape; "t" are times (B,)."""
 
     def make(shape: tuple[int, ...], draw: Draw) -> Tensors:
         return {name: draw.times(shape[0]) if name == "t" else draw(*shape) for name in names}
@@ -186,17 +184,14 @@ def _guided(cond: Tensor, uncond: Tensor) -> Tensor:
 
 
 def _score_outputs(shape: tuple[int, ...], draw: Draw) -> Tensors:
-    """teacher, teacher_uncond and a critic 5 % away from the guided teacher, as late in training."""
+    """Velocities of teacher and critic; the critic is 5 % away from the guided teacher, as late in training."""
     teacher = draw(*shape)
     uncond = teacher + 0.1 * draw(*shape)
-    return {
-        "teacher": teacher,
-        "teacher_uncond": uncond,
-        "critic": _guided(teacher, uncond) + 0.05 * draw(*shape),
-    }
+    critic = _guided(teacher, uncond) + 0.05 * draw(*shape)
+    return {"teacher": teacher, "teacher_uncond": uncond, "critic": critic}
 
 
-# dmd_loss: the peer is the paper's form; ours knows that t cancels for a flow, and reads neither x nor x_t.
+# dmd_loss: the peer is the paper's form. For a flow t cancels, so ours reads neither x nor x_t.
 
 
 def _make_dmd(shape: tuple[int, ...], draw: Draw) -> Tensors:
@@ -221,7 +216,7 @@ def _score_difference(x: Tensor, x_t: Tensor, x_real: Tensor, x_fake: Tensor) ->
     return 0.5 * F.mse_loss(x, (x - gradient).detach())
 
 
-# dmd_loss_x0: a noise-predicting model, whose conversion does not cancel. Ours reads x_t for the normaliser.
+# dmd_loss_x0: for a noise-predicting model the conversion does not cancel. Ours reads x_t for the normaliser.
 
 
 def _make_dmd_x0(shape: tuple[int, ...], draw: Draw) -> Tensors:
@@ -242,7 +237,7 @@ def _dmd_x0_peer(x, teacher, teacher_uncond, critic, x_t, a, b):
     return _score_difference(x, x_t, a * x_t + b * _guided(teacher, teacher_uncond), a * x_t + b * critic)
 
 
-# The losses of the first step and of the critic.
+# The losses of the first step and the critic.
 
 
 def _v_prediction_peer(v, noise, z, t):
@@ -271,7 +266,7 @@ def _x_prediction_peer(prediction, x_t, a, b, x0_target):
     return F.mse_loss(_column(a, x_t) * x_t + _column(b, x_t) * prediction, x0_target)
 
 
-# The elementwise operations. The truth stays unrounded: its x is float64.
+# The sampler's steps. `.to(dtype)` leaves the truth in float64.
 
 
 def _renoise_peer(x, noise, t):
@@ -358,7 +353,7 @@ OPERATIONS = (
         forward=Traffic(("x", "noise"), ("result",)),
     ),
     Elementwise(
-        name="renoise_philox",  # the noise is made where it is used: read from nowhere, written nowhere
+        name="renoise_philox",  # generates the noise in registers: no memory traffic
         module="sampling.renoise",
         make=_tensors("x", "t"),
         ours=_philox_ours,
@@ -382,10 +377,8 @@ OPERATIONS = (
 
 
 def cancellation(device: torch.device) -> list[dict[str, Any]]:
-    """Relative error of the gradient where the critic's velocity differs from the teacher's by a few percent or less.
-
-    All from the same bfloat16 tensors, whose float64 gradient is the truth. No guidance.
-    """
+    """Relative error of the gradient where the critic's velocity differs from the teacher's by a few percent or less, against
+    float64 on the same bfloat16 tensors. No guidance."""
     shape = (4, 16, 128, 128) if device.type == "cuda" else (1, 16, 64, 64)
     generator = torch.Generator(device).manual_seed(0)
     x, noise, other = (torch.randn(shape, generator=generator, device=device) for _ in range(3))
@@ -415,7 +408,7 @@ def _gradient_errors(x: Tensor, teacher: Tensor, critic: Tensor, x_t: Tensor, t:
 
 
 def _x0_gradient(teacher: Tensor, critic: Tensor, x_t: Tensor, t: float) -> Tensor:
-    """As trainers write it: both clean estimates, their difference, the normaliser, in whatever dtype comes in."""
+    """As in other trainers, in the inputs' dtype: both clean estimates, their difference, the normaliser."""
     x_real, x_fake = x_t - t * teacher, x_t - t * critic
     return (x_fake - x_real) / (x_t - x_real).abs().mean(dim=tuple(range(1, x_t.ndim)), keepdim=True)
 

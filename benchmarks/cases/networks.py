@@ -1,8 +1,12 @@
-"""Whole diffusers transformers to measure: configurations, random weights, inputs, and the variants of one network.
+"""Whole diffusers transformers to measure: configurations, random weights, inputs and variants.
 
-Variants share one network's weights, in place: stock ("eager"), stock with torch.compile on each block ("compiled"),
-with the fused operations ("fused"), with FP8 where there is no gradient besides ("fused_fp8"), and with gradient
-checkpointing by `selective_checkpoint` in place of torch's ("fused_selective").
+The variants switch one network in place:
+
+    eager            diffusers' own modules
+    compiled         the same, torch.compile on each block
+    fused            with the fused operations
+    fused_fp8        the same, FP8 in passes without gradient
+    fused_selective  fused, gradient checkpointing by `selective_checkpoint` instead of torch's
 """
 
 from __future__ import annotations
@@ -23,12 +27,12 @@ from dpdmd.kernels import selective_checkpoint
 from dpdmd.kernels.attention.attention import DenseGradient
 from dpdmd.kernels.fusion.fuse_transformer import fuse_transformer, unfuse_transformer
 
-# The last takes minutes to compile: a run that is cut off has the others.
+# Compiling takes minutes and comes last: an interrupted run has the others.
 VARIANTS = ("eager", "fused", "fused_fp8", "fused_selective", "compiled")
 PEERS = ("eager", "compiled")
 BLOCKS = tuple(block for family in families() for block in family.blocks)
 COMPILE = {"dynamic": False}
-RECOMPILE_LIMIT = 64  # blocks share code, and each kind of block, batch and mode of gradients is a graph of it
+RECOMPILE_LIMIT = 64  # blocks share code; each kind of block, batch and gradient mode compiles it again
 
 Inputs = dict[str, Any]
 
@@ -37,19 +41,14 @@ Inputs = dict[str, Any]
 class Network:
     model_class: str  # in diffusers
     config: dict[str, Any]
-    side: int  # of the latents; the image's tokens are two latents a side
+    side: int  # latents; an image token covers 2 x 2
     text: int  # tokens
 
 
 NETWORKS = {
     "full": {
         # stabilityai/stable-diffusion-3.5-medium, 1024 x 1024: 2.24 billion parameters
-        "sd35": Network(
-            "SD3Transformer2DModel",
-            SD3["stabilityai/stable-diffusion-3.5-medium"],
-            side=128,
-            text=333,
-        ),
+        "sd35": Network("SD3Transformer2DModel", SD3["stabilityai/stable-diffusion-3.5-medium"], side=128, text=333),
         # FLUX.1 with 4 of its 19 double blocks and 8 of its 38 single ones, 1024 x 1024
         "flux": Network(
             "FluxTransformer2DModel",
@@ -58,7 +57,7 @@ NETWORKS = {
             text=512,
         ),
     },
-    # The same in miniature, to try the benchmark without a GPU.
+    # Small ones, to try the benchmark without a GPU.
     "small": {
         "sd35": Network(
             "SD3Transformer2DModel",
@@ -101,11 +100,11 @@ NETWORKS = {
 
 
 def build(network: Network, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Random weights, the same at every call on a device. Those of the norms are not all 1, or their gradients would
-    lack a factor."""
+    """A network with random weights, equal at every call on a device. Norm weights are not 1, so that a gradient that lacks
+    this factor shows."""
     import diffusers
 
-    diffusers.logging.set_verbosity_error()  # it warns whoever changes a model's dtype
+    diffusers.logging.set_verbosity_error()  # warns of every change of a model's dtype
     generator = torch.Generator(device).manual_seed(1)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
@@ -120,7 +119,7 @@ def build(network: Network, device: torch.device, dtype: torch.dtype) -> nn.Modu
 def make_inputs(
     network: Network, batch: int, device: torch.device, dtype: torch.dtype, seed: int = 2
 ) -> tuple[Inputs, Tensor]:
-    """The forward pass's arguments, and a tensor of its result's shape: an upstream gradient, or a target."""
+    """The arguments of a forward pass, and a tensor of the output's shape: an upstream gradient or a target."""
     generator = torch.Generator(device).manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
@@ -156,9 +155,9 @@ def in_float32(inputs: Inputs) -> Inputs:
 
 @contextlib.contextmanager
 def _peers_survive(model: nn.Module) -> Iterator[None]:
-    """FLUX's single blocks hand attention slices of a wider gradient, its double blocks dense ones. torch 2.11 takes the
-    cuDNN backward pass that it made for the one for the other, and reads out of bounds. The copy that avoids it is some
-    0.3 % of a training pass's time."""
+    """Make attention's upstream gradients dense in FLUX. Its single blocks pass slices of a wider gradient, its double blocks
+    dense ones; torch 2.11 uses one's cuDNN backward pass for the other and reads out of bounds. The copy takes about 0.3 %
+    of a training pass."""
     stock = F.scaled_dot_product_attention
 
     def with_dense_gradient(*args, **kwargs):  # (B, H, S, D), dense as (B, S, H, D)
@@ -174,7 +173,7 @@ def _peers_survive(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def as_variant(model: nn.Module, variant: str) -> Iterator[None]:
-    """The model as this variant, inside the block."""
+    """Make the model this variant inside the with statement."""
     if variant == "eager":
         with _peers_survive(model):
             yield
@@ -187,7 +186,7 @@ def as_variant(model: nn.Module, variant: str) -> Iterator[None]:
                 with _peers_survive(model):
                     yield
             finally:
-                for block in blocks:  # what was compiled is found again: it belongs to the code
+                for block in blocks:  # later compilations reuse it: the code object keeps it
                     block._compiled_call_impl = None
     else:
         fuse_transformer(model, fp8="no_grad" if variant == "fused_fp8" else None, verbose=False)
@@ -202,6 +201,6 @@ def as_variant(model: nn.Module, variant: str) -> Iterator[None]:
 
 
 def graphs_and_breaks() -> tuple[int, int]:
-    """How many graphs torch.compile has made in this process, and how often it had to break one."""
+    """Numbers of torch.compile's graphs and graph breaks in this process."""
     counters = torch._dynamo.utils.counters
     return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())

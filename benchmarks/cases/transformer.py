@@ -1,14 +1,13 @@
 """Whole transformers before and after `fuse_transformer`, part by part.
 
-    forward     SD3.5-M's forward pass without gradient: time of each variant, and how many times the peers' it is
+    forward     SD3.5-M's forward pass without gradient: time of each variant, and the peers' times beside it
     training    its forward and backward pass, with and without gradient checkpointing: time and peak memory
-    breakdown   GPU time by kind of kernel, of both passes; of FLUX's blocks too, at half the batch
+    breakdown   GPU time of both passes by kind of kernel; also for FLUX's blocks, at half the batch
     accuracy    output and gradients in bfloat16 against float32, and the losses of some optimizer steps
-    fp8         the error of FP8's velocity, and of the difference of two networks that nearly agree
+    fp8         FP8's error of the velocity, and of the difference of two networks that nearly agree
     flux        forward and training of a transformer of FLUX's blocks
 
-Nothing is timed whose output or gradients lie far from those of the stock module in the same run; how far, to the
-digit, is what the part "accuracy" is for.
+A variant is timed only if its output and gradients are close to the stock module's; the part "accuracy" gives exact errors.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import statistics
 import time
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -40,28 +39,27 @@ BATCHES = {"forward": (4, 8), "training": (4,), "breakdown": (4,), "accuracy": (
 
 WARMUP = 3
 SECONDS = 1.5  # for one variant in one round
-# How far, in relative norm, a variant may be from the stock module in bfloat16 for its time to count. The two in
-# bfloat16 are each some 1 to 3 % from float32 after all blocks.
+# Largest relative difference from the stock module in bfloat16 that is timed. Both are 1 to 3 % from float32 after all blocks.
 LIMITS = {"eager": 0.1, "compiled": 0.1, "fused": 0.1, "fused_selective": 0.1, "fused_fp8": 0.3}
-PASSES_OF = {"fused_fp8": ("forward",), "fused_selective": ("checkpointing",)}  # the others are for all
-SAMPLED = 8  # the gradients of every 8th parameter are compared before timing
+PASSES_OF = {"fused_fp8": ("forward",), "fused_selective": ("checkpointing",)}  # the other variants run all
+SAMPLED = 8  # gradients of every 8th parameter are compared before timing
 
-DRAWS = 3  # of inputs, over which squared errors are summed: some gradients of one sample are one vector's
+DRAWS = 3  # of inputs, over which squared errors are summed: at one sample some gradients stem from one vector
 STEPS = 20
 LEARNING_RATE = 1e-5
 DIFFERENCES = (0.01, 0.05, 0.2)  # of a critic's velocity from its teacher's
 
-Call = Callable[[], dict[str, float]]  # seconds of the whole and of its parts
+Call = Callable[[], dict[str, float]]  # returns the seconds of the whole and of its parts
 
 
 @dataclass(frozen=True)
 class State:
-    """What every part gets."""
+    """The options that every part gets."""
 
     run: Run
     size: str  # of networks.NETWORKS
-    chosen_batches: tuple[int, ...] | None
-    chosen_variants: tuple[str, ...] | None
+    chosen_batches: Sequence[int] | None
+    chosen_variants: Sequence[str] | None
 
     @property
     def device(self) -> torch.device:
@@ -73,11 +71,8 @@ class State:
     def build(self, name: str) -> nn.Module:
         return networks.build(self.network(name), self.device, DTYPE)
 
-    def batches(self, part: str) -> tuple[int, ...]:
-        return self.chosen_batches or BATCHES[part]
-
     def variants(self, which: str) -> list[str]:
-        """Those that are for this pass and are wanted: for a CPU nothing is compiled unless asked for."""
+        """The chosen variants of this pass; by default all, on a CPU without the compiled one."""
         default = [variant for variant in VARIANTS if variant != "compiled" or self.device.type == "cuda"]
         wanted = self.chosen_variants or default
         return [variant for variant in VARIANTS if variant in wanted and which in PASSES_OF.get(variant, (which,))]
@@ -87,11 +82,11 @@ class State:
 
 
 def run_part(state: State, part: str) -> None:
-    torch.backends.cudnn.allow_tf32 = False  # the float32 reference would be none; matrix products have no TF32 anyway
-    for batch in state.batches(part):
+    torch.backends.cudnn.allow_tf32 = False  # keeps the float32 reference exact; matmuls use no TF32 anyway
+    for batch in state.chosen_batches or BATCHES[part]:
         try:
             RUNS[part](state, batch)
-        except Exception as error:  # the other parts should not go with it
+        except Exception as error:  # the other parts go on
             traceback.print_exc()
             state.run.failures.append(f"transformer, {part}, batch {batch}: {accuracy.said(error)}")
         _free()
@@ -117,8 +112,7 @@ def _forward_pass(model: nn.Module, inputs: Inputs, upstream: Tensor) -> Call:
 
 
 def _training_pass(model: nn.Module, inputs: Inputs, upstream: Tensor) -> Call:
-    """Gradients are made anew, not added to. Waiting for the GPU between forward and backward costs the host's lead,
-    some 0.1 ms."""
+    """A pass with fresh gradients. Waiting for the GPU between forward and backward costs the host's lead, about 0.1 ms."""
 
     def call() -> dict[str, float]:
         model.zero_grad(set_to_none=True)
@@ -144,32 +138,29 @@ PASSES = {"forward": _forward_pass, "training": _training_pass}
 
 
 def _forward(state: State, batch: int) -> None:
-    measure_pass(state, "forward", state.build("sd35"), "sd35", "forward", batch)
+    _measure(state, whole_pass(state, "forward", state.build("sd35"), "sd35", "forward", batch))
 
 
 def _training(state: State, batch: int) -> None:
     model = state.build("sd35")
     for checkpointing in (False, True):
-        measure_pass(state, "training", model, "sd35", "training", batch, checkpointing)
+        _measure(state, whole_pass(state, "training", model, "sd35", "training", batch, checkpointing))
 
 
 def _flux(state: State, batch: int) -> None:
     model = state.build("flux")
     for which in PASSES:
-        measure_pass(state, "flux", model, "flux", which, batch)
+        _measure(state, whole_pass(state, "flux", model, "flux", which, batch))
 
 
-def measure_pass(
-    state: State, part: str, model: nn.Module, name: str, which: str, batch: int, checkpointing: bool = False
-) -> None:
-    operation = whole_pass(state, part, model, name, which, batch, checkpointing)
+def _measure(state: State, operation: Pass) -> None:
     measure(state.run, operation, *operation.sizes)
 
 
 def whole_pass(
     state: State, part: str, model: nn.Module, name: str, which: str, batch: int, checkpointing: bool = False
 ) -> Pass:
-    """The entry of a pass of one network at one batch."""
+    """The operation: a pass of one network at one batch."""
     return Pass(
         name="transformer",
         sizes={f"{name} {which} b{batch}{' checkpointing' if checkpointing else ''}": batch},
@@ -186,8 +177,8 @@ def whole_pass(
 
 @dataclass(frozen=True, kw_only=True)
 class Pass(Operation):
-    """Variants of a network that is changed in place. `ours` and `peer` make a call of model, inputs and upstream gradient;
-    the truth is the stock module's. Calls are longer than a batch, and each is timed."""
+    """Variants of a network, which switch it in place. `ours` and `peer` make a call from model, inputs and upstream gradient;
+    the truth is the stock module's result. Each call is timed: it is longer than the harness's batches."""
 
     part: str
     which: str  # of PASSES
@@ -196,7 +187,7 @@ class Pass(Operation):
     variants: tuple[str, ...]
 
     table: ClassVar[str] = "transformer"
-    poisoned: ClassVar[bool] = False  # torch's deterministic kernels are others
+    poisoned: ClassVar[bool] = False  # it would select torch's deterministic kernels
     each_alone: ClassVar[bool] = True
 
     def title(self, size: str) -> str:
@@ -221,7 +212,7 @@ class Pass(Operation):
             _free()
 
     def truth(self, inputs: Any) -> list[Tensor]:
-        """Checkpointed, so that it fits where the pass to be measured does; then the model is as that pass wants it."""
+        """Results of the stock module, checkpointed to fit in memory; then checkpointing is set for the timed pass."""
         self.model.enable_gradient_checkpointing()
         try:
             with self._as_variant("eager"):
@@ -231,7 +222,7 @@ class Pass(Operation):
                 self.model.disable_gradient_checkpointing()
 
     def once(self, implementation: Implementation, inputs: Any) -> tuple[list[Tensor], dict[str, Any]]:
-        """Warms a variant up; its results, and what else is to be known of it."""
+        """Warm a variant up. Returns its results and facts."""
         call = self.ours(self.model, *inputs)
         begin, before, graphs = time.perf_counter(), self._allocated(), networks.graphs_and_breaks()
         for _ in range(WARMUP):
@@ -248,7 +239,7 @@ class Pass(Operation):
     def errors(
         self, implementation: Implementation, inputs: Any, outcome: Any, truth: list[Tensor]
     ) -> dict[str, Error]:
-        """Of the output or of the gradients, the larger."""
+        """The larger of the output's and the gradients' difference from the stock module."""
         got, _ = outcome
         apart = [accuracy.relative(got[:1], truth[:1]), accuracy.relative(got[1:], truth[1:])]
         larger = max(apart, key=lambda each: (math.isnan(each), each))
@@ -269,7 +260,7 @@ class Pass(Operation):
     def subject(self, implementation: Implementation, way: str) -> timing.Subject:
         def prepare(inputs: Any) -> Call:
             call = self.ours(self.model, *inputs)
-            call()  # what the switch undid is made again: FP8 weights
+            call()  # makes the FP8 weights, which switching variants dropped
             return call
 
         return timing.Subject(lambda call: call(), implementation.context, prepare)
@@ -294,7 +285,7 @@ class Pass(Operation):
         return torch.cuda.memory_allocated() if _on_gpu(self.model) else 0
 
     def _memory(self, inputs: Inputs, upstream: Tensor) -> dict[str, int]:
-        """Bytes beside the parameters and inputs: at the peak, gradients included, and between forward and backward."""
+        """Bytes beside parameters and inputs: at the peak (with gradients), and between forward and backward."""
         if not _on_gpu(self.model):
             return {}
         self.model.zero_grad(set_to_none=True)
@@ -315,7 +306,7 @@ def _on_gpu(model: nn.Module) -> bool:
 
 
 def _results(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> list[Tensor]:
-    """The output and, of a training pass, some of the gradients."""
+    """The output; for a training pass also the gradients of every SAMPLED-th parameter."""
     if which == "forward":
         with torch.no_grad():
             return [model(**inputs)[0]]
@@ -332,7 +323,7 @@ def _results(model: nn.Module, which: str, inputs: Inputs, upstream: Tensor) -> 
 
 def _breakdown(state: State, batch: int) -> None:
     if state.device.type != "cuda":
-        state.run.left_out.append("transformer, breakdown: there is no GPU whose time could be broken down")
+        state.run.left_out.append("transformer, breakdown: needs a GPU")
         return
     _break_down(state, "sd35", batch)
     _free()
@@ -355,7 +346,7 @@ def _break_down(state: State, name: str, batch: int) -> None:
                     call = subject.prepare(inputs)
                     wall = statistics.median(taken[which] for taken in timing.repeat(call, SECONDS))
                     kernels = profile.record(call)
-            except Exception as error:  # the other variants should not go with it
+            except Exception as error:  # the other variants go on
                 state.run.went_wrong(f"{title}, {each.name}", each, error)
                 continue
             state.add(
@@ -371,12 +362,12 @@ def _break_down(state: State, name: str, batch: int) -> None:
 # accuracy
 
 COMPARED = ("eager", "fused")
-RATIO_LIMIT = 1.25  # of fused to eager
-Squares = tuple[float, float]  # of the difference from the exact tensor, and of the exact tensor
+RATIO_LIMIT = 1.25  # of fused's error to eager's; parameters above it are listed
+Squares = tuple[float, float]  # squared norms of the difference from the exact tensor, and of the exact tensor
 
 
 def _loss(model: nn.Module, inputs: Inputs, target: Tensor) -> tuple[Tensor, Tensor]:
-    """A regression on one fixed batch, and the output."""
+    """Mean squared error against the target, and the output."""
     (output,) = model(**inputs)
     return (output.float() - target.float()).square().mean(), output.detach()
 
@@ -418,7 +409,7 @@ def group_of(name: str) -> str:
 
 
 def _add_errors(state: State, batch: int, squares: dict[str, dict[str, list[Squares]]]) -> None:
-    """Relative errors of the output, of all gradients as one vector, and of each group of parameters."""
+    """Add relative errors of the output, of all gradients as one vector, and of each group of parameters."""
     parameters = [name for name in squares["eager"] if name != "output"]
     groups = defaultdict(list)
     for name in parameters:
@@ -446,15 +437,14 @@ def _compared(squares: dict[str, dict[str, list[Squares]]], names: list[str]) ->
         difference, exact = (
             sum(each) for each in zip(*(pair for name in names for pair in by_name[name]), strict=True)
         )
-        # What the last block's text asks for is dropped: the gradient of its queries is 0, and should be.
+        # The last block drops its text output: the gradient of the text's queries is rightly 0.
         errors[variant] = accuracy.root(difference, exact)
     eager, fused = (errors[variant] for variant in COMPARED)
     return {"errors": errors, "ratio": fused / eager if eager else math.inf if fused else 1.0}
 
 
 def _add_steps(state: State, batch: int, model: nn.Module, inputs: Inputs, target: Tensor) -> None:
-    """Losses of AdamW's steps from the same start. Weights are kept in float32, as the trainer keeps them: bfloat16 ones
-    would lose updates of this size."""
+    """Add the losses of AdamW's steps from the same start, with float32 masters: bfloat16 would lose such small updates."""
     losses = {"float32": _losses(copy.deepcopy(model).float(), networks.in_float32(inputs), target)}
     _free()
     for variant in COMPARED:
@@ -472,9 +462,9 @@ def _add_steps(state: State, batch: int, model: nn.Module, inputs: Inputs, targe
 
 def _losses(model: nn.Module, inputs: Inputs, target: Tensor) -> list[float]:
     parameters = list(model.parameters())
-    # clone(): of a model in float32 a master weight would be the parameter itself
+    # clone(): float() returns a float32 parameter itself
     masters = [parameter.detach().float().clone().requires_grad_() for parameter in parameters]
-    fused = parameters[0].is_cuda  # the other form makes temporary tensors of the size of all weights
+    fused = parameters[0].is_cuda  # unfused AdamW makes temporary tensors of the size of all weights
     optimizer = torch.optim.AdamW(masters, lr=LEARNING_RATE, weight_decay=0.0, fused=fused)
     losses = []
     for _ in range(STEPS):
@@ -496,8 +486,8 @@ def _losses(model: nn.Module, inputs: Inputs, target: Tensor) -> list[float]:
 
 
 def _fp8(state: State, batch: int) -> None:
-    """Two networks, a teacher and a critic: its weights with noise in them, so much that its velocity differs by about so
-    much. What DMD's gradient is made of is the difference, and so is what its error counts against."""
+    """Errors of the velocity of a teacher, and of its difference from a critic's, which DMD's gradient is made of. The critic
+    is the teacher with noise in its weights, scaled until the velocities differ by about each of DIFFERENCES."""
     teacher = state.build("sd35")
     inputs, _ = networks.make_inputs(state.network("sd35"), batch, state.device, DTYPE)
     exact = _velocity(copy.deepcopy(teacher).float(), networks.in_float32(inputs))
@@ -506,7 +496,7 @@ def _fp8(state: State, batch: int) -> None:
     errors = {variant: accuracy.relative(velocity, exact) for variant, velocity in velocities.items()}
     strength = 0.01
     for wanted in DIFFERENCES:
-        for _ in range(4):  # the difference grows nearly in proportion, so this converges at once
+        for _ in range(4):  # converges at once: the difference is nearly proportional to the strength
             critic = _perturbed(teacher, strength)
             exact_critic = _velocity(copy.deepcopy(critic).float(), networks.in_float32(inputs))
             difference = accuracy.relative(exact_critic, exact)
@@ -533,7 +523,7 @@ def _velocity(model: nn.Module, inputs: Inputs, variant: str = "eager") -> Tenso
 
 
 def _perturbed(model: nn.Module, strength: float) -> nn.Module:
-    """A copy, every weight with noise of `strength` times the spread of its tensor, rounded as the weights are."""
+    """A copy with noise in each weight: `strength` times the tensor's standard deviation, in the weights' dtype."""
     model = copy.deepcopy(model)
     for index, parameter in enumerate(model.parameters()):
         generator = torch.Generator(parameter.device).manual_seed(index)

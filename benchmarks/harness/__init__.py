@@ -1,1 +1,1 @@
-"""How things are measured, whatever they are: operations, their check, time, profile, tables and pictures."""
+"""The parts that all measurements share: operations, checks, timing, profile, tables and pictures."""

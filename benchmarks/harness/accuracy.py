@@ -1,4 +1,4 @@
-"""What right means: relative errors in norm, the limits that they have, and memory that shows what a kernel forgot."""
+"""Correctness: relative errors in norm, their limits, and memory that shows what a kernel did not write."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# The worst that one rounding to bfloat16 can do to a norm. Two roundings make 2.4e-3, as errors differ in sign.
+# The largest error in norm of one rounding to bfloat16. Two roundings make 2.4e-3, as errors differ in sign.
 RESULT_LIMIT = 2**-8
-LOSS_LIMIT = 1e-5  # a float32 sum of 155 million squares, in whatever order
-# Peers in bfloat16 round after every operation: of them it is only asked whether they compute the same.
-PEER_LIMIT = 2**-5
+LOSS_LIMIT = 1e-5  # a float32 sum of 155 million squares, in any order
+PEER_LIMIT = 2**-5  # peers round to bfloat16 after every operation: this checks only that they compute the same
 QUANTIZED_LIMIT = 2**-5  # e4m3 has three bits: 2.6 % of error in norm
 
 
@@ -24,11 +23,11 @@ class Error(NamedTuple):
 
     @property
     def allowed(self) -> bool:
-        return self.value <= self.limit  # not of NaN
+        return self.value <= self.limit  # False for NaN
 
 
 def relative(got: Tensor | Iterable[Tensor], exact: Tensor | Iterable[Tensor]) -> float:
-    """Norm of the difference over the norm of what is exact, in float64; several tensors are one vector."""
+    """Norm of the difference over the norm of `exact`, in float64; several tensors count as one vector."""
     pairs = [(got, exact)] if isinstance(got, Tensor) else zip(got, exact, strict=True)
     squares = [squared(*pair) for pair in pairs]
     return root(*(sum(each) for each in zip(*squares, strict=True))) if squares else 0.0
@@ -41,13 +40,13 @@ def squared(got: Tensor, exact: Tensor) -> tuple[float, float]:
 
 
 def root(difference: float, exact: float) -> float:
-    """The relative error of squared norms; what is 0 and should be is not wrong."""
+    """The relative error from squared norms: 0 if both are 0."""
     return math.sqrt(difference / exact) if exact else math.inf if difference else 0.0
 
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh tensors hold NaN until written, so an element that a kernel forgets shows up."""
+    """Fill new tensors with NaN, so that an element that a kernel does not write shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:

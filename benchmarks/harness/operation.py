@@ -1,6 +1,6 @@
-"""What an operation of the benchmark is, and what becomes of it: checked, then timed, then a row for each implementation.
+"""An operation of the benchmark; `measure` checks it, times it, and adds a row for each implementation and pass.
 
-One entry says it all: how inputs are made, what ours and a peer's function are, the bytes that must be moved, the sizes.
+An entry gives sizes, inputs, our function and a peer's, and the bytes that must be moved:
 
     Operation(
         name="gelu_tanh",
@@ -12,8 +12,7 @@ One entry says it all: how inputs are made, what ours and a peer's function are,
         backward=Traffic(("x", "d out"), ("d x",)),  # 3
     )
 
-Inputs and outputs have names. The peer in float64 is the truth. Subjects whose operations are called, checked or counted
-in another way override the methods that say how.
+Inputs and outputs have names. The peer in float64 is the truth. Subclasses override the methods that call, check or count.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ import importlib
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 import torch
@@ -36,21 +35,27 @@ from harness import accuracy, timing
 from harness.accuracy import Error
 
 DTYPE = torch.bfloat16
-TABLES = ("rows", "blocks", "attention", "optimizer", "transformer")  # in the file of --json; rows: losses and samplers
+TABLES = (
+    "rows",
+    "blocks",
+    "attention",
+    "optimizer",
+    "transformer",
+)  # keys of the file of --json; rows: losses and samplers
 
 Tensors = dict[str, Any]  # Tensor, or Quantized for an output
-Times = dict[str, dict[str, timing.Time]]  # by way of calling, then by implementation
+Times = dict[str, dict[str, timing.Time]]  # by way of calling, then by implementation name
 
 
 @dataclass
 class Run:
-    """What to run, and what was found out."""
+    """The options of a run, and its results."""
 
     device: torch.device
     ours: tuple[str, ...]
-    peers: tuple[str, ...] | None = None  # None: eager everywhere, torch.compile where an operation wants it
+    peers: Sequence[str] | None = None  # None: eager everywhere, torch.compile within each table's limits
     copy_tb_s: float = math.nan
-    note: Callable[[dict[str, Any]], None] = lambda row: None  # called after every row, which may be the last
+    note: Callable[[dict[str, Any]], None] = lambda row: None  # called after every row
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {each: [] for each in TABLES})
     cancellation: list[dict[str, Any]] = field(default_factory=list)
     engine_floor: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -63,8 +68,9 @@ class Run:
         self.note(row)
 
     def went_wrong(self, title: str, implementation: Implementation, error: Exception) -> None:
-        """No fault of ours where a peer cannot run here, or memory does not suffice."""
-        no_fault = implementation.optional or isinstance(error, torch.OutOfMemoryError)
+        """Add a failure; if a peer cannot run here or memory is too small, it is only left out."""
+        optional = implementation.peer or implementation.may_be_missing
+        no_fault = optional or isinstance(error, torch.OutOfMemoryError)
         (self.left_out if no_fault else self.failures).append(f"{title}: {accuracy.said(error)}")
 
 
@@ -74,16 +80,12 @@ class Implementation:
     peer: bool
     function: Callable[..., Any]
     context: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
-    may_be_missing: bool = False  # one of ours that does not serve every machine or shape
-
-    @property
-    def optional(self) -> bool:
-        return self.peer or self.may_be_missing
+    may_be_missing: bool = False  # one of ours that does not support every machine or shape
 
 
 @dataclass(frozen=True)
 class Checked:
-    """What is known of an implementation before it is timed."""
+    """The result of an implementation's check."""
 
     errors: dict[str, float]
     work: dict[str, float]  # bytes or operations, by way of calling
@@ -91,7 +93,7 @@ class Checked:
 
 
 class Draw:
-    """Random tensors for one set of inputs; no two seeds make equal ones."""
+    """Random tensors for one set of inputs; different seeds give different tensors."""
 
     def __init__(self, device: torch.device, seed: int):
         self.device, self.seed = device, seed
@@ -104,38 +106,37 @@ class Draw:
         return torch.randn(shape, generator=self.generator, device=self.device, dtype=dtype)
 
     def times(self, count: int) -> Tensor:
-        """Of samples, float32, none near 0 or 1."""
+        """Times (count,) in [0.2, 0.9), float32."""
         return 0.2 + 0.7 * torch.rand(count, generator=self.generator, device=self.device)
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """The tensors that a pass must read and write, each once, by name: the fewest bytes that any implementation can do
-    with. "d x" is the gradient of x and has its bytes. Left out is what a sample or a layer has one of: gates, scales,
-    shifts, biases, weights and the scales of quantised rows, a thousandth of the tokens' bytes."""
+    """The tensors that a pass must read and write, by name: the fewest bytes that any implementation can move.
+
+    "d x" is the gradient of x and counts x's bytes. Not counted are gates, scales, shifts, biases, weights and the scales of
+    quantised rows: a thousandth of the tokens' bytes.
+    """
 
     reads: tuple[str, ...]
     writes: tuple[str, ...]
 
     def bytes(self, tensors: Mapping[str, Tensor | Quantized]) -> int:
-        return sum(_nbytes(tensors[name.removeprefix("d ")]) for name in (*self.reads, *self.writes))
+        moved = [tensors[name.removeprefix("d ")] for name in (*self.reads, *self.writes)]
+        return sum((each.values if isinstance(each, Quantized) else each).nbytes for each in moved)
 
     def __str__(self) -> str:
         return f"reads {', '.join(self.reads)}; writes {', '.join(self.writes)}"
 
 
-def _nbytes(tensor: Tensor | Quantized) -> int:
-    return (tensor.values if isinstance(tensor, Quantized) else tensor).nbytes
-
-
 def wide(x: Tensor) -> Tensor:
-    """In the dtype of a peer's arithmetic: float32, and float64 for the truth."""
+    """In the dtype of a peer's arithmetic: float32, or float64 for the truth."""
     return x if x.dtype == torch.float64 else x.float()
 
 
 @contextlib.contextmanager
 def no_donated_buffers() -> Iterator[None]:
-    """A compiled backward pass may write over what autograd keeps for it; here the graph is retained."""
+    """Keep a compiled backward pass from overwriting saved tensors: here the graph is retained."""
     with torch._functorch.config.patch(donated_buffer=False):
         yield
 
@@ -145,28 +146,28 @@ class Operation:
     """An entry. `ours` and `peer` take the inputs by name and return the output, or a tuple of the outputs in order."""
 
     name: str
-    sizes: Mapping[str, Any]  # what `make` is given, by the name of the size
-    make: Callable[[Any, Draw], Any]  # one set of inputs, random
+    sizes: Mapping[str, Any]  # the first argument of `make`, by the name of the size
+    make: Callable[[Any, Draw], Any]  # makes one set of random inputs
     ours: Callable[..., Any]
     peer: Callable[..., Any]
-    compiled: Callable[..., Any] | None = None  # what torch.compile is given, where that is not the peer
+    compiled: Callable[..., Any] | None = None  # what torch.compile gets instead of the peer
     outputs: tuple[str, ...] = ("out",)
     forward: Traffic | None = None
-    backward: Traffic | None = None  # None: without gradient
+    backward: Traffic | None = None  # None: the operation has no gradient
     constants: tuple[str, ...] = ()  # inputs without a gradient
-    module: str = ""  # dpdmd.kernels.<module> lists its implementations; without, they are Triton's and the reference
+    module: str = ""  # dpdmd.kernels.<module> lists the implementations; "": triton and reference
 
-    table: ClassVar[str] = "blocks"  # where its rows go
+    table: ClassVar[str] = "blocks"  # of TABLES
     poisoned: ClassVar[bool] = True  # ours are checked on memory full of NaN
-    each_alone: ClassVar[bool] = False  # one that is wrong leaves the others' times as they are
-    # What torch.compile gets unless --peers asks for more: seconds, for all operations of the table; sizes, None for all.
+    each_alone: ClassVar[bool] = False  # a wrong implementation does not stop the others from being timed
+    # Limits of torch.compile unless --peers asks for it: seconds for all operations of the table; sizes (None: all).
     compile_seconds: ClassVar[float] = math.inf
     compiled_sizes: ClassVar[tuple[str, ...] | None] = None
     compile_context: ClassVar[Callable] = staticmethod(no_donated_buffers)
-    on_host: ClassVar[bool] = True  # timed the ordinary way where there is a GPU, too
+    on_host: ClassVar[bool] = True  # on a GPU also timed as called from Python
     gpu_seconds: ClassVar[float] = timing.GPU_SECONDS
 
-    # What is run
+    # Inputs and implementations
 
     def title(self, size: str) -> str:
         return f"{self.name} {size}"
@@ -178,7 +179,7 @@ class Operation:
         return self.make(self.sizes[size], Draw(device, seed))
 
     def num_sets(self, inputs: Any, cache_bytes: int) -> int:
-        """Input sets that together are more than twice the cache, so that no call finds its inputs there."""
+        """The number of input sets that together exceed twice the cache, so that no call finds its inputs there."""
         return max(2, math.ceil((2 * cache_bytes + 1) / self.set_bytes(inputs)))
 
     def set_bytes(self, inputs: Any) -> int:
@@ -194,7 +195,7 @@ class Operation:
         if run.peers is None or "eager" in run.peers:
             found.append(Implementation("eager", True, self.peer))
         if self.compile_wanted(run, size):
-            torch._dynamo.reset()  # what was compiled for another size would count towards the limit of recompilations
+            torch._dynamo.reset()  # earlier sizes would count towards the recompilation limit
             compiled = torch.compile(self.compiled or self.peer, dynamic=False)
             found.append(Implementation("compile", True, compiled, self.compile_context))
         return found
@@ -205,28 +206,23 @@ class Operation:
         if run.device.type == "cpu" or (self.compiled_sizes is not None and size not in self.compiled_sizes):
             return False
         if run.compile_seconds[self.table] > self.compile_seconds:
-            run.left_out.append(
-                f"{self.title(size)}, compile: compiling has had its {self.compile_seconds:.0f} s; "
-                "--peers compile runs it all the same"
-            )
+            reason = f"the {self.compile_seconds:.0f} s for compiling are used up; --peers compile has no limit"
+            run.left_out.append(f"{self.title(size)}, compile: {reason}")
             return False
         return True
 
     def inputs_of(self, implementation: Implementation, inputs: Any) -> Any:
-        """As the implementation takes them."""
+        """The inputs as the implementation takes them."""
         return inputs
 
     def truth_inputs(self, inputs: Tensors) -> Tensors:
         return inputs
 
     def leaves(self, inputs: Tensors) -> Tensors:
-        """The same memory, in new tensors that receive gradients where the operation has any. New: autograd adds up a
-        leaf's gradient on the stream where the leaf was first used."""
-        wanted = self.backward is not None
-        return {
-            name: tensor.detach().requires_grad_(wanted and name not in self.constants)
-            for name, tensor in inputs.items()
-        }
+        """New tensors with the same memory that require gradients if the operation has any. They must be new: autograd
+        accumulates a leaf's gradient on the stream where the leaf was first used."""
+        constants = inputs if self.backward is None else self.constants
+        return {name: tensor.detach().requires_grad_(name not in constants) for name, tensor in inputs.items()}
 
     def called(self, function: Callable[..., Any], named: Tensors) -> Tensors:
         """The outputs by name."""
@@ -234,19 +230,17 @@ class Operation:
         return dict(zip(self.outputs, made if len(self.outputs) > 1 else (made,), strict=True))
 
     def upstream(self, inputs: Tensors, outputs: Tensors) -> list[Tensor]:
-        """Gradients of the outputs, the same for each implementation, laid out as its outputs are: as an attention's
-        backward pass would hand them on."""
-        gradients = []
-        for index, output in enumerate(outputs.values()):
-            drawn = Draw(output.device, 1000 + index)(*output.shape)
-            gradients.append(torch.empty_like(output).copy_(drawn))
-        return gradients
+        """Gradients of the outputs: the same values for each implementation, with the strides of its outputs."""
+        return [
+            torch.empty_like(output).copy_(Draw(output.device, 1000 + index)(*output.shape))
+            for index, output in enumerate(outputs.values())
+        ]
 
     def separate(self, tensors: Tensors) -> Tensors:
-        """Gradients by the names of the peer's inputs."""
+        """Tensors named by our inputs, renamed by the peer's."""
         return tensors
 
-    # How it is checked
+    # The check
 
     def results(self, function: Callable[..., Any], inputs: Tensors) -> Tensors:
         """Outputs, and gradients as "d <input>"."""
@@ -261,11 +255,11 @@ class Operation:
         return {**outputs, **{f"d {name}": gradient for name, gradient in gradients.items()}}
 
     def truth(self, inputs: Any) -> Any:
-        """What `errors` compares with."""
+        """The exact results, for `errors`."""
         return self.results(self.peer, {name: each.double() for name, each in self.truth_inputs(inputs).items()})
 
     def once(self, implementation: Implementation, inputs: Any) -> Any:
-        """What the implementation makes of the inputs."""
+        """The implementation's results, for `errors`."""
         return self.results(implementation.function, self.inputs_of(implementation, inputs))
 
     def errors(self, implementation: Implementation, inputs: Any, outcome: Any, truth: Any) -> dict[str, Error]:
@@ -280,21 +274,21 @@ class Operation:
     def problem(self, name: str, error: Error) -> str:
         return f"relative error of {name} {error.value:.1e}, allowed {error.limit:.1e}"
 
-    # What is counted, and told
+    # Counts, times and rows
 
     def facts(self, implementation: Implementation, size: str, inputs: Any, outcome: Any, truth: Any) -> dict[str, Any]:
-        if self.backward is None or implementation.name == "compile":  # the hooks would compile it another time
+        if self.backward is None or implementation.name == "compile":  # the hooks would compile it again
             return {"saved_bytes": None}
         named = self.leaves(self.inputs_of(implementation, inputs))
         return {"saved_bytes": saved_for_backward(implementation.function, named)}
 
     def work(self, implementation: Implementation, inputs: Any, outcome: Any) -> dict[str, float]:
-        """The count that rates stand on, by way of calling."""
+        """Bytes or operations, by way of calling; rates are computed from them."""
         passes = {"forward": self.forward, "backward": self.backward}
         return {way: moved.bytes({**inputs, **outcome}) for way, moved in passes.items() if moved is not None}
 
     def ways(self, device: torch.device) -> list[tuple[str, ...]]:
-        """Ways of calling, by the row that tells of them."""
+        """Ways of calling; those of one tuple share a row."""
         return [("forward",), ("backward",)] if self.backward else [("forward",)]
 
     def subject(self, implementation: Implementation, way: str) -> timing.Subject:
@@ -318,7 +312,7 @@ class Operation:
         return timing.Subject(forward if way == "forward" else backward, implementation.context, prepare)
 
     def take(self, run: Run, title: str, found: list[Implementation], ways: tuple[str, ...], sets: list[Any]) -> Times:
-        """Every way of calling, every implementation; GPU time alone has ways of its own."""
+        """Times of every way of calling and implementation; "gpu_<way>" is the time of the GPU alone."""
         times, cuda = {}, run.device.type == "cuda"
         subjects = {way: {each.name: self.subject(each, way) for each in found} for way in ways}
         for way in ways if self.on_host or not cuda else ():
@@ -326,7 +320,7 @@ class Operation:
             for each in (each for each in found if each.name in reasons):
                 run.went_wrong(f"{title}, {each.name}, {way}", each, reasons[each.name])
         for way in ways if cuda else ():
-            if not way.endswith("one_thread"):  # a graph's replay has no thread to hand anything to
+            if not way.endswith("one_thread"):  # a replayed graph uses no threads
                 times[f"gpu_{way}"], reasons = timing.on_gpu_in_turns(subjects[way], sets, self.gpu_seconds)
                 run.left_out += [
                     f"{title}, {name}, GPU time alone, {way}: {accuracy.first_line(reason)}"
@@ -335,26 +329,26 @@ class Operation:
         return times
 
     def compared_with(self, implementation: Implementation, found: list[Implementation]) -> list[str]:
-        """Whose times a row gives in times of its own."""
+        """Implementations whose times a row gives relative to its own."""
         return [] if implementation.peer else [each.name for each in found if each.peer]
 
     def row(self, name: str, ways: tuple[str, ...], checked: dict[str, Checked]) -> dict[str, Any]:
-        """What a row says of an implementation besides its facts and times."""
+        """A row's entries besides facts and times."""
         (way,), mine = ways, checked[name]
         errors = {name: error for name, error in mine.errors.items() if name.startswith("d ") == (way == "backward")}
         counted = {"bytes": mine.work[way], "bytes_counted": str(getattr(self, way))}
         return {"pass": way, **counted, "errors": errors}
 
     def rates(self, own: dict[str, timing.Time], work: dict[str, float], copy_tb_s: float) -> dict[str, Any]:
-        """TB/s, and the share of the copy's."""
+        """TB/s, and the share of the copy bandwidth."""
         tb_s = {way: work[way.removeprefix("gpu_")] / taken.median_us / 1e6 for way, taken in own.items()}
         return {"tb_s": tb_s, "share_of_copy": {way: achieved / copy_tb_s for way, achieved in tb_s.items()}}
 
 
 def saved_for_backward(function: Callable, inputs: Tensors) -> int:
-    """Bytes that autograd keeps of a forward pass beside the inputs: whole storages, each once."""
+    """Bytes that autograd saves in a forward pass, beside the inputs: whole storages, each once."""
     given = {tensor.untyped_storage().data_ptr() for tensor in inputs.values()}
-    kept = []  # alive until the end, so that no address is used twice
+    kept = []  # alive until the end, so that no address is reused
 
     def keep(tensor: Tensor) -> None:
         kept.append(tensor.detach())
@@ -366,7 +360,7 @@ def saved_for_backward(function: Callable, inputs: Tensors) -> int:
 
 
 def measure(run: Run, operation: Operation, size: str) -> None:
-    """One operation at one size: checked, then timed."""
+    """Check and time one operation at one size."""
     title = operation.title(size)
     try:
         inputs = operation.draw(size, run.device, 0)
@@ -389,18 +383,18 @@ def measure(run: Run, operation: Operation, size: str) -> None:
 def gate(
     run: Run, operation: Operation, size: str, title: str, found: list[Implementation], inputs: Any
 ) -> dict[str, Checked]:
-    """Those that may be timed: what fails is in run.failures, and a peer that cannot run here in run.left_out."""
+    """Check implementations and return those to time. Adds errors to run.failures, and peers that cannot run to run.left_out."""
     truth, before = operation.truth(inputs), len(run.failures)
     checked = {}
     for each in found:
         begin = time.perf_counter()
-        # The peers' memory is torch's affair, and the switch would compile them twice.
+        # Peers use torch's kernels, and the switch would compile them twice.
         poisoned = operation.poisoned and not each.peer
         try:
             with each.context(), accuracy.poisoned_memory() if poisoned else contextlib.nullcontext():
                 outcome = operation.once(each, inputs)
                 facts = operation.facts(each, size, inputs, outcome, truth)
-        except Exception as error:  # whatever it is, the other figures should not go with it
+        except Exception as error:  # the other implementations go on
             run.went_wrong(f"{title}, {each.name}", each, error)
             continue
         finally:
@@ -437,7 +431,7 @@ def make_rows(
             "peer": each.peer,
             **mine.facts,
             **operation.row(each.name, ways, checked),
-            "times": {way: taken.json() for way, taken in own.items()},
+            "times": {way: asdict(taken) for way, taken in own.items()},
             **operation.rates(own, mine.work, run.copy_tb_s),
             "ratios": timing.ratios(own, others),
         }

@@ -1,5 +1,5 @@
-"""Pictures of files that benchmarks/run.py --json wrote: the roofline, bytes moved against the bandwidth achieved; and a
-transformer's GPU time by kind of kernel. Each raises ImportError without matplotlib."""
+"""Pictures of files that benchmarks/run.py --json wrote: the roofline (achieved bandwidth over bytes moved), and a
+transformer's GPU time by kind of kernel. Both raise ImportError without matplotlib."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MARKERS = "osD^v<>P*X"
 IMPLEMENTATIONS = {"cuda": "tab:green", "triton": "tab:blue", "eager": "tab:gray", "compile": "tab:orange"}
 KINDS = {"GEMM": "tab:blue", "attention": "tab:orange", "memory-bound": "tab:red", IDLE: "lightgray"}
 VARIANTS = ("eager", "compiled", "fused", "fused_fp8")  # the order of the bars
-PANELS = {"called the ordinary way": "", "GPU time alone": "gpu_"}
+PANELS = {"called from Python": "", "GPU time alone": "gpu_"}
 
 
 def _pyplot() -> Any:
@@ -26,7 +26,7 @@ def _pyplot() -> Any:
 
 
 def roofline(results: list[dict[str, Any]], output: Path) -> None:
-    """One row of panels for each run: as called, and without launches."""
+    """A row of panels for each run: as called from Python, and the GPU alone."""
     pyplot = _pyplot()
     rows = len(results)
     figure, axes = pyplot.subplots(rows, 2, figsize=(13, 5.5 * rows), layout="constrained", sharey=True, squeeze=False)
@@ -42,16 +42,14 @@ def roofline(results: list[dict[str, Any]], output: Path) -> None:
                     style = {"color": colors[row["implementation"]], "marker": markers[row["operation"]]}
                     axis.plot(row["bytes"], achieved, linestyle="none", markersize=6, alpha=0.8, **style)
             axis.axhline(result["copy_tb_s"], color="black", linestyle="--", linewidth=1)
-            axis.set(
-                xscale="log", yscale="log", xlabel="bytes moved (counted)", title=f"{result['machine']['gpu']}, {panel}"
-            )
+            axis.set(xscale="log", yscale="log", xlabel="bytes moved (counted)")
+            axis.set_title(f"{result['machine']['gpu']}, {panel}")
             axis.grid(alpha=0.3, which="both")
         pair[0].set_ylabel("TB/s achieved")
     handles = [pyplot.Line2D([], [], color="black", linestyle="--", label="copy bandwidth of the machine")]
     handles += [pyplot.Line2D([], [], color=colors[each], linewidth=5, label=each) for each in implementations]
-    handles += [
-        pyplot.Line2D([], [], color="black", marker=markers[each], linestyle="none", label=each) for each in operations
-    ]
+    style = {"color": "black", "linestyle": "none"}
+    handles += [pyplot.Line2D([], [], marker=markers[each], label=each, **style) for each in operations]
     figure.legend(handles=handles, loc="outside right upper", fontsize="small")
     figure.savefig(output, dpi=110)
     pyplot.close(figure)
@@ -62,7 +60,7 @@ def broken_down(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def breakdown(results: list[dict[str, Any]], output: Path) -> None:
-    """A bar for each variant, a panel for each pass, of runs on one machine."""
+    """A panel for each pass with a bar for each variant; all runs are from one machine."""
     pyplot = _pyplot()
     rows = broken_down(results)
     passes = list(dict.fromkeys(row["size"] for row in rows))
@@ -71,9 +69,8 @@ def breakdown(results: list[dict[str, Any]], output: Path) -> None:
     for axis in axes.flat[len(passes) :]:
         axis.remove()
     for axis, name in zip(axes.flat, passes, strict=False):
-        bars = sorted(
-            (row for row in rows if row["size"] == name), key=lambda row: VARIANTS.index(row["implementation"])
-        )
+        bars = [row for row in rows if row["size"] == name]
+        bars.sort(key=lambda row: VARIANTS.index(row["implementation"]))
         for position, row in enumerate(bars):
             bottom = 0.0
             for each, milliseconds in row["milliseconds"].items():

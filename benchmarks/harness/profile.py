@@ -1,7 +1,6 @@
-"""GPU time by kind of kernel: the profiler's kernels, sorted by their names.
+"""GPU time by kind of kernel: the profiler's kernels, classified by their names.
 
-Durations are the GPU's own. Idle is what is left of the time that the pass takes without a profiler, which slows the
-host down.
+Durations are the GPU's own. Idle is the rest of the time that the pass takes without the profiler, which slows the host down.
 """
 
 from __future__ import annotations
@@ -16,9 +15,9 @@ from typing import Any
 
 import torch
 
-# The first pattern that is found in a kernel's name decides.
+# The first pattern that matches a kernel's name decides.
 RULES = (
-    ("memory-bound", r"^triton_(poi|red|per)_"),  # torch.compile names them after all that they fuse, attention too
+    ("memory-bound", r"^triton_(poi|red|per)_"),  # torch.compile names them after what they fuse, even attention
     ("attention", r"attention|attn|sdpa|fmha|flash|^_(forward|dq|dkv)_kernel$|compute_dot_do_o|convert_dq_to_16bits"),
     ("GEMM", r"gemm|gemv|nvjet|cutlass|cublas|splitK|xmma|scaled_mm|convolve|dgrad|wgrad|^triton_tem_"),
     ("memory-bound", r""),
@@ -26,7 +25,7 @@ RULES = (
 KINDS = ("GEMM", "attention", "memory-bound")
 IDLE = "idle"
 CALLS = 4
-LARGEST = 12  # kernels listed of each kind
+LARGEST = 12  # kernels listed for each kind
 
 Kernel = tuple[str, float, float]  # name, begin and duration in us
 
@@ -36,15 +35,15 @@ def kind(name: str) -> str:
 
 
 def record(call: Callable[[], Any]) -> list[Kernel]:
-    """What the GPU ran for the last of CALLS calls, by its own clock: it lowers that under load, so that the first pass
-    after a rest is up to a tenth faster than what a loop of passes takes."""
+    """The kernels of the last of CALLS calls. The GPU lowers its clock under load: the first pass after a rest is up to a
+    tenth faster than passes in a loop."""
     torch.cuda.synchronize()
     kernels = traced(lambda: [call() for _ in range(CALLS)])
     return kernels[-(len(kernels) // CALLS) :]
 
 
 def traced(call: Callable[[], Any]) -> list[Kernel]:
-    """What the GPU ran for a call, in the order of beginning."""
+    """The kernels of a call, ordered by their begin."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         call()
         torch.cuda.synchronize()
@@ -55,7 +54,7 @@ def traced(call: Callable[[], Any]) -> list[Kernel]:
 
 
 def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
-    """From the trace's events, those of the GPU; copies and fills are kernels here."""
+    """The GPU's events of a trace; copies and fills count as kernels."""
     return [
         (event["name"], float(event["ts"]), float(event["dur"]))
         for event in trace["traceEvents"]
@@ -64,7 +63,7 @@ def kernels_of(trace: dict[str, Any]) -> list[Kernel]:
 
 
 def by_kind(kernels: list[Kernel], wall_us: float) -> dict[str, Any]:
-    """Milliseconds of each kind and idle ones, and the largest kernels of each kind: [kind, ms, calls, name]."""
+    """Milliseconds of each kind and idle, and each kind's largest kernels as [kind, ms, calls, name]."""
     totals, calls = defaultdict(float), defaultdict(int)
     for name, _, duration in kernels:
         totals[name] += duration / 1e3

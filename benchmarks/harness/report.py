@@ -1,10 +1,9 @@
-"""What a run says: its tables, the same cells for the terminal and, as Markdown, for docs/; and what got slower than a stored
-run."""
+"""The tables of a run, for the terminal and as Markdown for docs/; its file; and the comparison with a stored run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,8 @@ from harness.operation import TABLES
 GB = 1e9
 STEPS_SHOWN = (1, 2, 5, 10, 15, 20)
 GROUPS_SHOWN = 8
-CPU_NOTE = "No GPU here: these are CPU figures. They say nothing of a GPU."
-WAYS = {  # what the tables call them
+CPU_NOTE = "No GPU here: these are CPU figures. They say nothing about a GPU."
+WAYS = {  # headings of the ways of calling
     "forward": "forward us",
     "forward_backward": "fwd + bwd us",
     "forward_backward_one_thread": "one thread us",
@@ -34,15 +33,14 @@ WAYS = {  # what the tables call them
     "training_backward": "training, backward us",
 }
 EXPLANATION = """\
-us: microseconds a call, median ± interquartile range, called the ordinary way; "one thread": without handing the backward
-pass to the engine's device thread (torch.autograd.set_multithreading_enabled(False)); "gpu us": in a replayed CUDA graph
-of the same calls. TB/s: the title's bytes over fwd + bwd of a loss, over forward otherwise; "of copy": the share of this
-machine's copy bandwidth. "takes": the peer's time over this row's, called the ordinary way. error: relative to float64
-of the same inputs."""
+us: microseconds a call from Python, median ± interquartile range; "one thread": without autograd's device thread
+(torch.autograd.set_multithreading_enabled(False)); "gpu us": in a replayed CUDA graph of the same calls. TB/s: the title's
+bytes over the time of fwd + bwd of a loss, of forward otherwise; "of copy": the share of this machine's copy bandwidth.
+"takes": the peer's time over this row's, called from Python. error: relative to float64 on the same inputs."""
 TRANSFORMER_EXPLANATION = """\
-Of a block's operations TB/s and the peers' times are those of the GPU alone, where there is one. saved: what autograd
-keeps for the backward pass beside the inputs. peak, kept: memory beside parameters and inputs, at its highest and between
-forward and backward. differs by: relative difference of output and gradients from the stock module's in bfloat16."""
+TB/s and peers' times of a block's operations are the GPU's alone, if there is one. saved: bytes that autograd keeps for the
+backward pass beside the inputs. peak, kept: memory beside parameters and inputs, at its highest and between forward and
+backward. differs by: relative difference of output and gradients from the stock module's in bfloat16."""
 CANCELLATION = {
     "ours_x_float32": "ours, x float32",
     "ours_x_bfloat16": "ours, x bfloat16",
@@ -53,17 +51,17 @@ CANCELLATION = {
 
 
 class UsageError(ConfigError):
-    """What the user asked for cannot be had; the message says why and what can."""
+    """Options that cannot be followed; the message says why, and what to write instead."""
 
 
 def make_console() -> Console:
-    """As wide as the tables where the output is no terminal: a log's lines should not wrap at 80."""
+    """A console of the tables' width if the output is no terminal: lines of a log should not wrap at 80."""
     console = Console(highlight=False)
     return console if console.is_terminal else Console(highlight=False, width=200)
 
 
 def headline(row: dict[str, Any]) -> str:
-    """The way of calling that a loss's or step's ratios and TB/s in the table are for."""
+    """The way of calling of the table's ratios and TB/s of a loss or sampler step."""
     return "forward_backward" if "forward_backward" in row["times"] else "forward"
 
 
@@ -84,11 +82,11 @@ def print_tables(console: Console, result: dict[str, Any]) -> None:
 @dataclass(frozen=True)
 class Grid:
     title: str
-    text: tuple[str, ...]  # headings of the columns of words, which come first
+    text: tuple[str, ...]  # headings of the text columns, which come first
     numbers: tuple[str, ...]
     rows: list[list[str]]
-    dim: tuple[int, ...] = ()  # rows of less concern
-    once: bool = False  # the first cell only where it changes
+    dim: tuple[int, ...] = ()  # indices of rows that are shown dim
+    once: bool = False  # shows the first cell only where it changes
 
     def rich(self) -> Table:
         table = Table(title=self.title, title_justify="left", title_style="bold")
@@ -111,13 +109,12 @@ class Grid:
 
 
 def grids(result: dict[str, Any]) -> list[Grid]:
-    """Those that the run has rows for."""
+    """The tables that the run has rows for."""
     blocks, attention = result.get("blocks") or [], result.get("attention") or []
     optimizer, transformer = result.get("optimizer") or [], result.get("transformer") or []
-    parts = {
-        part: [row for row in transformer if row["part"] == part]
-        for part in dict.fromkeys(r["part"] for r in transformer)
-    }
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for row in transformer:
+        parts.setdefault(row["part"], []).append(row)
     timed = [row for row in transformer if row.get("times")]
     made = [blocks and _blocks(blocks)]
     made += attention and [_attention(attention), _attention_errors(attention)]
@@ -154,9 +151,8 @@ def _operation(operation: str, rows: list[dict[str, Any]]) -> Grid:
             ]
         )
     dim = tuple(index for index, row in enumerate(rows) if row["peer"])
-    return Grid(
-        f"{operation}: {rows[0]['bytes_counted']}", ("size", "implementation"), tuple(numbers), cells, dim, once=True
-    )
+    title = f"{operation}: {rows[0]['bytes_counted']}"
+    return Grid(title, ("size", "implementation"), tuple(numbers), cells, dim, once=True)
 
 
 def _error(error: dict[str, float | None]) -> str:
@@ -170,14 +166,13 @@ def _cancellation(rows: list[dict[str, Any]]) -> Grid:
         errors = [f"{row[name]:.1e}" if row[name] < 1e-3 else f"{row[name]:.1%}" for name in CANCELLATION]
         cells.append([f"{row['difference']:.1%}", f"{row['t']}", *errors])
     title = (
-        "dmd_loss: relative error of the gradient where teacher and critic nearly agree, from the same bfloat16 tensors"
+        "dmd_loss: relative error of the gradient where teacher and critic nearly agree, on the same bfloat16 tensors"
     )
     return Grid(title, (), ("teacher and critic differ by", "t", *CANCELLATION.values()), cells)
 
 
 def _blocks(rows: list[dict[str, Any]]) -> Grid:
-    """A row for each of ours; the time that TB/s and the peers' times are for is that of the GPU alone, where there is
-    one."""
+    """A row for each of ours; TB/s and the peers' times are the GPU's alone, if there is one."""
     cells = []
     for row in (row for row in rows if not row["peer"]):
         gpu = f"gpu_{row['pass']}"
@@ -202,24 +197,15 @@ def _blocks(rows: list[dict[str, Any]]) -> Grid:
                 *("" if each is None or row["pass"] == "backward" else f"{each / 1e6:.1f}" for each in saved),
             ]
         )
-    numbers = (
-        "MB",
-        "error",
-        "us",
-        "gpu us",
-        "TB/s (of copy)",
-        "eager takes",
-        "compile takes",
-        "saved MB",
-        "eager saves",
-    )
+    numbers = ("MB", "error", "us", "gpu us", "TB/s (of copy)")
+    numbers += ("eager takes", "compile takes", "saved MB", "eager saves")
     return Grid("Memory-bound operations of a block", ("operation", "size", "pass"), numbers, cells)
 
 
 def _attention(rows: list[dict[str, Any]]) -> Grid:
     backends = tuple(dict.fromkeys(row["implementation"] for row in rows))
     cells = []
-    for size, way in _sizes_and_ways(rows):
+    for size, way in dict.fromkeys((row["size"], way) for row in rows for way in row["times"]):
         rates = {row["implementation"]: row["tflop_s"].get(way) for row in rows if row["size"] == size}
         auto = rates.get("auto")
         fixed = [rate for backend, rate in rates.items() if rate and backend != "auto"]
@@ -271,10 +257,6 @@ def _optimizer(rows: list[dict[str, Any]]) -> Grid:
     return Grid(title, ("parameters", "implementation"), (*numbers, "eager takes", "compile takes"), cells)
 
 
-def _sizes_and_ways(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str]]:
-    return dict.fromkeys((row["size"], way) for row in rows for way in row["times"])
-
-
 def _networks(rows: list[dict[str, Any]]) -> Grid:
     cells = []
     for row in rows:
@@ -312,16 +294,16 @@ def _breakdown(rows: list[dict[str, Any]]) -> Grid:
 
 
 def _accuracy(rows: list[dict[str, Any]], single: dict[str, Any]) -> Grid:
-    """Output, all gradients together, and the groups of parameters that the fused blocks do worst on."""
+    """Output, all gradients together, and the groups of parameters with the largest ratio of fused's error to eager's."""
     first, groups = rows[:2], sorted(rows[2:], key=lambda row: -row["ratio"])
     cells = [
         [row["group"], *(f"{error:.2e}" for error in row["errors"].values()), times(row["ratio"])]
         for row in (*first, *groups[:GROUPS_SHOWN])
     ]
     title = (
-        f"Relative error in bfloat16 against float32. Of {single['parameters']} parameters the median of fused to eager "
-        f"is {single['median_ratio']:.2f}x, the worst {single['worst_ratio']:.2f}x ({single['worst_parameter']}); "
-        f"{len(single['above_limit'])} are above {single['limit']}x"
+        f"Relative error in bfloat16 against float32. Fused to eager over {single['parameters']} parameters: median "
+        f"{single['median_ratio']:.2f}x, worst {single['worst_ratio']:.2f}x ({single['worst_parameter']}), "
+        f"{len(single['above_limit'])} above {single['limit']}x"
     )
     return Grid(title, ("of",), (*rows[0]["errors"], "fused to eager"), cells)
 
@@ -344,7 +326,7 @@ def _fp8(rows: list[dict[str, Any]]) -> Grid:
         for row in rows
     ]
     numbers = tuple(f"{which}, {variant}" for which in ERRORS.values() for variant in variants)
-    title = "Relative error of the velocity, and of the difference of a critic's and a teacher's"
+    title = "Relative error of the velocity, and of the difference of a critic's velocity from a teacher's"
     return Grid(title, ("critic and teacher differ by",), numbers, cells)
 
 
@@ -352,7 +334,7 @@ ERRORS = {"velocity_errors": "velocity", "difference_errors": "difference"}
 
 
 def line(row: dict[str, Any]) -> str:
-    """What one row says, for a log."""
+    """One row, for a log."""
     parts = [row.get("operation", ""), row.get("size", row.get("part", "")), row.get("implementation", "")]
     parts += [f"{way} {time_us(taken)} us" for way, taken in row.get("times", {}).items()]
     parts += [f"{way} {share:.0%} of copy" for way, share in row.get("share_of_copy", {}).items()]
@@ -393,13 +375,13 @@ def _quotient(a: float | None, b: float | None) -> float | None:
 
 
 def timed_rows(result: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of every kind of measurement; files from before there were blocks have but the first."""
+    """The timed rows of all tables; older files lack some tables."""
     rows = [row for table in TABLES for row in result.get(table) or []]
     return [row for row in rows if "times" in row]
 
 
 def noise(rows: list[dict[str, Any]]) -> float | None:
-    """How far the two rounds of one measurement lie apart, the ordinary way: the median over all of them."""
+    """The relative difference of the first and last round of a measurement from Python: the median over all."""
     apart = sorted(
         abs(time["rounds_us"][0] - time["rounds_us"][-1]) / time["median_us"]
         for row in rows
@@ -416,7 +398,7 @@ def markdown(result: dict[str, Any]) -> str:
 
 
 def write_run(path: Path, result: dict[str, Any]) -> None:
-    """One line for each key and each row, so that two files can be compared by eye."""
+    """Write one line for each key and each row, so that two files can be compared by eye."""
     lines = []
     for key, value in _rounded(result).items():
         if isinstance(value, list):
@@ -428,7 +410,7 @@ def write_run(path: Path, result: dict[str, Any]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to five digits: no time is known better."""
+    """Round floats to five digits: no time is more exact."""
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     if isinstance(value, list):
@@ -437,7 +419,7 @@ def _rounded(value: Any) -> Any:
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """A file that --json wrote."""
+    """Read a file that --json wrote."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -452,14 +434,12 @@ def read_run(path: Path) -> dict[str, Any]:
 def refuse_other_machine(baseline: dict[str, Any], gpu: str | None, path: Path) -> None:
     theirs = baseline["machine"]["gpu"]
     if theirs != gpu:
-        raise UsageError(
-            f"{path} was measured on {theirs or 'a CPU'} and this machine has {gpu or 'no GPU'}: times of different "
-            f"machines do not compare. Measure a baseline here with --json"
-        )
+        machines = f"was measured on {theirs or 'a CPU'} and this machine has {gpu or 'no GPU'}"
+        raise UsageError(f"{path} {machines}; compare times of one GPU only: measure a baseline here with --json FILE")
 
 
 def _pairs(result: dict[str, Any], baseline: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """What was timed in both runs: its name, the time stored, the time now."""
+    """The name, stored time and new time of each measurement of both runs."""
     stored = {(*_key(row), way): time for row in timed_rows(baseline) for way, time in row["times"].items()}
     for row in timed_rows(result):
         for way, now in row["times"].items():
@@ -477,7 +457,7 @@ def compared(result: dict[str, Any], baseline: dict[str, Any]) -> int:
 
 
 def slower(result: dict[str, Any], baseline: dict[str, Any]) -> list[str]:
-    """A sentence for every time that exceeds the stored one by more than the spread, the larger of both runs'."""
+    """A sentence for every time that exceeds the stored one by more than the larger spread of the two runs."""
     sentences = []
     for name, before, now in _pairs(result, baseline):
         lost, spread = now["median_us"] - before["median_us"], max(now["spread_us"], before["spread_us"])
@@ -497,6 +477,6 @@ def print_comparison(console: Console, result: dict[str, Any], baseline: dict[st
         markup=False,
     )
     if baseline.get("packages") != result["packages"]:
-        console.print(f"Its packages were others: {baseline.get('packages')}, now {result['packages']}", markup=False)
+        console.print(f"The packages differ: {baseline.get('packages')}, now {result['packages']}", markup=False)
     for sentence in sentences:
         console.print(f"slower: {sentence}", markup=False, style="bold yellow")

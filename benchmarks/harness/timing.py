@@ -1,10 +1,9 @@
-"""How time is taken: the same way for ours and for the peers.
+"""Timing, the same way for ours and for the peers.
 
-The ordinary way is a clock around a batch of calls, the device synchronised before and after, each call on the next
-set of inputs. Batches are long enough (10 ms) that synchronising is under 1 % of them. Implementations take turns, in
-two rounds, and both rounds go into median and spread: so the spread holds what the machine does in between. GPU time
-alone is a CUDA graph of the same calls, replayed, with events around the replays. Whole networks, whose calls take
-longer than a batch, are timed call by call.
+`in_turns` puts a clock around a batch of calls, each on the next set of inputs, and synchronises the device before and after;
+batches take 10 ms, so that synchronising is under 1 %. Implementations take turns in two rounds, and median and spread are of
+both, so that the spread contains changes of the machine. `on_gpu_in_turns` replays a CUDA graph of the same calls with events
+around the replays. `call_by_call` times each call of a whole network, which is longer than a batch.
 """
 
 from __future__ import annotations
@@ -21,11 +20,11 @@ from typing import Any
 
 import torch
 
-SECONDS = 0.08  # for one implementation called one way, both rounds together
+SECONDS = 0.08  # for an implementation and way of calling, both rounds together
 GPU_SECONDS = 0.02
 BATCH_SECONDS = 0.01
 ROUNDS = 2
-FEWEST_BATCHES = 3  # a round
+FEWEST_BATCHES = 3  # in a round
 COPY_BYTES = 2**30  # far above any cache: 20 times H100's
 CPU_COPY_BYTES = 2**26
 
@@ -42,16 +41,12 @@ class Time:
     calls_a_batch: int
     rounds_us: list[float]  # the median of each round
 
-    def json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 @dataclass(frozen=True)
 class Subject:
-    """Something to time: `call` takes what `prepare` made of one set of inputs, inside the context that `around` makes.
+    """Something to time: `call` takes the result of `prepare` on one set of inputs, inside the context of `around`.
 
-    prepare: runs once for each set, in the same context and on the stream of the calls, and is not timed: a backward
-        pass prepares its forward pass.
+    prepare runs once for each set, untimed, in the same context and stream: for a backward pass it is the forward pass.
     """
 
     call: Call
@@ -84,7 +79,7 @@ def _batch(call: Call, sets: Iterator[Any], calls: int) -> float:
 
 
 def _calls_a_batch(call: Call, sets: Iterator[Any]) -> int:
-    """Doubles a batch until it is long enough to judge by; that is the warm-up, too."""
+    """Double the batch until its time can be measured; this is also the warm-up."""
     calls = 1
     _batch(call, sets, 2)
     while True:
@@ -97,7 +92,7 @@ def _calls_a_batch(call: Call, sets: Iterator[Any]) -> int:
 def in_turns(
     subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = SECONDS
 ) -> tuple[dict[str, Time], dict[str, Exception]]:
-    """Times every subject the ordinary way on rotating sets of inputs; and what each raised that could not be timed."""
+    """Times of the subjects as called from Python, on rotating sets of inputs; and the errors of those that failed."""
     calls, rotations = {}, {}
 
     def take(name: str) -> list[float]:
@@ -115,8 +110,8 @@ def in_turns(
 def call_by_call(
     subjects: dict[str, Subject], inputs: Any, seconds: float
 ) -> tuple[dict[str, dict[str, Time]], dict[str, Exception]]:
-    """The same for calls that are longer than a batch, and that say themselves how many seconds the whole and its parts
-    took: times[part][subject]. Prepared anew for each round, and so long in each."""
+    """times[part][subject] of calls that return their own seconds, by part; and the errors. Each round prepares anew and
+    takes `seconds`."""
 
     def take(name: str) -> list[dict[str, float]]:
         subject = subjects[name]
@@ -135,14 +130,14 @@ def call_by_call(
 def on_gpu_in_turns(
     subjects: dict[str, Subject], sets: Sequence[Any], seconds: float = GPU_SECONDS
 ) -> tuple[dict[str, Time], dict[str, Exception]]:
-    """Times a CUDA graph of one call on each set: what the GPU needs once nobody has to launch anything. In turns, as a
-    GPU at its power limit slows down whoever comes later; and the reason of each that cannot be captured."""
+    """Times of the GPU alone: of a CUDA graph of one call on each set; and the errors of those that cannot be captured. In
+    turns, because a GPU at its power limit slows later subjects down."""
     graphs, reasons = {}, {}
     for name, subject in subjects.items():
         try:
             graphs[name] = _capture(subject, sets)
         except RuntimeError as error:
-            reasons[name] = error.with_traceback(None)  # whose frames would hold tensors
+            reasons[name] = error.with_traceback(None)  # its frames would keep tensors
     replays = {name: _replays_a_batch(graph) for name, graph in graphs.items()}
     rounds, failed = _rounds(
         list(graphs), lambda name: repeat(lambda: _replay(graphs[name], replays[name]), seconds / ROUNDS)
@@ -153,15 +148,15 @@ def on_gpu_in_turns(
 def _rounds(
     names: list[str], take: Callable[[str], list[Any]]
 ) -> tuple[dict[str, list[list[Any]]], dict[str, Exception]]:
-    """What `take` measures of each name in ROUNDS rounds. One that raises is out, and the others go on."""
+    """Each name's results of `take` in ROUNDS rounds, without those that raised; and their errors."""
     rounds, reasons = {name: [] for name in names}, {}
     for name in ROUNDS * names:
         if name in reasons:
             continue
         try:
             rounds[name].append(take(name))
-        except Exception as error:  # whatever it is (memory, a compiler), the other figures should not go with it
-            reasons[name] = error.with_traceback(None)  # whose frames would hold tensors
+        except Exception as error:  # memory, a compiler: the others go on
+            reasons[name] = error.with_traceback(None)
     return {name: taken for name, taken in rounds.items() if name not in reasons}, reasons
 
 
@@ -173,7 +168,7 @@ def repeat(measurement: Callable[[], Any], seconds: float) -> list[Any]:
 
 
 def summary(rounds: list[list[float]], calls: int = 1) -> Time:
-    """rounds: seconds of each batch of so many calls, by round."""
+    """rounds: seconds of each batch of `calls` calls, by round."""
     rounds = [[seconds / calls * 1e6 for seconds in batches] for batches in rounds]
     together = [us for batches in rounds for us in batches]
     lower, _, upper = statistics.quantiles(together, n=4)
@@ -184,31 +179,31 @@ def summary(rounds: list[list[float]], calls: int = 1) -> Time:
 @dataclass(frozen=True)
 class _Graph:
     graph: torch.cuda.CUDAGraph
-    prepared: list[Any]  # which the graph reads: alive as long as it is
+    prepared: list[Any]  # kept alive, because the graph reads them
 
 
 def _capture(subject: Subject, sets: Sequence[Any]) -> _Graph:
     stream = torch.cuda.Stream()
     graph = torch.cuda.CUDAGraph()
-    # The outer stream context restores the stream where a capture fails, which torch.cuda.graph does not. One thread,
-    # as the engine's device thread would run the backward pass outside this thread's capture.
+    # The outer stream context restores the stream if a capture fails, which torch.cuda.graph does not. One thread, because
+    # the engine's device thread would run the backward pass outside this thread's capture.
     outer = torch.cuda.stream(torch.cuda.current_stream())
     with outer, subject.around(), torch.autograd.set_multithreading_enabled(False):
         stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what is set up once for a stream is not part of a call
+        with torch.cuda.stream(stream):  # excludes what is set up once for a stream
             prepared = [subject.prepare(each) for each in sets]
             for each in prepared[:2]:
                 subject.call(each)
         results = []
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for each in prepared:
-                # Kept until the capture ends, so that no call writes where the last one did and finds it in the cache.
+                # Results live until the capture ends, so that no call reuses the last one's memory, which is in the cache.
                 results.append(subject.call(each))
     return _Graph(graph, prepared)
 
 
 def _replay(captured: _Graph, replays: int) -> float:
-    """Seconds for so many replays."""
+    """Seconds for `replays` replays."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for _ in range(replays):
@@ -219,13 +214,13 @@ def _replay(captured: _Graph, replays: int) -> float:
 
 
 def _replays_a_batch(captured: _Graph) -> int:
-    """After the first replay, which is the warm-up."""
+    """The number of replays in a batch; the first replay is the warm-up."""
     _replay(captured, 1)
     return max(1, round(BATCH_SECONDS / _replay(captured, 1)))
 
 
 def ratios(own: dict[str, Time], others: dict[str, dict[str, Time]]) -> dict[str, dict[str, float]]:
-    """How many times one's own time each other takes, by way of calling."""
+    """Times of the others over one's own, by way of calling."""
     return {
         name: {way: theirs[way].median_us / taken.median_us for way, taken in own.items() if way in theirs}
         for name, theirs in others.items()
@@ -244,8 +239,8 @@ class _Nothing(torch.autograd.Function):
 
 
 def engine_floor(device: torch.device) -> dict[str, dict[str, Any]]:
-    """What forward and backward of a loss cost before it does anything: an autograd function of one kernel, forward,
-    on 64 elements. By way of calling, as the losses' times."""
+    """The overhead of a loss's forward and backward pass, by way of calling: an autograd function with one kernel (forward)
+    on 64 elements."""
     x = torch.randn(64, device=device, requires_grad=True)
     loss, gradient = torch.zeros((), device=device), torch.randn(64, device=device)
 
@@ -257,11 +252,11 @@ def engine_floor(device: torch.device) -> dict[str, dict[str, Any]]:
     times: dict[str, Time] = {}
     for way, around in (("forward_backward", contextlib.nullcontext), ("forward_backward_one_thread", one_thread)):
         times |= in_turns({way: Subject(call, around)}, [None])[0]
-    return {way: taken.json() for way, taken in times.items()}
+    return {way: asdict(taken) for way, taken in times.items()}
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """The machine's own ceiling in TB/s: a large copy in its memory, counting the bytes read and the bytes written."""
+    """The machine's bandwidth in TB/s: a large copy in memory, counting bytes read and written."""
     size = COPY_BYTES if device.type == "cuda" else CPU_COPY_BYTES
     source = torch.randn(size // 4, device=device)  # zeros can be faster to copy than data
     target = torch.empty_like(source)
@@ -272,7 +267,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """The last-level cache that rotating inputs have to outgrow."""
+    """The size of the last-level cache, which rotating inputs have to exceed."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
-    return 2**20  # CPU figures say nothing, so they need not take long
+    return 2**20  # times on a CPU do not matter, so small input sets suffice

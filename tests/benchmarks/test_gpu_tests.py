@@ -105,7 +105,7 @@ GREEN = {"status": 0, "passed": 9, "failed": 0, "skipped": 1, "files": {"tests/t
     [
         (0, {**GREEN, "gpu": {"passed": 5, "failed": 0, "skipped": 0}}, 0, {"passed": 9}),
         (0, {**GREEN, "gpu": {"passed": 0, "failed": 0, "skipped": 5}}, 1, {"passed": 9}),  # nothing ran on the GPU
-        (-9, None, 1, {"status": -9, "failures": {"pytest itself": "ended with status -9 before it was through"}}),
+        (-9, None, 1, {"status": -9, "failures": {"pytest itself": "ended with status -9 before it finished"}}),
         # Cut off, it has told what it knew.
         (
             -9,
@@ -115,7 +115,7 @@ GREEN = {"status": 0, "passed": 9, "failed": 0, "skipped": 1, "files": {"tests/t
                 **{"passed": 9, "status": -9},
                 "failures": {
                     "tests/test_x.py::test_y": "assert 1 == 2",
-                    "pytest itself": "ended with status -9 before it was through",
+                    "pytest itself": "ended with status -9 before it finished",
                 },
             },
         ),

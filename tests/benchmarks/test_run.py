@@ -86,7 +86,7 @@ def made_up(implementations=("cuda", "eager"), operations=("dmd_loss", "renoise"
 def test_without_a_gpu(tmp_path):
     done = start_on_cpu("--json", tmp_path / "run.json")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    assert "these are CPU figures" in done.stdout and "say nothing of a GPU" in done.stdout
+    assert "these are CPU figures" in done.stdout and "say nothing about a GPU" in done.stdout
     result = json.loads((tmp_path / "run.json").read_text())
     assert result["device"] == "cpu" and result["machine"]["gpu"] is None and result["machine"]["cores"]
     assert result["packages"]["torch"] and result["dtype"] == "bfloat16" and "commit" in result
@@ -504,7 +504,7 @@ def test_unknown_names_are_refused(modules, cpu, capsys):
         ("--op", "softmax"): ("dmd_loss", "guided_euler_step"),
         ("--size", "huge"): ("sd35-b4", "wan-720p", "awkward"),
         ("--peers", "liger"): ("eager", "compile", "none"),
-        ("--peers", "none", "eager"): ("none stands alone",),
+        ("--peers", "none", "eager"): ("none cannot be combined",),
     }
     for arguments, allowed in refused.items():
         with pytest.raises(SystemExit) as stop:
@@ -515,7 +515,10 @@ def test_unknown_names_are_refused(modules, cpu, capsys):
 
 
 def test_implementations_that_are_asked_for(modules, cpu, monkeypatch, capsys):
-    for value, message in (("cuda", "DPDMD_KERNELS=cuda cannot be had: "), ("fast", "it takes one of auto, reference")):
+    for value, message in (
+        ("cuda", "DPDMD_KERNELS=cuda does not run here: "),
+        ("fast", "it takes one of auto, reference"),
+    ):
         monkeypatch.setenv("DPDMD_KERNELS", value)
         assert modules["run"].main(["--op", "renoise"]) == 2
         assert message in capsys.readouterr().err
