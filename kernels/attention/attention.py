@@ -53,8 +53,9 @@ class _Attention(Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
+        q, k, v, o, lse = ctx.saved_tensors
         run = flash.backward if ctx.backend == "triton" else _cudnn_backward
-        return *run(do, *ctx.saved_tensors, ctx.scale), None, None
+        return *run(do, q, k, v, o, lse, ctx.scale), None, None
 
 
 class DenseGradient(Function):

@@ -137,7 +137,8 @@ class _Raised(Function):
         rows = dy.reshape(-1, dy.shape[-1])
         rank = sum(up.shape[1] for up in ups)
         dh = dy.new_empty(*dy.shape[:-1], rank) if for_h else None
-        dups, first = [None] * len(ups), 0
+        dups: list[Tensor | None] = [None] * len(ups)
+        first = 0
         for i, ((column, scale), up) in enumerate(zip(ctx.places, ups, strict=True)):
             part, lanes = rows[:, column : column + len(up)], slice(first, first + up.shape[1])
             first = lanes.stop
