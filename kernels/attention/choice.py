@@ -39,7 +39,7 @@ LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
 
 Times = dict[str, dict[str, float]]  # "forward" or "training" -> backend -> us
 NOTHING_KNOWN: Times = {"forward": {}, "training": {}}
-WITHOUT_GPU: Times = {"forward": {"triton": 1.0}, "training": {"triton": 1.0}}  # of fake tensors
+WITHOUT_GPU: Times = {"forward": {"triton": 1.0}, "training": {"triton": 1.0}}  # for fake tensors
 
 
 def overridden(allowed: tuple[str, ...]) -> str:
@@ -209,7 +209,7 @@ def measure(attention: Callable, index: int, head_dim: int, length: int) -> Time
         upstream = torch.randn_like(q)
         times = {"forward": {}, "training": {}}
         for backend, name in itertools.product(CANDIDATES, times):
-            if (backend, name) == ("triton+cudnn", "forward"):  # triton's
+            if (backend, name) == ("triton+cudnn", "forward"):  # the forward pass is "triton"
                 continue
 
             def run(backend=backend, training=name == "training"):

@@ -10,8 +10,8 @@ for dq takes 5. But each runs twice as fast (H100: 600 and 550 TFLOP/s against 3
 
 q, o (B, S, H, D) and k, v (B, T, H, D) are float16 or bfloat16; sums are float32. They are read through tensor
 descriptors, which read zeros past the end: so any length, any D, and any strides of tokens and heads.
-lse, in units of log 2, and delta are float32 (B, H, P); P is S rounded up to whole tiles. lse is +inf past S: the kernels
-that read it get weights of 0 there without a mask.
+lse, in units of log 2, and delta are float32 (B, H, P); P is S rounded up to whole tiles. Past S lse is +inf, which makes
+weights 0 without a mask.
 """
 
 import functools
@@ -26,8 +26,7 @@ from dpdmd.kernels.runtime.tile import power_of_two
 
 _LOG2_E = math.log2(math.e)
 PADDING = 128  # queries; a multiple of every tile
-# Up to this sum of a row's weights, relative to the maximum over its first keys, the weights, in the inputs' dtype, and
-# their products with v stay in range.
+# The largest sum of a row's weights, relative to the maximum over its first keys, that stays in the inputs' range.
 LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}
 _LANES = 4  # threads that share a row of a matmul's result on Hopper
 
@@ -95,8 +94,7 @@ def _forward_kernel(
     """scale includes log2(e).
 
     A row's weights are relative to its maximum over the first tile of keys. A running maximum would take a third of the
-    time, and is needed only where a later logit passes that maximum by about log2(limit): such a tile is computed again
-    with one."""
+    time. Only a tile where a later logit exceeds that maximum by about log2(limit) is computed again with one."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_S
     T = T.to(tl.int32)

@@ -35,29 +35,17 @@ from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
 
 
-def _swiglu(u: Tensor) -> Tensor:
-    first, second = u.chunk(2, dim=-1)
-    return first * F.silu(second)
-
-
-def _swiglu_gate_first(u: Tensor) -> Tensor:
-    first, second = u.chunk(2, dim=-1)
-    return F.silu(first) * second
-
-
-FORMULAS = {
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "swiglu": _swiglu,
-    "swiglu_gate_first": _swiglu_gate_first,
-}
-
-
 def activation_reference(
     x: Tensor, bias: Tensor | None, form: str, quantize: bool, arithmetic: torch.dtype
 ) -> Tensor | Quantized:
-    """The definition. The result has x's dtype, or is quantised from the wider arithmetic."""
+    """The definition of form "gelu_tanh", "swiglu" or "swiglu_gate_first". Results are rounded, or quantised, once."""
     wide_x, wide_bias = widen(arithmetic, x, bias)
-    y = FORMULAS[form](wide_x if bias is None else wide_x + wide_bias)
+    u = wide_x if bias is None else wide_x + wide_bias
+    if form == "gelu_tanh":
+        y = F.gelu(u, approximate="tanh")
+    else:
+        first, second = u.chunk(2, dim=-1)
+        y = first * F.silu(second) if form == "swiglu" else F.silu(first) * second
     return quantize_rows_reference(y) if quantize else y.to(x.dtype)
 
 
@@ -214,39 +202,29 @@ def _activation_backward_kernel(
             tl.store(partial_ptr + chunk * width + columns + lanes, tl.sum(second_sums, 0), mask=in_row)
 
 
-def _shape(x: Tensor, form: str) -> tuple[int, ...]:
-    return x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
-
-
 _activation_kernels = by_warps(_activation_kernel, *WARPS)
 _activation_backward_kernels = by_warps(_activation_backward_kernel, *WARPS)
 
 
 def _tile(columns: int, num_warps: int, elements: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of a program's tile with this many elements a thread. 512 columns divide most networks'
-    widths; 32 rows are `_chunk`'s least."""
+    """(ROWS, COLUMNS, warps) of a tile with `elements` a thread. 512 divides most widths; 32 is the least `_chunk`."""
     padded = min(power_of_two(columns), 512)
     return min(32 * num_warps * elements // padded, 32), padded, num_warps
 
 
-def _launch(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    out = torch.empty(_shape(x, form), dtype=x.dtype, device=x.device)
-    if out.numel():
-        _run(x, bias, out, None, form)
-    return out
+def _empty_results(x: Tensor, bias: Tensor | None, form: str, quantize: bool) -> list[Tensor]:
+    """Uninitialised: the result, or its values and scale."""
+    shape = x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
+    return [*empty_quantized(shape, x.device)] if quantize else [torch.empty(shape, dtype=x.dtype, device=x.device)]
 
 
-def _launch_quantized(x: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
-    values, scale = empty_quantized(_shape(x, form), x.device)
-    if values.numel() == 0:
-        return values, scale.fill_(1.0)
-    _run(x, bias, values, scale, form)
-    return values, scale
-
-
-def _run(x: Tensor, bias: Tensor | None, out: Tensor, scale: Tensor | None, form: str) -> None:
+def _launch(x: Tensor, bias: Tensor | None, form: str, quantize: bool) -> list[Tensor]:
+    results = _empty_results(x, bias, form, quantize)
+    out, scale = results[0], results[1] if quantize else None
+    if out.numel() == 0:
+        return [out] if scale is None else [out, scale.fill_(1.0)]
     columns = out.shape[-1]
-    ROWS, COLUMNS, num_warps = _tile(columns, NUM_WARPS, 16) if scale is None else whole_rows(columns)
+    ROWS, COLUMNS, num_warps = whole_rows(columns) if quantize else _tile(columns, NUM_WARPS, 16)
     walk = rows(x)
     tiles = -(-columns // COLUMNS)
     _activation_kernels[num_warps](
@@ -254,11 +232,11 @@ def _run(x: Tensor, bias: Tensor | None, out: Tensor, scale: Tensor | None, form
         *(walk.tensor, *contiguous(bias), out, scale, *walk[1:], columns, tiles),
         *(form, walk.nested, walk.divisible and columns % 16 == 0, ROWS, COLUMNS),
     )
+    return results
 
 
 def _chunk(count: int, tiles: int) -> int:
-    """Rows that a program sums: as many as leave about eight programs a multiprocessor. The partial sums of 128 rows are
-    1 % of the bytes."""
+    """Rows that a program sums, with about eight programs a multiprocessor. At 128 the partial sums are 1 % of the bytes."""
     for chunk in (128, 64):
         if -(-count // chunk) * tiles >= 1024:
             return chunk
@@ -301,14 +279,7 @@ def _empty_gradients(x, bias, upstream, form, for_x, for_bias) -> list[Tensor]:
 
 
 _activation = register(
-    "activation_triton(Tensor x, Tensor? bias, str form) -> Tensor",
-    _launch,
-    lambda x, bias, form: torch.empty(_shape(x, form), dtype=x.dtype, device=x.device),
-)
-_activation_quantized = register(
-    "activation_quantized_triton(Tensor x, Tensor? bias, str form) -> (Tensor, Tensor)",
-    _launch_quantized,
-    lambda x, bias, form: empty_quantized(_shape(x, form), x.device),
+    "activation_triton(Tensor x, Tensor? bias, str form, bool quantize) -> Tensor[]", _launch, _empty_results
 )
 _activation_backward = register(
     "activation_backward_triton(Tensor x, Tensor? bias, Tensor upstream, str form, bool for_x, bool for_bias) "
@@ -324,7 +295,7 @@ class _Activation(Function):
     def forward(ctx, x, bias, form):
         save(ctx, x, bias)
         ctx.form = form
-        return _activation(x, bias, form)
+        return _activation(x, bias, form, False)[0]
 
     @staticmethod
     @once_differentiable
@@ -341,10 +312,10 @@ def activation_triton(
     if quantize:
         if not converts(x.device.type, x.device.index):
             return activation_reference(x, bias, form, quantize, arithmetic)
-        return Quantized(*_activation_quantized(x, bias, form))
+        return Quantized(*_activation(x, bias, form, True))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Activation.apply(x, bias, form)
-    return _activation(x, bias, form)
+    return _activation(x, bias, form, False)[0]
 
 
 IMPLEMENTATIONS = {"reference": activation_reference, "triton": activation_triton}
@@ -363,8 +334,7 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, quantize: bool = False) 
     Tensors are float32, float16 or bfloat16, in any mix, of any strides and any size; arithmetic is float32, or float64
     where any tensor is. Saved for backward: x and bias, as many bytes as eager keeps.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize where a tensor would get a
-    gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize if a tensor needs a gradient.
     """
     arithmetic = _check(x, bias, quantize)
     run = choose("gelu_tanh", IMPLEMENTATIONS, x.device, arithmetic)
@@ -381,8 +351,8 @@ def swiglu(
     """One half of x + bias times SiLU of the other: (..., N) in x's dtype.
 
     x (..., 2 N), bias (2 N,), quantize, dtypes, strides and errors: as in `gelu_tanh`.
-    gate_first: SiLU of the first half times the second, as in FLUX.2 and LLaMA; the default is the first half times SiLU
-        of the second, as in diffusers' SwiGLU.
+    gate_first: SiLU(first half) times the second, as in FLUX.2 and LLaMA; by default the first half times SiLU(second
+        half), as in diffusers' SwiGLU.
 
     Saved for backward: x and bias. Eager also keeps SiLU's result, 2 N bytes a row in bfloat16.
     """

@@ -49,7 +49,7 @@ ROWS, TILE = 4, 8192
 # 128). Writing a program's sums costs as much as 8 tokens.
 PROGRAMS = 264
 MIN_CHUNK = 4
-# Bytes of shared memory a warp for the tokens that are loaded ahead, and the most of those.
+# Bytes of shared memory a warp for tokens that are loaded ahead, and the most of these tokens.
 SHARED = 6 * 1024
 MAX_AHEAD = 4
 # Partial sums, and channels (128 bytes, the least that a read fetches), that are added at a time.
@@ -72,10 +72,6 @@ class Inputs(NamedTuple):
     rms: bool
     eps: float
     quantize: bool
-
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.residual, *self.gates, *self.ys, *self.biases, *self.scales, *self.shifts
 
     def empty_results(self) -> list[Tensor]:
         """Uninitialised: h if there are gates; all outs, or their e4m3 values and then those values' scales."""
@@ -111,16 +107,9 @@ def adaln_reference(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False)
     return results
 
 
-def _columns_and_warps(C: int) -> tuple[int, int]:
-    """C padded to a power of two, and the warps that make it 8 elements a thread, 16 bytes of bfloat16."""
-    columns = max(power_of_two(C), 16)
-    return columns, min(max(columns // 256, 1), 16)
-
-
 def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of the forward pass. Half the tokens and warps if quantised, as warps also wait for one
-    another to find the rows' maxima."""
-    columns, _ = _columns_and_warps(C)
+    """(ROWS, COLUMNS, warps) of the forward pass; half the tokens and warps if quantised, as warps wait for the maxima."""
+    columns = max(power_of_two(C), 16)
     rows = min(ROWS, max(TILE // columns, 1))
     rows = max(rows // 2, 1) if quantize else rows
     return rows, columns, min(max(rows * columns // 1024, 1), 16)
@@ -498,9 +487,7 @@ def _launch(*arguments) -> list[Tensor]:
     B, S, C = residual.shape
     (residual,), residual_stride, residual_row = _walk([residual])
     ys, y_stride, y_row = _walk(_two(inputs.ys))
-    vectors, vector_stride, _ = _walk(
-        [each for pair in (inputs.gates, inputs.scales, inputs.shifts) for each in _two(pair)]
-    )
+    vectors, vector_stride, _ = _walk([*_two(inputs.gates), *_two(inputs.scales), *_two(inputs.shifts)])
     h, *outs = results if inputs.gates else [None, *results]
     count = len(inputs.scales)
     rows, columns, num_warps = _forward_tile(C, inputs.quantize)
@@ -588,7 +575,8 @@ def _launch_backward(*arguments) -> list[Tensor]:
     biases = contiguous(*_two(inputs.biases))
     sum_h = inputs.bias or (inputs.gate and any(tensor is not None for tensor in biases))
     count = 2 * J * inputs.modulation + K * inputs.gate + sum_h
-    columns, num_warps = _columns_and_warps(C)
+    columns = max(power_of_two(C), 16)
+    num_warps = min(max(columns // 256, 1), 16)  # 8 elements a thread, 16 bytes of bfloat16
     chunk = max(-(-S // max(PROGRAMS * 8 // num_warps // B, 1)), MIN_CHUNK)
     tiles = -(-S // chunk)
     partial = torch.empty(count, B, tiles, C, dtype=torch.float32, device=like.device) if count else None
@@ -667,10 +655,8 @@ class _Adaln(Function):
         (dresidual,), dgates, dys, dbiases, dscales, dshifts = inputs.by_input(_backward_operation(*inputs))
         if residual and not used:
             dresidual = dh
-        spread_out = [
-            [entries[used.index(j)] if j in used else None for j in range(J)] for entries in (dscales, dshifts)
-        ]
-        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
+        dvectors = [each[used.index(j)] if j in used else None for each in (dscales, dshifts) for j in range(J)]
+        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *dvectors
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype | None:
@@ -693,13 +679,11 @@ def adaln_triton(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) ->
             return adaln_reference(inputs, arithmetic, fork)
         (h,) = adaln_triton(inputs._replace(scales=(), shifts=(), quantize=False), arithmetic)
         return [h, *adaln_reference(inputs._replace(residual=h, gates=(), ys=(), biases=()), arithmetic)]
-    if torch.is_grad_enabled():
-        tensors = inputs.tensors
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                forked = fork and residual.requires_grad
-                results = _Adaln.apply(inputs.rms, inputs.eps, len(inputs.gates), count, forked, *tensors)
-                return [residual, *results] if fork and not forked else list(results)
+    tensors = residual, *inputs.gates, *inputs.ys, *inputs.biases, *inputs.scales, *inputs.shifts
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        forked = fork and residual.requires_grad
+        results = _Adaln.apply(inputs.rms, inputs.eps, len(inputs.gates), count, forked, *tensors)
+        return [residual, *results] if fork and not forked else list(results)
     results = _forward_operation(*inputs)
     if inputs.quantize:
         h, values, row_scales = _split(results, len(inputs.gates) > 0, count, count)

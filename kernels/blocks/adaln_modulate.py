@@ -43,8 +43,7 @@ def adaln_modulate(
     quantize: bool = False,
     fork: bool = False,
 ) -> Tensor | Quantized | tuple[Tensor | Quantized, ...]:
-    """norm(x) (1 + scale) + shift, in x's shape and dtype; two results if scale and shift are pairs, from one read of x
-    and one normalisation.
+    """norm(x) (1 + scale) + shift, in x's shape and dtype; two results, from one normalisation, with pairs.
 
     x (B, S, C): the tokens.  scale, shift (B, C), or pairs of such tensors.  All receive gradients.
     norm: "layer" for (x - mean) / sqrt(var + eps) over C, "rms" for x / sqrt(mean x^2 + eps).
@@ -53,13 +52,12 @@ def adaln_modulate(
         kernel, and rounded once; autograd would add the two in another pass.
 
     Tensors are float32, float16 or bfloat16, in any mix, of any strides and any batch; arithmetic is float32, or float64
-    where any tensor is. Slices of columns, as scale and shift often are, are read without a copy; tokens whose channels
-    are not dense are copied.
+    where any tensor is. Scale and shift may be slices of columns; only tokens whose channels are not dense are copied.
 
     Saved for backward: x. Eager saves x and n, twice the bytes.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
-    tensor would get a gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm, and quantize if a tensor needs
+    a gradient.
     """
     arithmetic = check_tokens(x=x)
     scales, shifts, arithmetic = check_modulated("x", x, scale, shift, norm, eps, quantize, arithmetic)

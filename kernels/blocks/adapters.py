@@ -2,8 +2,7 @@
 
     y = x W^T + scale (x A^T) B^T       A (r, K), B (N, r), of a small rank r
 
-`lowered` makes h = x A^T before the base product, for several layers of one input at once; `raised` then adds
-scale h B^T to y in place.
+`lowered` makes h = x A^T, for several layers of one input at once; `raised` adds scale h B^T to the base product in place.
 
 Source: arXiv 2106.09685.
 """
@@ -29,8 +28,7 @@ class Adapter(NamedTuple):
 def lowered(xs: tuple[Tensor, ...], adapters: list[Adapter]) -> tuple[tuple[Tensor, ...], Tensor]:
     """(xs, h): h (..., r_1 + r_2 + ...) of the tensors xs (..., K_1), (..., K_2), side by side.
 
-    The base product has to take the returned xs: its gradient of x then comes through here, and h's is added in the
-    matmul that computes it.
+    The base product has to take the returned xs: their gradient comes through here, where a matmul adds h's to it.
     """
     tensors = *xs, *[adapter.down for adapter in adapters]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):

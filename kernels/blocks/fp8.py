@@ -34,8 +34,7 @@ class Quantized(NamedTuple):
 
 
 def quantize_rows_reference(x: Tensor) -> Quantized:
-    """The definition, in float32. Rounds to the nearest, ties to even. x / scale needs no clamp: it exceeds 448 only by
-    the rounding of the scale."""
+    """The definition, in float32, rounded to the nearest even. No clamp: x / scale exceeds 448 only by scale's rounding."""
     x = x.float().contiguous()
     if x.shape[-1] == 0:
         return Quantized(x.to(DTYPE), x.new_ones(*x.shape[:-1], 1))
@@ -81,8 +80,7 @@ def _quantize_kernel(
 
 
 def whole_rows(columns: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of a program on whole rows: at least 2048 elements, 16 to 32 a thread, which stay in
-    registers while the largest is found."""
+    """(ROWS, COLUMNS, warps) of a program on whole rows: 2048 elements or more, 16 to 32 a thread, all in registers."""
     padded = power_of_two(columns)
     return max(2048 // padded, 1), padded, min(max(padded // 1024, 4), 32)
 
@@ -207,8 +205,7 @@ def fp8_linear(
     K and N: multiples of 16.
     bias (N,): float32, float16 or bfloat16; a GPU rounds it to `dtype` first.
     dtype: bfloat16, float16 or float32 (on GPUs, the last on Hopper alone).
-    fast_accum: on a GPU, sum in the tensor cores' own precision, about 14 bits, without promoting the sums to float32
-        every few steps.
+    fast_accum: on a GPU, sum in the tensor cores' precision, about 14 bits; False promotes sums to float32 at intervals.
 
     GPUs of compute capability 8.9 and newer run torch._scaled_mm; elsewhere the reference multiplies in float32.
 

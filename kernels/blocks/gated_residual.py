@@ -23,16 +23,12 @@ Biases = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
 def gated_residual(residual: Tensor, gate: Vectors, y: Vectors, *, bias: Biases = None) -> Tensor:
-    """residual + gate (y + bias), in residual's shape and dtype; with pairs for gate and y (and bias), both branches are
-    added in one pass.
+    """residual + gate (y + bias), in residual's shape and dtype; pairs of gate, y and bias add both branches in one pass.
 
     residual, y (B, S, C); gate (B, C); bias (C,) or None. All receive gradients.
 
-    Tensors are float32, float16 or bfloat16, in any mix, of any strides and any batch; arithmetic is float32, or float64
-    where any tensor is; the result is rounded once. Slices of columns, as gate often is, are read without a copy; tokens
-    whose channels are not dense are copied.
-
-    Saved for backward: y, where gate needs a gradient, as in eager; not the sum y + bias.
+    Dtypes, strides and copies: as in adaln_modulate. The result is rounded once. Saved for backward: y, if gate needs a
+    gradient, as in eager; not y + bias.
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
@@ -59,11 +55,10 @@ def gated_residual_adaln(
     residual, y (B, S, C); gate, scale, shift (B, C); bias (C,) or None: as there. All receive gradients.
     norm, eps, quantize: as in adaln_modulate. h is never quantised.
 
-    Saved for backward: h, which the caller keeps anyway as the next residual, and y where gate needs a gradient. Eager
-    also saves n.
+    Saved for backward: h, which the caller keeps anyway, and y if gate needs a gradient. Eager also saves n.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
-    tensor would get a gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm, and quantize if a tensor needs
+    a gradient.
     """
     gates, ys, biases, arithmetic = _check_gated(residual, gate, y, bias, quantize)
     scales, shifts, arithmetic = check_modulated("residual", residual, scale, shift, norm, eps, quantize, arithmetic)

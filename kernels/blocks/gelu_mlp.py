@@ -27,8 +27,7 @@ from dpdmd.kernels.runtime.saved import Function, save, saved
 
 
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    """GELU(x W_1^T + b_1) W_2^T: (..., K_2), in the dtype that F.linear would have. The second bias is left to the next
-    operation, such as `gated_residual`.
+    """GELU(x W_1^T + b_1) W_2^T: (..., K_2), in F.linear's dtype. `gated_residual`, for one, can add the second bias.
 
     x (..., K), weight1 (N, K), bias1 (N,), weight2 (K_2, N): float32, float16, bfloat16 or float64, all of one dtype, or
         under autocast any of them. All receive gradients.

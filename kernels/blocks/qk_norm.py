@@ -1,5 +1,4 @@
-"""RMSNorm of each head of q and k, an optional rotary embedding, and q, k, v of one or two streams of tokens joined in
-the buffers that attention reads.
+"""RMSNorm of q's and k's heads, an optional rotary embedding, and q, k, v of one or two token streams joined for attention.
 
     x = projection + bias                                (H heads of D for each token; q, k and v have one each)
     n = x / sqrt(mean_D(x^2) + eps) * weight             (q and k)
@@ -34,8 +33,7 @@ NUM_WARPS = 4
 # Forward: 16 elements of q, k and v each for every thread, as with fewer a third of the work would be addresses; half as
 # many with a rotation, whose angles fill registers.
 TILE = 2048
-# Backward: a program walks the tokens of a sample, in heads of GROUP elements in all, with 8 elements for every thread a
-# step: 16 bytes of bfloat16.
+# Backward: a program walks a sample's tokens in heads of GROUP elements in all; a step is 8 elements (16 bytes) a thread.
 BACKWARD_TILE = 1024
 GROUP = 512
 # Loads into shared memory run two steps ahead. Without these stages ptxas (CUDA 12.8) saves registers and puts half of a
@@ -245,8 +243,7 @@ def _qk_norm_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """A program takes ROWS heads of a sample, token after token; the first programs stream 1, the others stream 2. The
-    joint buffers have `total` tokens."""
+    """A program takes ROWS heads of a sample, of stream 1 or then stream 2. The joint buffers have `total` tokens."""
     program = tl.program_id(0)  # 64 bits would take three times as long to divide
     stream = _Stream(
         *(q1_ptr, k1_ptr, v1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
@@ -421,8 +418,7 @@ def _qk_norm_backward_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """A program takes a chunk of a sample's tokens and a group of heads: q, then k, then v. Each vector has `rows` rows of
-    sums."""
+    """A chunk of a sample's tokens and a group of heads: q, then k, then v. Each vector has `rows` rows of sums."""
     program = tl.program_id(0).to(tl.int64)
     stream = _BackwardStream(
         *(q1_ptr, k1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
@@ -523,20 +519,19 @@ class _Slots(NamedTuple):
     """A stream's part of the registered operations' arguments: tensors, or whether their gradients are wanted."""
 
     projections: Sequence[Any]  # of q, k and v; a packed one is q's, and those of k and v are None
-    biases: Sequence[Any]  # of q, k and v
-    weights: Sequence[Any]  # of q and k
+    vectors: Sequence[Any]  # the biases of q, k and v, the weights of q and k
 
 
 SLOTS = 8
 
 
 def _by_stream(slots: Sequence) -> list[_Slots]:
-    return [_Slots(slots[i : i + 3], slots[i + 3 : i + 6], slots[i + 6 : i + 8]) for i in range(0, len(slots), SLOTS)]
+    return [_Slots(slots[i : i + 3], slots[i + 3 : i + SLOTS]) for i in range(0, len(slots), SLOTS)]
 
 
 def _vectors_needed(needed: list[_Slots]) -> tuple[bool, bool]:
     """Whether any bias, and any weight, needs a gradient."""
-    return any(any(stream.biases) for stream in needed), any(any(stream.weights) for stream in needed)
+    return any(any(stream.vectors[:3]) for stream in needed), any(any(stream.vectors[3:]) for stream in needed)
 
 
 def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Any], int]:
@@ -567,10 +562,6 @@ def _half(dim: int, interleaved: bool) -> int:
     return max(power_of_two(dim) // 2, 1) if interleaved else power_of_two(dim // 2)
 
 
-def _one_angle(cos: Tensor | None, dim: int) -> bool:
-    return cos is not None and cos.shape[1] != dim
-
-
 def _launch(
     inputs: Sequence[Tensor | None], cos: Tensor | None, sin: Tensor | None, interleaved: bool, eps: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -588,14 +579,14 @@ def _launch(
         length = tensors[0].shape[1]
         tiles = -(-length * heads // rows)
         strides += *tensors[0].stride()[:2], part_stride
-        tensors += contiguous(*stream.biases, *stream.weights)
+        tensors += contiguous(*stream.vectors)
         streams.append((batch * tiles, _Stream(*(*tensors, *strides[-3:], length, offset, tiles))))
         offset += length
     for programs, *arguments in _launches(streams):
         _qk_norm_kernel(
             programs,
             *(*arguments, *out, offset, *contiguous(cos, sin), eps),
-            *(heads, dim, half, rows, interleaved, _one_angle(cos, dim), multiples(*strides)),
+            *(heads, dim, half, rows, interleaved, cos is not None and cos.shape[1] != dim, multiples(*strides)),
         )
     return out
 
@@ -648,8 +639,7 @@ class _BackwardInputs(NamedTuple):
         return [heads * dim] * (3 if biases else 0) + [dim] * (2 if weights else 0)
 
     def empty_gradients(self) -> list[Tensor]:
-        """Uninitialised: the wanted gradients of projections, then one tensor for all vectors: `vector_sizes` of stream 1,
-        then of stream 2."""
+        """Uninitialised: the wanted gradients of projections, then one tensor for the vectors of streams 1 and 2."""
         batch, _, heads, dim = self.like.shape
         device, needed = self.like.device, _by_stream(self.needed)
         gradients = []
@@ -658,8 +648,7 @@ class _BackwardInputs(NamedTuple):
             gradients += [torch.empty(shape, dtype=self.dtype, device=device) for x in wanted.projections if x]
         sizes = self.vector_sizes(*_vectors_needed(needed))
         if sizes:
-            vectors = [x for stream in _by_stream(self.inputs) for x in (*stream.biases, *stream.weights)]
-            dtypes = {x.dtype for x in vectors if x is not None}
+            dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream.vectors if x is not None}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             gradients.append(torch.empty(len(self.lengths) * sum(sizes), dtype=dtype, device=device))
         return gradients
@@ -682,8 +671,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
     by_stream, needed = _by_stream(call.inputs), _by_stream(call.needed)
     biases, weights = _vectors_needed(needed)
     # Zeros if a vector is missing, as the kernel writes no sums for it.
-    missing = any(x is None for stream in by_stream for x in (*stream.biases, *stream.weights))
-    new = torch.zeros if missing else torch.empty
+    new = torch.empty if all(x is not None for stream in by_stream for x in stream.vectors) else torch.zeros
     options = {"dtype": torch.float32, "device": like.device}
     bias_sums = new((3, sum(rows), heads, dim), **options) if biases else None
     weight_sums = new((2, sum(rows), groups, dim), **options) if weights else None
@@ -697,7 +685,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
         strides += *((0, 0) if q is None else q.stride()[:2]), part_stride
         of_projections = [next(made) if one else None for one in wanted.projections[: 1 if call.packed[i] else 3]]
         of_projections *= 3 // len(of_projections)
-        tensors = q, k, *contiguous(*stream.biases, *stream.weights), *of_projections
+        tensors = q, k, *contiguous(*stream.vectors), *of_projections
         numbers = *strides[-3:], call.lengths[i], offset, chunks[i], sum(rows[:i])
         streams.append((rows[i] * groups, _BackwardStream(*(*tensors, *numbers))))
         offset += call.lengths[i]
@@ -707,7 +695,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
             *(*arguments, *(part for x in upstream for part in x)),
             *(*contiguous(call.cos, call.sin), call.eps, bias_sums, weight_sums, sum(rows), chunk),
             *(heads, dim, half, tokens_each, heads_each, groups, STAGES),
-            *(call.interleaved, _one_angle(call.cos, dim), multiples(*strides)),
+            *(call.interleaved, call.cos is not None and call.cos.shape[1] != dim, multiples(*strides)),
         )
     if biases or weights:
         blocks = -(-gradients[-1].shape[0] // (len(call.lengths) * SUM_COLUMNS))
@@ -721,8 +709,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
 
 @functools.cache
 def _chunk(batch: int, lengths: tuple[int, ...], groups: int, tokens_each: int) -> int:
-    """Tokens that a program of the backward pass walks: the fewest, in steps of tokens_each, with at most PROGRAMS programs,
-    if possible."""
+    """Tokens for a program of the backward pass: the least multiple of tokens_each with PROGRAMS programs or fewer, if any."""
     limit = max(PROGRAMS // groups, 1)
     chunk = -(-batch * sum(lengths) // (limit * tokens_each)) * tokens_each
     while chunk < max(lengths) and sum(batch * -(-length // chunk) for length in lengths) > limit:
@@ -798,10 +785,8 @@ def qk_norm_triton(
         inputs += (qkv, None, None) if isinstance(qkv, Tensor) else qkv
         inputs += [*(bias or (None, None, None)), q_weight, k_weight]
     eps = None if eps is None else float(eps)
-    if torch.is_grad_enabled():
-        for x in inputs:
-            if x is not None and x.requires_grad:
-                return _QkNorm.apply(cos, sin, interleaved, eps, *inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _QkNorm.apply(cos, sin, interleaved, eps, *inputs)
     return _qk_norm(inputs, cos, sin, interleaved, eps)
 
 
@@ -841,7 +826,22 @@ def qk_norm_rope(
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
     arithmetic, device, length, dim = _check(streams, eps)
-    _check_angles(cos, sin, interleaved, arithmetic, device, length, dim)
+    if not isinstance(interleaved, bool):
+        raise TypeError(f"interleaved is a {type(interleaved).__name__}; it needs to be a bool")
+    if dim % 2:
+        raise ValueError(f"the projections have D = {dim}; a rotary embedding needs an even one")
+    for name, angle in (("cos", cos), ("sin", sin)):
+        checks.floating(name, angle)
+        if angle.dtype != torch.float32 and not angle.dtype == arithmetic == torch.float64:
+            raise TypeError(f"{name} has dtype {angle.dtype}; it needs float32 (float64 goes with float64 tensors)")
+        if angle.ndim != 2 or angle.shape[0] != length or angle.shape[1] not in (dim, dim // 2):
+            raise ValueError(
+                f"{name} has shape {tuple(angle.shape)}; it needs ({length}, {dim}) or ({length}, {dim // 2})"
+            )
+        if angle.device != device:
+            raise ValueError(f"{name} is on {angle.device}; it needs to be on {device} like the projections")
+    if cos.shape != sin.shape:
+        raise ValueError(f"sin has shape {tuple(sin.shape)}; it needs cos's shape {tuple(cos.shape)}")
     run = choose("qk_norm_rope", IMPLEMENTATIONS, device, arithmetic)
     return run(streams, cos, sin, interleaved, eps, arithmetic)
 
@@ -907,24 +907,3 @@ def _described(value: object) -> str:
     if isinstance(value, (tuple, list)):
         return f"a {type(value).__name__} of {len(value)}"
     return f"a {type(value).__name__}"
-
-
-def _check_angles(
-    cos: Tensor, sin: Tensor, interleaved: bool, arithmetic: torch.dtype, device: torch.device, length: int, dim: int
-) -> None:
-    if not isinstance(interleaved, bool):
-        raise TypeError(f"interleaved is a {type(interleaved).__name__}; it needs to be a bool")
-    if dim % 2:
-        raise ValueError(f"the projections have D = {dim}; a rotary embedding needs an even one")
-    for name, angle in (("cos", cos), ("sin", sin)):
-        checks.floating(name, angle)
-        if angle.dtype != torch.float32 and not angle.dtype == arithmetic == torch.float64:
-            raise TypeError(f"{name} has dtype {angle.dtype}; it needs float32 (float64 goes with float64 tensors)")
-        if angle.ndim != 2 or angle.shape[0] != length or angle.shape[1] not in (dim, dim // 2):
-            raise ValueError(
-                f"{name} has shape {tuple(angle.shape)}; it needs ({length}, {dim}) or ({length}, {dim // 2})"
-            )
-        if angle.device != device:
-            raise ValueError(f"{name} is on {angle.device}; it needs to be on {device} like the projections")
-    if cos.shape != sin.shape:
-        raise ValueError(f"sin has shape {tuple(sin.shape)}; it needs cos's shape {tuple(cos.shape)}")

@@ -85,9 +85,7 @@ class Coefficients(NamedTuple):
         )
 
 
-# A position is a code in fixed point, with 23 - M bits of the way to the next code. From the value 1 on, it is float32's
-# bits minus POSITIONS.
-
+# A position is a code in fixed point, with 23 - M fractional bits: from 1.0 on, float32's bits minus POSITIONS.
 POSITIONS = 126 << 23  # 1.0 then has the code 2^M
 TOP = 14  # exponent of the largest code's number
 INFINITE = 0x7F800000
@@ -358,19 +356,10 @@ def _adamw_kernel(
             tl.store(exp_avg_sq_scale_ptr + blocks[:, None], scale, mask=inside)
 
 
-def _launch(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_scale: Tensor | None,
-    exp_avg_sq: Tensor,
-    exp_avg_sq_scale: Tensor | None,
-    gradient: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    apply: Tensor | None,
-    coefficients: list[float],
-    key: int,
-) -> None:
+def _launch(*arguments) -> None:
+    """arguments: in the order of the registered operation."""
+    *tensors, apply, coefficients, key = arguments
+    master, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, _, weight, _ = tensors
     size = master.numel()
     whole = size // BLOCK  # blocks; the rest is another launch, as its accesses are one element wide
     rows = ROWS if exp_avg_scale is None else ROWS_FLOAT8
@@ -379,8 +368,7 @@ def _launch(
         if blocks:
             _adamw_kernel(
                 -(-blocks // rows),
-                *(master, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, gradient, weight, scale, apply),
-                *(*coefficients, key, first, end),
+                *(*tensors, apply, *coefficients, key, first, end),
                 *(end % BLOCK == 0, rows, BLOCK, MANTISSA, ROOT_MANTISSA),
             )
     # For autograd: a backward pass may still need a written tensor, such as a weight.
@@ -434,11 +422,9 @@ def adamw_step(
 
     All are contiguous, on one device, of any size. Arithmetic is float32, and all implementations write the same bits, as
     long as the gradient is finite. A gradient that is not, with `apply` None or True, makes its element's master and
-    moments NaN or infinite; in 8 bits, its block's moments NaN. CUDA graphs and torch.compile bake in the numbers and the
-    key.
+    moments NaN or infinite; in 8 bits, its block's moments NaN. CUDA graphs and torch.compile bake in numbers and key.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number out of range and a missing
-    key.
+    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number or a missing key.
     """
     moments = _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply)
     check_hyperparameters(lr, betas, eps, weight_decay)
