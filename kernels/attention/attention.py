@@ -1,9 +1,8 @@
-"""Attention of every query to every key (no mask), through the fastest kernel that serves the tensors.
+"""Attention of every query to every key (no mask), through the fastest kernel that takes the tensors.
 
     o = softmax(scale q k^T) v      for each sample and head; scale = 1 / sqrt(D) unless given
 
-Source: arXiv 1706.03762, equation 1. The Triton kernels are in flash.py, what is fastest where in
-choice.py.
+Source: arXiv 1706.03762, equation 1. flash.py has the Triton kernels; choice.py picks the fastest kernel.
 """
 
 import math
@@ -28,13 +27,12 @@ SDPA_BACKENDS = {
 }
 TRITON = ("triton", "triton+cudnn")
 BACKENDS = ("auto", "reference", *TRITON, "sdpa", *SDPA_BACKENDS, "xformers")
-# Where the Triton kernels do not serve. Left to itself torch puts flash (FA2) first: 306 TFLOP/s forward at D = 64 on
-# Hopper, where cuDNN gives 459.
+# torch's own order starts with flash (FA2): 306 TFLOP/s forward at D = 64 on Hopper, against cuDNN's 459.
 FASTEST_FIRST = list(SDPA_BACKENDS.values())
 
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """The definition, in float32 (float64 for float64) whatever autocast says."""
+    """The definition, in float32 (float64 for float64), also under autocast."""
     arithmetic = torch.float64 if q.dtype == torch.float64 else torch.float32
     with torch.autocast(q.device.type, enabled=False):
         scores = torch.einsum("bqhd,bkhd->bhqk", q.to(arithmetic) * scale, k.to(arithmetic))
@@ -42,7 +40,7 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor
 
 
 class _Attention(Function):
-    """Forward in Triton; backward in Triton, or in cuDNN, which is not bitwise repeatable."""
+    """Forward in Triton; backward in Triton, or in cuDNN, whose results do not repeat bit for bit."""
 
     @staticmethod
     def forward(ctx, q, k, v, scale, backend):
@@ -54,17 +52,15 @@ class _Attention(Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, do):
-        if ctx.backend == "triton":
-            gradients = flash.backward(do, *ctx.saved_tensors, ctx.scale)
-        else:
-            gradients = _cudnn_backward(do, *ctx.saved_tensors, scale=ctx.scale)
-        return *gradients, None, None
+        q, k, v, o, lse = ctx.saved_tensors
+        run = flash.backward if ctx.backend == "triton" else _cudnn_backward
+        return *run(do, q, k, v, o, lse, ctx.scale), None, None
 
 
 class DenseGradient(Function):
-    """The identity, whose upstream gradient is made dense. torch (2.11) keeps cuDNN's backward pass by the strides of q,
-    k and v, and takes it for the next upstream gradient whatever its strides are: it then reads out of bounds. FLUX has
-    both, slices of a concatenation's gradient and dense ones."""
+    """The identity; its backward pass makes the upstream gradient dense. torch (2.11) caches cuDNN's backward plan by
+    the strides of q, k and v alone, and reads out of bounds when the next upstream gradient has other strides. FLUX has
+    both kinds: slices of a concatenation's gradient, and dense ones."""
 
     @staticmethod
     def forward(ctx, o):
@@ -84,7 +80,7 @@ def _cudnn_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     do = do.contiguous()  # see DenseGradient
     lse = flash.natural(lse, q.shape[1])
-    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # of a dropout that there is not
+    seed = torch.zeros((), dtype=torch.int64, device=q.device)  # for dropout, which is off
     heads_first = [tensor.transpose(1, 2) for tensor in (do, q, k, v, o)]
     gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
         *heads_first, lse, seed, seed, None, None, None, q.shape[1], k.shape[1], 0.0, False, scale=scale
@@ -101,51 +97,45 @@ def _triton_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: st
 def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, backend: str = "auto") -> Tensor:
     """softmax(scale q k^T) v, non-causal, forward and backward. Returns (B, S, H, D) in q's dtype.
 
-    q (B, S, H, D); k, v (B, T, H, D), T of at least 1: one dtype of float32, float16, bfloat16 and float64, any
-        strides, any batch. Nothing is copied on the way: the kernels see views. (The Triton kernels copy a tensor
-        whose rows of D are not dense and 16-byte aligned.)
+    q (B, S, H, D); k, v (B, T, H, D), T >= 1: one dtype of float32, float16, bfloat16 and float64, any strides, any
+        batch. Only the Triton kernels copy, and only a tensor whose rows of D are not dense and 16-byte aligned.
     scale: a float; None means 1 / sqrt(D).
-    backend: "auto": on CUDA the fastest there is for these shapes on this GPU, forward and backward together where
-        gradients are wanted; measured beforehand on H100 and H200, elsewhere at first use (docs/transformer.md). Under
-        torch.use_deterministic_algorithms, the fastest whose results repeat bit for bit. On other devices what torch
-        picks, and the reference for empty tensors. DPDMD_ATTENTION in the environment names another one for "auto".
-        Inside selective_checkpoint, "triton+cudnn" in place of "cudnn": it need not run again.
-        "triton": our kernels, float16 and bfloat16, D up to 128; they repeat bit for bit. "triton+cudnn": forward that,
-        backward cuDNN's. "reference"; "sdpa" (torch picks); "cudnn", "flash", "efficient", "math" (that one or an
-        error); "xformers" (its memory_efficient_attention, where installed).
-        DPDMD_KERNELS=reference and use_backend("reference") make "auto" the reference; their other values do not
-        concern attention. In a transform of torch.func "auto" is "sdpa".
+    backend: "auto": on CUDA the fastest for these shapes on this GPU, forward and backward together where gradients are
+        wanted; measured beforehand on H100 and H200, elsewhere at first use (docs/transformer.md). Under
+        torch.use_deterministic_algorithms the fastest whose results repeat bit for bit. Inside selective_checkpoint
+        "triton+cudnn" replaces "cudnn", as its result can be kept. On other devices, and in a transform of torch.func,
+        torch picks. Empty tensors, DPDMD_KERNELS=reference and use_backend("reference") select the reference.
+        DPDMD_ATTENTION in the environment sets what "auto" means.
+        "triton": our kernels, float16 and bfloat16, D up to 128; they repeat bit for bit. "triton+cudnn": their forward
+        pass, cuDNN's backward pass. "sdpa": torch picks. "cudnn", "flash", "efficient", "math": that kernel or an error.
+        "xformers": its memory_efficient_attention, where installed. "reference".
 
-    Saved for backward: q, k, v, the output and a float32 per query and head, with every backend but the reference and
-    math.
+    Saved for backward (except by reference and math): q, k, v, the output and a float32 per query and head.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and an unknown backend, RuntimeError for a
-    backend that is not to be had for these tensors on this machine.
+    backend that cannot run these tensors on this machine.
     """
     _check(q, k, v, scale, backend)
     if scale is None:
         scale = 1 / math.sqrt(max(q.shape[-1], 1))
     if backend == "auto":
-        if transformed():  # torch.func can look into torch's own, which, other than the reference, keep no scores
+        if transformed():  # torch.func can trace torch's kernels, and they keep no scores, unlike the reference
             backend = "sdpa"
         else:
             backend = "reference" if requested() == "reference" else choice.overridden(BACKENDS)
-    if backend == "reference" or q.numel() == 0:  # not every kernel takes an empty tensor
+    if backend == "reference" or q.numel() == 0:  # some kernels refuse empty tensors
         return attention_reference(q, k, v, scale)
     if backend == "auto" and q.device.type == "cuda" and not _why_not_triton(q, k, scale):
         backend = choice.fastest(
             attention, q.device.index, int(q.shape[3]), int(q.shape[1]), int(k.shape[1]), gradients_wanted(q, k, v)
         )
-        if backend == "cudnn" and keeping():  # whose output cannot be kept: torch's node computes it
+        if backend == "cudnn" and keeping():  # cuDNN's output cannot be kept: torch's node computes it
             backend = "triton+cudnn"
     if backend == "auto" and q.device.type == "meta" and not _why_not_triton(q, k, scale):  # in backend.shapes_only
         backend = "triton"
     if backend in TRITON:
-        reason = _why_not_triton(q, k, scale)
-        if reason:
-            raise RuntimeError(
-                f"backend={backend!r} does not serve these tensors: {reason}; 'auto' takes one that does"
-            )
+        if reason := _why_not_triton(q, k, scale):
+            raise RuntimeError(f"backend={backend!r} cannot run these tensors: {reason}; use backend='auto'")
         return _triton_attention(q, k, v, scale, backend)
     if backend == "xformers":
         return _xformers(q, k, v, scale)
@@ -162,8 +152,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor
         return _with_dense_gradient(F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2))
     if backend in ("cudnn", "efficient") and q.device.type != "cuda":
         raise RuntimeError(
-            f"backend={backend!r} needs CUDA tensors and q is on {q.device}, "
-            f"where 'auto', 'sdpa', 'math' and 'reference' serve"
+            f"backend={backend!r} needs CUDA tensors and q is on {q.device}; use 'auto', 'sdpa', 'math' or 'reference'"
         )
     kernels = FASTEST_FIRST if backend == "auto" else [SDPA_BACKENDS[backend]]
     try:
@@ -174,8 +163,8 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str) -> Tensor
         if "No available kernel" not in str(error):
             raise
         raise RuntimeError(
-            f"backend={backend!r} does not serve q {tuple(q.shape)}, k {tuple(k.shape)} in {q.dtype} on {q.device} "
-            f"with torch {torch.__version__} (torch's warnings say why); backend='auto' takes one that does"
+            f"backend={backend!r} cannot run q {tuple(q.shape)}, k {tuple(k.shape)} in {q.dtype} on {q.device} "
+            f"with torch {torch.__version__} (torch's warnings say why); use backend='auto'"
         ) from error
 
 
@@ -184,8 +173,8 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
     except (ImportError, OSError) as error:  # OSError: a library that its wheel needs is missing
         raise RuntimeError(
-            f"backend='xformers' needs the xformers package, whose import fails ({error}); get it with "
-            f"pip install 'dpdmd[xformers]', or take backend='auto'"
+            f"backend='xformers' needs the xformers package, whose import fails ({error}); "
+            f"pip install 'dpdmd[xformers]', or use backend='auto'"
         ) from error
     return memory_efficient_attention(q, k, v, scale=scale)
 

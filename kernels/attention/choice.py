@@ -1,11 +1,11 @@
 """Which attention kernel is the fastest for a shape on this GPU: measured, not guessed.
 
 Times for the H100 and the H200 are in attention_times.json, which `python benchmarks/attention_times.py` writes on such
-a machine. Another GPU is measured at first use of a head dimension and length, and what was found is kept in the user's
-cache. A time is of one forward pass ("forward"), or of a forward and a backward pass ("training").
+a machine. Another GPU is measured at first use of a head dimension and length; the times go into the user's cache. They
+are of one forward pass ("forward"), or of a forward and a backward pass ("training").
 
-Two measurements of near equals may choose differently, and kernels do not give the same bits. So the processes of a run
-`agree_on` one table of `known_times`, and no time is taken from anywhere else from then on.
+When two kernels are nearly equal, two measurements may choose differently, and kernels differ in their last bits. So the
+processes of a run `agree_on` one table of `known_times`, and choose by nothing else from then on.
 """
 
 import contextlib
@@ -29,9 +29,9 @@ from dpdmd.kernels.runtime.csrc import cache_folder
 ENVIRONMENT_VARIABLE = "DPDMD_ATTENTION"
 SHIPPED = Path(__file__).with_name("attention_times.json")
 CANDIDATES = ("triton", "triton+cudnn", "cudnn", "flash")
-REPEATABLE = ("triton", "flash")  # flash: torch takes its deterministic backward pass then
+REPEATABLE = ("triton", "flash")  # flash: under deterministic algorithms torch uses its deterministic backward pass
 TORCHS = ("cudnn", "flash")
-# A kernel whose gradients repeat is taken where another is not faster by more, and torch's own not by more than a tie.
+# A kernel whose gradients repeat may take this much longer than the fastest, and TIE than torch's own kernels.
 REPEATING = 1.05
 TIE = 1.03
 HEAD_DIMS = (16, 32, 64, 96, 128)
@@ -39,11 +39,11 @@ LENGTHS = (64, 256, 1024, 4096, 4429, 4608, 8192, 16384)
 
 Times = dict[str, dict[str, float]]  # "forward" or "training" -> backend -> us
 NOTHING_KNOWN: Times = {"forward": {}, "training": {}}
-WITHOUT_GPU: Times = {"forward": {"triton": 1.0}, "training": {"triton": 1.0}}  # of fake tensors
+WITHOUT_GPU: Times = {"forward": {"triton": 1.0}, "training": {"triton": 1.0}}  # for fake tensors
 
 
 def overridden(allowed: tuple[str, ...]) -> str:
-    """What "auto" stands for by the environment: "auto" itself, unless DPDMD_ATTENTION says otherwise."""
+    """The backend that DPDMD_ATTENTION names, or "auto"."""
     name = os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
     if name not in allowed:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}={name!r} in the environment; it takes one of {', '.join(allowed)}")
@@ -55,8 +55,8 @@ _agreed: dict[str, Times] | None = None
 
 
 def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, num_keys: int, training: bool) -> str:
-    """The backend for `attention` to take on CUDA device `index`: one of CANDIDATES, or "auto" for torch's kernels in
-    the usual order where nothing is known and nothing can be measured now."""
+    """The backend for `attention` on CUDA device `index`: one of CANDIDATES, or "auto" (torch's kernels in the usual
+    order) if no times are known and none can be measured now."""
     key = index, head_dim, num_queries, num_keys, training, torch.are_deterministic_algorithms_enabled()
     if key not in _chosen:
         times = times_for(attention, index, head_dim, math.sqrt(num_queries * num_keys))
@@ -66,29 +66,25 @@ def fastest(attention: Callable, index: int, head_dim: int, num_queries: int, nu
     return _chosen[key]
 
 
-# torch.compile runs it while tracing.
-fastest.__dict__["_dynamo_marked_constant"] = True
+fastest.__dict__["_dynamo_marked_constant"] = True  # torch.compile runs it while tracing
 
 
 def pick(times: dict[str, float], deterministic: bool) -> str:
-    """The backend of the least time; of those that repeat bit for bit, where that is asked for or costs little."""
-    if not times:
-        return "auto"
-    repeatable = {backend: time for backend, time in times.items() if backend in REPEATABLE}
-    winner = min(times, key=times.__getitem__)
+    """The fastest backend; the fastest that repeats bit for bit, where that is required or costs little."""
+    winner = min(times, key=times.__getitem__, default="auto")
+    repeatable = [backend for backend in times if backend in REPEATABLE]
     if not repeatable:
         return winner
-    best = min(repeatable, key=repeatable.__getitem__)
+    best = min(repeatable, key=times.__getitem__)
     limits = [REPEATING * times[winner], *(TIE * times[backend] for backend in TORCHS if backend in times)]
-    return best if deterministic or repeatable[best] <= min(limits) else winner
+    return best if deterministic or times[best] <= min(limits) else winner
 
 
 def known_times(attention: Callable, index: int, shapes: Iterable[tuple[int, int]]) -> dict[str, Any]:
-    """What a process may choose by, for `agree_on`, as JSON takes it: {"gpu": the name of CUDA device `index`, "times":
-    {"head dimension,length": Times}}. The shipped table of this GPU, or the entries that the shapes need, from the
-    user's cache or measured now.
+    """A table for `agree_on`, in JSON's types: {"gpu": name of CUDA device `index`, "times": {"head dimension,length":
+    Times}}. The shipped table of this GPU; else the entries for `shapes`, from the user's cache or measured now.
 
-    shapes: (head dimension, length) of each attention, the length sqrt(queries * keys).
+    shapes: (head dimension, sqrt(queries * keys)) of each attention.
     """
     times = dict(_shipped(gpu_name(index)))
     if not times:
@@ -99,20 +95,20 @@ def known_times(attention: Callable, index: int, shapes: Iterable[tuple[int, int
 
 
 def agree_on(table: dict[str, Any] | None) -> None:
-    """Every choice on every CUDA device of this process follows this table of `known_times` from now on: its nearest
-    entry, torch's usual order for a head dimension of which it has none. None: this process's own times again.
+    """Make every choice of this process, on any CUDA device, by this table of `known_times`: by its nearest entry, and in
+    torch's usual order for a head dimension that it lacks. None: by this process's own times again.
 
-    Raises ValueError for a table that `known_times` does not give.
+    Raises ValueError for any other table.
     """
     global _agreed
     if table is not None and not is_table(table):
-        raise ValueError('table is none that known_times gives; it needs to be {"gpu": name, "times": {"D,S": times}}')
+        raise ValueError('table is not one of known_times; it needs to be {"gpu": name, "times": {"D,S": times}}')
     _agreed = None if table is None else table["times"]
     _chosen.clear()
 
 
 def is_table(table: object) -> bool:
-    """Whether it is one of `known_times`, by its types."""
+    """Whether `table` has the keys and types of `known_times`."""
     if not isinstance(table, dict) or table.keys() != {"gpu", "times"} or not isinstance(table["gpu"], str):
         return False
     return isinstance(table["times"], dict) and all(_is_entry(*entry) for entry in table["times"].items())
@@ -131,7 +127,7 @@ def _is_time(backend: str, us: Any) -> bool:
 
 
 def times_for(attention: Callable, index: int, head_dim: int, length: float) -> Times:
-    """The times known for this head dimension, rounded up, and the nearest length, after measuring where that is due."""
+    """The times for this head dimension, rounded up, and the nearest length: known, or measured now."""
     if _agreed is not None:
         return nearest(_agreed, head_dim, length)
     gpu = gpu_name(index)
@@ -146,10 +142,9 @@ def times_for(attention: Callable, index: int, head_dim: int, length: float) -> 
 
 def nearest(table: dict[str, Times], head_dim: int, length: float) -> Times:
     """The entry of the table ("D,S" -> times) for this head dimension, rounded up, and the nearest length."""
-    lengths = [int(key.split(",")[1]) for key in table if key.startswith(f"{_head_dim(head_dim)},")]
-    if not lengths:
-        return NOTHING_KNOWN
-    return table[f"{_head_dim(head_dim)},{_length(length, lengths)}"]
+    prefix = f"{_head_dim(head_dim)},"
+    lengths = [int(key.removeprefix(prefix)) for key in table if key.startswith(prefix)]
+    return table[f"{prefix}{_length(length, lengths)}"] if lengths else NOTHING_KNOWN
 
 
 def _head_dim(head_dim: int) -> int:
@@ -162,7 +157,7 @@ def _length(length: float, lengths: Iterable[int] = LENGTHS) -> int:
 
 @functools.cache
 def gpu_name(index: int) -> str:
-    """As the table has it ("H100"), or the device's full name; "" on a machine without a GPU."""
+    """The GPU's name in the shipped table ("H100"), else the device's full name; "" on a machine without a GPU."""
     name = torch.cuda.get_device_name(index) if torch.cuda.is_available() else ""
     return next((known for known in json.loads(SHIPPED.read_text()) if known in name), name)
 
@@ -174,20 +169,20 @@ def _shipped(gpu: str) -> dict[str, Times]:
 
 @functools.cache
 def _measured(attention: Callable, index: int, head_dim: int, length: int) -> Times:
-    """From the user's cache, or measured now and kept there."""
+    """Times from the user's cache, or measured now and stored there."""
     name = re.sub(r"[^\w.+-]", "_", f"{gpu_name(index)}-torch{torch.__version__}")
     file = cache_folder() / "attention" / f"{name}.json"
     key = f"{head_dim},{length}"
     times = _read(file).get(key)
     if times is None:
         times = measure(attention, index, head_dim, length)
-        with contextlib.suppress(OSError):  # a home that cannot be written to: the next process measures again
-            _write(file, _read(file) | {key: times})  # another process may have written since
+        with contextlib.suppress(OSError):  # the folder cannot be written: the next process measures again
+            _write(file, _read(file) | {key: times})  # read again: another process may have written since
     return times
 
 
 def _read(file: Path) -> dict[str, Times]:
-    """What can be used of it; what cannot, since a write broke off or something else wrote it, is measured anew."""
+    """The valid entries of the file. Damaged ones are left out, and so measured anew."""
     try:
         table = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -196,7 +191,7 @@ def _read(file: Path) -> dict[str, Times]:
 
 
 def _write(file: Path, table: dict[str, Times]) -> None:
-    """Under another name first: another process must never read half a file."""
+    """Write under another name first, so that no process reads half a file."""
     file.parent.mkdir(parents=True, exist_ok=True)
     whole = file.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
@@ -207,28 +202,26 @@ def _write(file: Path, table: dict[str, Times]) -> None:
 
 
 def measure(attention: Callable, index: int, head_dim: int, length: int) -> Times:
-    """us of each candidate that serves, in bfloat16, with about as many tokens as a training batch has."""
-    with torch.cuda.device(index), torch.enable_grad(), _disable_current_modes():  # FakeTensorMode for one
+    """Microseconds of each candidate that runs here, in bfloat16, with about as many tokens as a training batch."""
+    with torch.cuda.device(index), torch.enable_grad(), _disable_current_modes():  # such as FakeTensorMode
         shape = (max(1, min(16, 16384 // length)), length, 24, head_dim)
         q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
         upstream = torch.randn_like(q)
         times = {"forward": {}, "training": {}}
-        for backend in CANDIDATES:
+        for backend, name in itertools.product(CANDIDATES, times):
+            if (backend, name) == ("triton+cudnn", "forward"):  # the forward pass is "triton"
+                continue
 
-            def forward(backend=backend):
-                with torch.no_grad():
-                    attention(q, k, v, backend=backend)
+            def run(backend=backend, training=name == "training"):
+                with torch.set_grad_enabled(training):
+                    o = attention(q, k, v, backend=backend)
+                if training:
+                    torch.autograd.grad(o, (q, k, v), upstream)
 
-            def training(backend=backend):
-                torch.autograd.grad(attention(q, k, v, backend=backend), (q, k, v), upstream)
-
-            for name, run in (("forward", forward), ("training", training)):
-                if name == "forward" and backend == "triton+cudnn":
-                    continue
-                try:
-                    times[name][backend] = _time(run)
-                except Exception:  # it does not serve this GPU, for instance for want of shared memory
-                    torch.cuda.synchronize()
+            try:
+                times[name][backend] = _time(run)
+            except Exception:  # it cannot run on this GPU: too little shared memory, for instance
+                torch.cuda.synchronize()
         return times
 
 

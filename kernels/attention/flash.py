@@ -4,15 +4,14 @@
     dv = p^T do         dp = do v^T          ds = p (dp - delta)     delta = sum_D o do, a row
     dq = scale ds k     dk = scale ds^T q
 
-A program of the forward pass has a tile of queries and passes over the keys (arXiv 2205.14135). The backward pass makes
-s twice, once for a tile of queries (dq) and once for a tile of keys (dk, dv): 7 products where one kernel that adds its
-dq by atomics makes 5, but each runs twice as fast (H100: 600 and 550 TFLOP/s against 300), and dq's sum has a fixed
-order.
+A program of the forward pass has a tile of queries and loops over the keys (arXiv 2205.14135). The backward pass computes
+s twice, once for a tile of queries (dq) and once for a tile of keys (dk, dv): 7 matmuls, where one kernel with atomics
+for dq takes 5. But each runs twice as fast (H100: 600 and 550 TFLOP/s against 300), and dq's sum has a fixed order.
 
-q, o (B, S, H, D) and k, v (B, T, H, D) are read through tensor descriptors: any strides of tokens and heads, and any
-lengths and D, as a descriptor reads zeros beyond the end. float16 and bfloat16; sums in float32.
-lse and delta are float32 (B, H, P), with P the number of queries rounded up to whole tiles: lse is +inf there, in
-units of log 2, so that those rows' weights are 0 without a mask in the kernels that read it.
+q, o (B, S, H, D) and k, v (B, T, H, D) are float16 or bfloat16; sums are float32. They are read through tensor
+descriptors, which read zeros past the end: so any length, any D, and any strides of tokens and heads.
+lse, in units of log 2, and delta are float32 (B, H, P); P is S rounded up to whole tiles. Past S lse is +inf, which makes
+weights 0 without a mask.
 """
 
 import functools
@@ -27,15 +26,14 @@ from dpdmd.kernels.runtime.tile import power_of_two
 
 _LOG2_E = math.log2(math.e)
 PADDING = 128  # queries; a multiple of every tile
-# The largest sum of a row's weights, relative to the maximum over its first keys, with which the weights and their
-# products with v are still in range: weights are rounded to the inputs' dtype.
+# The largest sum of a row's weights, relative to the maximum over its first keys, that stays in the inputs' range.
 LIMITS = {torch.bfloat16: 2.0**64, torch.float16: 2.0**15}
-_LANES = 4  # threads that share a row of a product's result on Hopper
+_LANES = 4  # threads that share a row of a matmul's result on Hopper
 
 
 @jit
 def _tile_of(tiles, H):
-    """(tile, row of lse, sample, head) of this program; the tiles of one head follow one another."""
+    """(tile, row of lse, sample, head) of this program; the tiles of a head are consecutive programs."""
     program = tl.program_id(0)
     row = program // tiles
     return (program % tiles).to(tl.int32), row, (row // H).to(tl.int32), (row % H).to(tl.int32)
@@ -55,9 +53,8 @@ def _write(tensor, sample, first, head, value, TILE: tl.constexpr, BLOCK_D: tl.c
 def _fixed_step(
     acc, total, reference, q, k, v, left, scale, TILE_T: tl.constexpr, MASK: tl.constexpr, LANES: tl.constexpr
 ):
-    """acc and total (TILE_S, LANES) are relative to 2^reference. `left` keys are there from this tile's first on.
-
-    A row's sum stays in pieces, one for each of the threads that hold it: they are added up once, after the loop."""
+    """acc and total (TILE_S, LANES) are relative to 2^reference; `left` keys remain, with this tile's. A row's sum stays
+    in LANES pieces, one for each thread that holds it: they are added up once, after the loop."""
     p = tl.exp2(tl.dot(q, k.T) * scale - reference[:, None])
     if MASK:
         p = tl.where((tl.arange(0, TILE_T) < left)[None, :], p, 0.0)
@@ -94,12 +91,10 @@ def _forward_kernel(
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """scale: times log2(e).
+    """scale includes log2(e).
 
-    A row's weights are made relative to its maximum over the first tile of keys, which no later key changes. A running
-    maximum would cost a third of the time (the maximum, the rescaling, and waiting for both), and what it protects from
-    is a logit that passes the first tile's by log2(limit), 64 or more in float32's exponents. Where that happened, the
-    tile is done again with it."""
+    A row's weights are relative to its maximum over the first tile of keys. A running maximum would take a third of the
+    time. Only a tile where a later logit exceeds that maximum by about log2(limit) is computed again with one."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_S
     T = T.to(tl.int32)
@@ -119,7 +114,7 @@ def _forward_kernel(
         v = _read(v_desc, sample, whole, head, TILE_T, BLOCK_D)
         acc, totals = _fixed_step(acc, totals, maximum, q, k, v, T - whole, scale, TILE_T, True, LANES)
     total = tl.sum(totals, 1)
-    if tl.sum((total <= limit).to(tl.int32), 0) < TILE_S:  # or is not a number
+    if tl.sum((total <= limit).to(tl.int32), 0) < TILE_S:  # also where a total is NaN
         acc = tl.zeros([TILE_S, BLOCK_D], tl.float32)
         total = tl.zeros([TILE_S], tl.float32)
         maximum = tl.full([TILE_S], float("-inf"), tl.float32)
@@ -138,7 +133,7 @@ def _dq_step(dq, q, do, k, v, lse, delta, left, scale, TILE_T: tl.constexpr, MAS
     s = tl.dot(q, k.T)
     dp = tl.dot(do, v.T)
     p = tl.exp2(s * scale - lse[:, None])
-    if MASK:  # keys beyond the end are zeros, but their weights may be infinite
+    if MASK:  # keys past the end are zeros, but their weights may be infinite
         p = tl.where((tl.arange(0, TILE_T) < left)[None, :], p, 0.0)
     ds = p * (dp - delta[:, None])
     return tl.dot(ds.to(q.dtype), k, dq)
@@ -163,7 +158,7 @@ def _dq_kernel(
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Also writes delta, for the other kernel. scale: times log2(e); factor: the scale itself."""
+    """dq, and delta for `_dkv_kernel`. scale includes log2(e); factor does not."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_S
     T = T.to(tl.int32)
@@ -210,9 +205,9 @@ def _dkv_kernel(
     TILE_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Keys along the rows of s and p, so that p^T do and ds^T q take them from registers. Queries beyond the end have
-    weights of 0 by their lse. Keys beyond it need no mask, as their rows are not written. Only, with one the compiler
-    orders the products otherwise: for D = 128 1.7 ms with it and 2.2 without, for D = 64 2.2 and 1.7 (H100)."""
+    """s and p are transposed, so that p^T do and ds^T q take them from registers. Queries past the end have weights of 0
+    by their lse; the rows of keys past the end are not written. MASK changes only how the compiler orders the matmuls:
+    for D = 128 1.7 ms with it and 2.2 without, for D = 64 2.2 and 1.7 (H100)."""
     tile, row, sample, head = _tile_of(tiles, H)
     first = tile * TILE_T
     k = _read(k_desc, sample, first, head, TILE_T, BLOCK_D)
@@ -239,43 +234,37 @@ def _dkv_kernel(
     _write(dv_desc, sample, first, head, dv, TILE_T, BLOCK_D)
 
 
-# (TILE_S, TILE_T, warps, stages) by BLOCK_D, measured on H100 (docs/tuning-log.md).
-_SMALL, _NARROW = (64, 64, 4, 3), (32, 64, 4, 3)
-_TILES = {
-    "forward": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: (64, 32, 4, 3)},
-    "dq": {16: _SMALL, 32: _SMALL, 64: _SMALL, 128: _SMALL},
-    "dkv": {16: _NARROW, 32: _NARROW, 64: _NARROW, 128: _NARROW},
-}
 MAX_HEAD_DIM = 128
 
 
 @functools.cache
 def _kernel(which: str, head_dim: int) -> tuple[Kernel, list[int], list[int], tuple[int, int, int]]:
-    """A kernel for such heads; the blocks of its tensor descriptors, along queries and along keys; and TILE_S, TILE_T
-    and BLOCK_D."""
+    """The kernel for heads of this size, the blocks of its tensor descriptors along queries and along keys, and TILE_S,
+    TILE_T and BLOCK_D. The tiles are the fastest on H100 (docs/tuning-log.md)."""
     block_d = max(16, power_of_two(head_dim))
     function = {"forward": _forward_kernel, "dq": _dq_kernel, "dkv": _dkv_kernel}[which]
-    tile_s, tile_t, num_warps, num_stages = _TILES[which][block_d]
+    tile_s = 32 if which == "dkv" else 64
+    tile_t = 32 if which == "forward" and block_d == 128 else 64
     of_queries, of_keys = ([1, tile, 1, block_d] for tile in (tile_s, tile_t))
-    return Kernel(function, num_warps, num_stages), of_queries, of_keys, (tile_s, tile_t, block_d)
+    return Kernel(function, num_warps=4, num_stages=3), of_queries, of_keys, (tile_s, tile_t, block_d)
 
 
 def why_not(q: Tensor, k: Tensor, scale: float) -> str:
-    """Why these kernels do not serve such tensors; "" where they do."""
+    """Why these kernels cannot run such tensors; "" where they can."""
     D = q.shape[-1]
     if q.dtype not in (torch.float16, torch.bfloat16):
-        return f"its products are of float16 or bfloat16, and q has {q.dtype}"
+        return f"it needs float16 or bfloat16, and q has {q.dtype}"
     if D > MAX_HEAD_DIM or D % 8:
-        return f"it serves heads of up to {MAX_HEAD_DIM}, in multiples of 8, and q's have {D}"
+        return f"it needs heads of up to {MAX_HEAD_DIM}, in multiples of 8, and q's have {D}"
     if not scale > 0:
         return f"it needs a scale above 0, and got {scale}"
     if max(q.shape[1], k.shape[1]) >= 2**31 - PADDING:
-        return "it serves fewer than 2^31 tokens"
+        return "it needs fewer than 2^31 tokens"
     return ""
 
 
 def _readable(tensor: Tensor) -> Tensor:
-    """As it is where a tensor descriptor can read it (16-byte aligned rows of dense D), else a contiguous copy."""
+    """The tensor, copied unless a tensor descriptor can read it: 16-byte aligned rows of dense D."""
     align = 16 // tensor.element_size()
     *strides, dense = tensor.stride()
     if dense != 1 or tensor.data_ptr() % 16:
@@ -286,14 +275,19 @@ def _readable(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _padded_rows(q: Tensor) -> Tensor:
+def _like(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
+def _results(q: Tensor) -> tuple[Tensor, Tensor]:
+    """o and lse, uninitialised."""
     B, S, H, _ = q.shape
-    return q.new_empty((B, H, -(-S // PADDING) * PADDING), dtype=torch.float32)
+    return _like(q), q.new_empty((B, H, -(-S // PADDING) * PADDING), dtype=torch.float32)
 
 
 def _launch_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     B, S, H, D = q.shape
-    o, lse = torch.empty_like(q, memory_format=torch.contiguous_format), _padded_rows(q)
+    o, lse = _results(q)
     run, of_queries, of_keys, tile = _kernel("forward", D)
     tiles = -(-S // tile[0])
     run(
@@ -313,7 +307,7 @@ def _launch_backward(
     B, S, H, D = q.shape
     T = k.shape[1]
     do, q, k, v, o = map(_readable, (do, q, k, v, o))
-    dq, dk, dv = (torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
+    dq, dk, dv = map(_like, (q, k, v))
     delta = torch.empty_like(lse)
     P, scales = lse.shape[2], (scale * _LOG2_E, scale)
 
@@ -336,27 +330,19 @@ def _launch_backward(
     return dq, dk, dv
 
 
-def _fake_forward(q, k, v, scale):
-    return torch.empty_like(q, memory_format=torch.contiguous_format), _padded_rows(q)
-
-
-def _fake_backward(do, q, k, v, o, lse, scale):
-    return tuple(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (q, k, v))
-
-
 forward = register(
     "attention_forward_triton(Tensor q, Tensor k, Tensor v, float scale) -> (Tensor, Tensor)",
     _launch_forward,
-    _fake_forward,
+    lambda q, k, v, scale: _results(q),
 )
 backward = register(
     "attention_backward_triton(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, float scale) "
     "-> (Tensor, Tensor, Tensor)",
     _launch_backward,
-    _fake_backward,
+    lambda do, q, k, v, o, lse, scale: tuple(map(_like, (q, k, v))),
 )
 
 
 def natural(lse: Tensor, num_queries: int) -> Tensor:
-    """lse (B, H, S, 1) in natural units, as cuDNN's backward pass takes it."""
+    """lse (B, H, S, 1) in natural units, for cuDNN's backward pass."""
     return (lse[:, :, :num_queries, None] * math.log(2)).contiguous()

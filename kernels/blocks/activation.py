@@ -1,4 +1,4 @@
-"""The activations of a transformer's feed-forward layers, with the bias of the matrix product before them.
+"""The activations of a transformer's feed-forward layers, with the bias of the linear layer before them.
 
     u = x + bias
     gelu_tanh:  u (1 + tanh(sqrt(2 / pi) (u + 0.044715 u^3))) / 2
@@ -35,29 +35,17 @@ from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, power_of_two
 
 
-def _swiglu(u: Tensor) -> Tensor:
-    first, second = u.chunk(2, dim=-1)
-    return first * F.silu(second)
-
-
-def _swiglu_gate_first(u: Tensor) -> Tensor:
-    first, second = u.chunk(2, dim=-1)
-    return F.silu(first) * second
-
-
-FORMULAS = {
-    "gelu_tanh": lambda u: F.gelu(u, approximate="tanh"),
-    "swiglu": _swiglu,
-    "swiglu_gate_first": _swiglu_gate_first,
-}
-
-
 def activation_reference(
     x: Tensor, bias: Tensor | None, form: str, quantize: bool, arithmetic: torch.dtype
 ) -> Tensor | Quantized:
-    """The definition. The result has x's dtype, or is quantised before any rounding to it."""
+    """The definition of form "gelu_tanh", "swiglu" or "swiglu_gate_first". Results are rounded, or quantised, once."""
     wide_x, wide_bias = widen(arithmetic, x, bias)
-    y = FORMULAS[form](wide_x if bias is None else wide_x + wide_bias)
+    u = wide_x if bias is None else wide_x + wide_bias
+    if form == "gelu_tanh":
+        y = F.gelu(u, approximate="tanh")
+    else:
+        first, second = u.chunk(2, dim=-1)
+        y = first * F.silu(second) if form == "swiglu" else F.silu(first) * second
     return quantize_rows_reference(y) if quantize else y.to(x.dtype)
 
 
@@ -72,14 +60,14 @@ def _biased(x_ptr, bias_ptr, offsets, lanes, in_row, mask):
 
 @jit
 def _gelu_exponent(u):
-    """2 log2(e) sqrt(2 / pi) (u + 0.044715 u^3): (1 + tanh(z)) / 2 is 1 / (1 + exp(-2 z)), which loses nothing to
-    cancellation, and is 0 or 1 where the exponential overflows."""
+    """2 log2(e) sqrt(2 / pi) (u + 0.044715 u^3). (1 + tanh(z)) / 2 is computed as 1 / (1 + exp(-2 z)): that has no
+    cancellation, and gives 0 or 1 where the exponential overflows."""
     return u * (2.302208198144325 + 0.1029432395800235 * (u * u))
 
 
 @jit
 def _sigmoid(exponent):
-    """1 / (1 + 2^-exponent), and 1 less that, both to float32's rounding; no exponential overflows."""
+    """1 / (1 + 2^-exponent), and 1 minus that, both accurate to float32's rounding; no exponential overflows."""
     power = tl.exp2(-tl.abs(exponent))
     larger = 1 / (1 + power)
     smaller = power * larger
@@ -89,7 +77,7 @@ def _sigmoid(exponent):
 @jit
 def _gelu_slope(u):
     sigmoid, rest = _sigmoid(_gelu_exponent(u))
-    # From u^2 = 10^4 on the factor before it is 0: the minimum keeps infinity away from it.
+    # From u^2 = 10^4 on, sigmoid * rest is 0; the minimum avoids 0 * inf.
     inner = 1.5957691216057308 + 0.21406444881780076 * tl.minimum(u * u, 1e4)
     return sigmoid + sigmoid * rest * inner * u
 
@@ -125,7 +113,7 @@ def _activation_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program takes ROWS rows of COLUMNS columns of the result; whole rows where they are quantised."""
+    """A program computes ROWS x COLUMNS of the result; whole rows if it quantises (scale_ptr is not None)."""
     index = tl.program_id(0).to(tl.int64)
     rows = index // tiles * ROWS + tl.arange(0, ROWS)
     lanes = index % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -166,8 +154,8 @@ def _activation_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program takes CHUNK rows, ROWS at a time, of COLUMNS columns of the result; its partial sums are those of its
-    chunk. dx and the partial sums are left out where their pointers are None."""
+    """A program walks CHUNK rows, ROWS at a time, in COLUMNS columns of the result. It writes dx, and the sums over its
+    chunk to partial, each unless the pointer is None."""
     index = tl.program_id(0).to(tl.int64)
     chunk = index // tiles
     lanes = index % tiles * COLUMNS + tl.arange(0, COLUMNS)
@@ -214,47 +202,29 @@ def _activation_backward_kernel(
             tl.store(partial_ptr + chunk * width + columns + lanes, tl.sum(second_sums, 0), mask=in_row)
 
 
-def _shape(x: Tensor, form: str) -> tuple[int, ...]:
-    return x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
-
-
 _activation_kernels = by_warps(_activation_kernel, *WARPS)
 _activation_backward_kernels = by_warps(_activation_backward_kernel, *WARPS)
 
 
 def _tile(columns: int, num_warps: int, elements: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of a program's tile with so many elements a thread. 512 columns divide the widths of most
-    networks; no more rows than the least that `_chunk` gives."""
+    """(ROWS, COLUMNS, warps) of a tile with `elements` a thread. 512 divides most widths; 32 is the least `_chunk`."""
     padded = min(power_of_two(columns), 512)
     return min(32 * num_warps * elements // padded, 32), padded, num_warps
 
 
-def _launch(x: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    out = torch.empty(_shape(x, form), dtype=x.dtype, device=x.device)
-    if out.numel():
-        _run(x, bias, out, None, form, *_tile(out.shape[-1], NUM_WARPS, 16))
-    return out
+def _empty_results(x: Tensor, bias: Tensor | None, form: str, quantize: bool) -> list[Tensor]:
+    """Uninitialised: the result, or its values and scale."""
+    shape = x.shape if form == "gelu_tanh" else (*x.shape[:-1], x.shape[-1] // 2)
+    return [*empty_quantized(shape, x.device)] if quantize else [torch.empty(shape, dtype=x.dtype, device=x.device)]
 
 
-def _launch_quantized(x: Tensor, bias: Tensor | None, form: str) -> tuple[Tensor, Tensor]:
-    values, scale = empty_quantized(_shape(x, form), x.device)
-    if values.numel() == 0:
-        return values, scale.fill_(1.0)
-    _run(x, bias, values, scale, form, *whole_rows(values.shape[-1]))
-    return values, scale
-
-
-def _run(
-    x: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
-    scale: Tensor | None,
-    form: str,
-    ROWS: int,
-    COLUMNS: int,
-    num_warps: int,
-) -> None:
+def _launch(x: Tensor, bias: Tensor | None, form: str, quantize: bool) -> list[Tensor]:
+    results = _empty_results(x, bias, form, quantize)
+    out, scale = results[0], results[1] if quantize else None
+    if out.numel() == 0:
+        return [out] if scale is None else [out, scale.fill_(1.0)]
     columns = out.shape[-1]
+    ROWS, COLUMNS, num_warps = whole_rows(columns) if quantize else _tile(columns, NUM_WARPS, 16)
     walk = rows(x)
     tiles = -(-columns // COLUMNS)
     _activation_kernels[num_warps](
@@ -262,11 +232,11 @@ def _run(
         *(walk.tensor, *contiguous(bias), out, scale, *walk[1:], columns, tiles),
         *(form, walk.nested, walk.divisible and columns % 16 == 0, ROWS, COLUMNS),
     )
+    return results
 
 
 def _chunk(count: int, tiles: int) -> int:
-    """Rows for a program that sums them up: as many as leave some eight programs a multiprocessor. Writing and reading
-    the partial sums of 128 rows takes 1 % of the bytes."""
+    """Rows that a program sums, with about eight programs a multiprocessor. At 128 the partial sums are 1 % of the bytes."""
     for chunk in (128, 64):
         if -(-count // chunk) * tiles >= 1024:
             return chunk
@@ -276,14 +246,14 @@ def _chunk(count: int, tiles: int) -> int:
 def _launch_backward(
     x: Tensor, bias: Tensor | None, upstream: Tensor, form: str, for_x: bool, for_bias: bool
 ) -> list[Tensor]:
-    """The gradients of x and of bias, those of the two that are wanted."""
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
+    """The gradients of x and of bias, as far as they are wanted."""
     if upstream.numel() == 0:
-        return _wanted(dx, torch.zeros_like(bias) if for_bias and bias is not None else None)
+        return [gradient.zero_() for gradient in _empty_gradients(x, bias, upstream, form, for_x, for_bias)]
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
     columns = upstream.shape[-1]
     walk, upstream_walk = rows(x), rows(upstream)
-    # A thread's sums take registers: with them 48 (GELU) and 80 (SwiGLU) at these sizes, so that 40 and 24 warps fit on
-    # a multiprocessor and have 40 KB on their way; twice the elements would leave 16 and 8.
+    # With its sums a thread has 48 registers (GELU) or 80 (SwiGLU) at these sizes, so 40 or 24 warps fit on a
+    # multiprocessor, with 40 KB in flight; twice the elements would leave 16 and 8.
     if form == "gelu_tanh":
         ROWS, COLUMNS, num_warps = _tile(columns, 8, 8 if for_bias else 16)
     else:
@@ -299,35 +269,23 @@ def _launch_backward(
         *(form, walk.nested, upstream_walk.nested),
         *(walk.divisible and upstream_walk.divisible and columns % 16 == 0, chunk, ROWS, COLUMNS),
     )
-    return _wanted(dx, None if partial is None or bias is None else column_sums(partial, bias.dtype))
+    gradients = dx, None if partial is None or bias is None else column_sums(partial, bias.dtype)
+    return [gradient for gradient in gradients if gradient is not None]
 
 
-def _wanted(*tensors: Tensor | None) -> list[Tensor]:
-    return [tensor for tensor in tensors if tensor is not None]
-
-
-def _fake_backward(
-    x: Tensor, bias: Tensor | None, upstream: Tensor, form: str, for_x: bool, for_bias: bool
-) -> list[Tensor]:
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if for_x else None
-    return _wanted(dx, bias.new_empty(bias.shape) if for_bias and bias is not None else None)
+def _empty_gradients(x, bias, upstream, form, for_x, for_bias) -> list[Tensor]:
+    wanted = (x, for_x), (bias, for_bias)
+    return [torch.empty(each.shape, dtype=each.dtype, device=each.device) for each, needed in wanted if needed]
 
 
 _activation = register(
-    "activation_triton(Tensor x, Tensor? bias, str form) -> Tensor",
-    _launch,
-    lambda x, bias, form: torch.empty(_shape(x, form), dtype=x.dtype, device=x.device),
-)
-_activation_quantized = register(
-    "activation_quantized_triton(Tensor x, Tensor? bias, str form) -> (Tensor, Tensor)",
-    _launch_quantized,
-    lambda x, bias, form: empty_quantized(_shape(x, form), x.device),
+    "activation_triton(Tensor x, Tensor? bias, str form, bool quantize) -> Tensor[]", _launch, _empty_results
 )
 _activation_backward = register(
     "activation_backward_triton(Tensor x, Tensor? bias, Tensor upstream, str form, bool for_x, bool for_bias) "
     "-> Tensor[]",
     _launch_backward,
-    _fake_backward,
+    _empty_gradients,
 )
 
 
@@ -337,7 +295,7 @@ class _Activation(Function):
     def forward(ctx, x, bias, form):
         save(ctx, x, bias)
         ctx.form = form
-        return _activation(x, bias, form)
+        return _activation(x, bias, form, False)[0]
 
     @staticmethod
     @once_differentiable
@@ -354,10 +312,10 @@ def activation_triton(
     if quantize:
         if not converts(x.device.type, x.device.index):
             return activation_reference(x, bias, form, quantize, arithmetic)
-        return Quantized(*_activation_quantized(x, bias, form))
+        return Quantized(*_activation(x, bias, form, True))
     if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
         return _Activation.apply(x, bias, form)
-    return _activation(x, bias, form)
+    return _activation(x, bias, form, False)[0]
 
 
 IMPLEMENTATIONS = {"reference": activation_reference, "triton": activation_triton}
@@ -370,17 +328,13 @@ def gelu_tanh(x: Tensor, bias: Tensor | None = ..., *, quantize: bool) -> Tensor
 def gelu_tanh(x: Tensor, bias: Tensor | None = None, *, quantize: bool = False) -> Tensor | Quantized:
     """GELU of x + bias, in its tanh form. The result has x's shape and dtype.
 
-    x (..., N): what a matrix product without bias made.  bias (N,): the product's; both receive gradients, bias's a
-        by-product of the pass that makes x's.
-    quantize: return a `Quantized` of whole rows instead, for an FP8 matrix product, made of the float32 results.
-        No gradient.
+    x (..., N): a linear layer's output without its bias.  bias (N,).  Both receive gradients, in one pass.
+    quantize: return the rows as a `Quantized`, made from the float32 results, for an FP8 product. No gradient.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any size; arithmetic is float32,
-    or float64 where any tensor is. Saved for backward: x and bias, as many bytes as eager keeps; its pass over x's
-    gradient for that of the bias, 2 bytes an element in bfloat16, is saved.
+    Tensors are float32, float16 or bfloat16, in any mix, of any strides and any size; arithmetic is float32, or float64
+    where any tensor is. Saved for backward: x and bias, as many bytes as eager keeps.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize where a tensor would get a
-    gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize if a tensor needs a gradient.
     """
     arithmetic = _check(x, bias, quantize)
     run = choose("gelu_tanh", IMPLEMENTATIONS, x.device, arithmetic)
@@ -394,21 +348,13 @@ def swiglu(x: Tensor, bias: Tensor | None = ..., *, gate_first: bool = ..., quan
 def swiglu(
     x: Tensor, bias: Tensor | None = None, *, gate_first: bool = False, quantize: bool = False
 ) -> Tensor | Quantized:
-    """One half of x + bias times SiLU of the other. x (..., 2 N) makes a result (..., N) of x's dtype.
+    """One half of x + bias times SiLU of the other: (..., N) in x's dtype.
 
-    x (..., 2 N): what a matrix product without bias made.  bias (2 N,): the product's; both receive gradients, bias's
-        a by-product of the pass that makes x's.
-    gate_first: SiLU of the first half times the second, as FLUX.2 and LLaMA have it; the default is the first half
-        times SiLU of the second, as diffusers' SwiGLU does.
-    quantize: return a `Quantized` of whole rows instead, for an FP8 matrix product, made of the float32 results.
-        No gradient.
+    x (..., 2 N), bias (2 N,), quantize, dtypes, strides and errors: as in `gelu_tanh`.
+    gate_first: SiLU(first half) times the second, as in FLUX.2 and LLaMA; by default the first half times SiLU(second
+        half), as in diffusers' SwiGLU.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any size; arithmetic is float32,
-    or float64 where any tensor is. Saved for backward: x and bias; eager keeps SiLU's result besides, 2 N bytes a
-    row in bfloat16.
-
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, and quantize where a tensor would get a
-    gradient.
+    Saved for backward: x and bias. Eager also keeps SiLU's result, 2 N bytes a row in bfloat16.
     """
     arithmetic = _check(x, bias, quantize)
     if x.shape[-1] % 2:

@@ -1,4 +1,4 @@
-"""The kernels of `adaln_modulate`, `gated_residual` and `gated_residual_adaln`, which are cases of one form:
+"""The kernels of `adaln_modulate`, `gated_residual` and `gated_residual_adaln`, three cases of one form:
 
     h = residual [+ gate_1 (y_1 + bias_1)] [+ gate_2 (y_2 + bias_2)]
     n = norm(h);   out_j = n (1 + scale_j) + shift_j,   j up to 2
@@ -15,10 +15,8 @@ The gradients, for upstream gradients dh_out and dout_j:
     dgate_k = sum_S dh (y_k + bias_k);   dbias_k = sum_B gate_k sum_S dh
     dscale_j = sum_S dout_j n;   dshift_j = sum_S dout_j
 
-h is rounded to residual's dtype before it is normalised: that is what the backward pass has. It computes mean and rstd
-again, and reads h, the upstream gradients and, where a gate needs a gradient, y, each once.
-
-The public functions are in adaln_modulate.py and gated_residual.py.
+h is rounded to residual's dtype before it is normalised, as the backward pass reads the rounded h. That pass computes
+mean and rstd again, and reads h, the upstream gradients and, where a gate needs a gradient, y, each once.
 """
 
 # Kernels set and read a variable under one condition on constants.
@@ -42,26 +40,26 @@ from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import NUM_WARPS, multiple, multiples, power_of_two
 
-WARPS = (1, 2, 4, 8, 16)  # that a kernel may have
+WARPS = (1, 2, 4, 8, 16)
 
-# A program of the forward pass takes so many tokens at once, so that its sample's vectors are read for all of them, and
-# fewer where they are wide: of so many elements in all, 32 a thread, in small programs, which wait for fewer warps.
+# Tokens, and elements (32 a thread), that a program of the forward pass takes at most: several tokens share one read of
+# their sample's vectors, and in a small program fewer warps wait for one another.
 ROWS, TILE = 4, 8192
-# Programs of the backward pass, where they have 8 warps: as many as 132 multiprocessors hold at once (their
-# registers end at 512 threads of 128). The sums of a program cost as much as 8 tokens: more of them would cost more.
+# Programs of the backward pass with 8 warps: as many as 132 multiprocessors hold at once (registers allow 512 threads of
+# 128). Writing a program's sums costs as much as 8 tokens.
 PROGRAMS = 264
 MIN_CHUNK = 4
-# Tokens that are on their way into shared memory while one is worked on: as many as fit in so many bytes a warp.
+# Bytes of shared memory a warp for tokens that are loaded ahead, and the most of these tokens.
 SHARED = 6 * 1024
 MAX_AHEAD = 4
-# The sums of so many chunks, for so many channels (128 bytes, the least that is read at once), are added at once.
+# Partial sums, and channels (128 bytes, the least that a read fetches), that are added at a time.
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
 
 class Inputs(NamedTuple):
     """The arguments of the form, in the order of the registered operation.
 
-    gates, ys, biases: one for each branch that is added, 0 to 2.  scales, shifts: one for each result, 0 to 2.
+    gates, ys, biases: one for each branch, 0 to 2.  scales, shifts: one for each result, 0 to 2.
     rms: the norm is "rms", otherwise "layer".  quantize: the results are `Quantized`, h never.
     """
 
@@ -75,12 +73,8 @@ class Inputs(NamedTuple):
     eps: float
     quantize: bool
 
-    @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.residual, *self.gates, *self.ys, *self.biases, *self.scales, *self.shifts
-
     def empty_results(self) -> list[Tensor]:
-        """Uninitialised: h where there are gates; every out, or its values in e4m3; the scales of those values."""
+        """Uninitialised: h if there are gates; all outs, or their e4m3 values and then those values' scales."""
         residual, count = self.residual, len(self.scales)
         results = [_like(residual)] if self.gates else []
         if not self.quantize:
@@ -90,8 +84,8 @@ class Inputs(NamedTuple):
 
 
 def adaln_reference(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
-    """The definition: h where there are gates or `fork`, and an out for each scale and shift, in residual's dtype or
-    quantised. What is normalised is h as it is stored."""
+    """The definition: h if there are gates or `fork`, and an out for each scale and shift, in residual's dtype or
+    quantised. The norm reads the rounded h."""
     dtype, h = inputs.residual.dtype, inputs.residual
     if inputs.gates:
         h = h.to(arithmetic)
@@ -113,16 +107,9 @@ def adaln_reference(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False)
     return results
 
 
-def _columns_and_warps(C: int) -> tuple[int, int]:
-    """C padded to a power of two, and the warps for which that is 8 elements a thread, 16 bytes of bfloat16."""
-    columns = max(power_of_two(C), 16)
-    return columns, min(max(columns // 256, 1), 16)
-
-
 def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of the forward pass. Quantised, half the tokens in half the warps: the maxima of rows are
-    one more thing that warps wait for."""
-    columns, _ = _columns_and_warps(C)
+    """(ROWS, COLUMNS, warps) of the forward pass; half the tokens and warps if quantised, as warps wait for the maxima."""
+    columns = max(power_of_two(C), 16)
     rows = min(ROWS, max(TILE // columns, 1))
     rows = max(rows // 2, 1) if quantize else rows
     return rows, columns, min(max(rows * columns // 1024, 1), 16)
@@ -130,7 +117,7 @@ def _forward_tile(C: int, quantize: bool) -> tuple[int, int, int]:
 
 @jit
 def _sample_and_tile(tiles):
-    """The sample and the tile of this program. Counted in 32 bits, where a division is short: a grid ends at 2^31."""
+    """The sample and the tile of this program, divided in 32 bits, which is fast and enough: a grid ends at 2^31."""
     index, tiles = tl.program_id(0), tiles.to(tl.int32)
     return (index // tiles).to(tl.int64), (index % tiles).to(tl.int64)
 
@@ -142,7 +129,7 @@ def _read(ptr, offsets, mask):
 
 @jit
 def _plus_gated(h, gate_ptr, y_ptr, bias_ptr, y_at, vector_at, columns, mask, inside):
-    """h + gate (y + bias), and h where there is no gate."""
+    """h + gate (y + bias); h if there is no gate."""
     if gate_ptr is not None:
         y = _read(y_ptr, y_at, mask)
         if bias_ptr is not None:
@@ -153,7 +140,7 @@ def _plus_gated(h, gate_ptr, y_ptr, bias_ptr, y_at, vector_at, columns, mask, in
 
 @jit
 def _store_modulated(n, scale_ptr, shift_ptr, out_ptr, row_scale_ptr, out_at, row_at, vector_at, mask, token, inside):
-    """n (1 + scale) + shift, quantised where there is a place for the scales of the rows."""
+    """Store n (1 + scale) + shift, quantised if row_scale_ptr is given."""
     if out_ptr is not None:
         out = n * (1 + _read(scale_ptr, vector_at, inside)) + _read(shift_ptr, vector_at, inside)
         if row_scale_ptr is not None:
@@ -192,7 +179,7 @@ def _adaln_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program takes ROWS tokens of a sample. What is None is not there."""
+    """A program takes ROWS tokens of a sample. Pointers may be None."""
     sample, tile = _sample_and_tile(tl.cdiv(S, ROWS))
     C = multiple(C, DIVISIBLE)
     residual_row = multiple(residual_row, DIVISIBLE)
@@ -229,8 +216,7 @@ _adaln_kernels = by_warps(_adaln_kernel, *WARPS)
 
 @jit
 def _two_sums(a, b):
-    """The sums of the rows of both (ROWS, COLUMNS), at the cost of one: what takes time is that warps wait for one
-    another."""
+    """The sums of the rows of both (ROWS, COLUMNS), in the time of one: warps wait for one another once."""
     first, second = tl.split(tl.sum(tl.join(a, b), 1))
     return first[:, None], second[:, None]
 
@@ -269,9 +255,9 @@ def _adaln_backward_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program walks `chunk` tokens of a sample, ROWS at a time, and sums over them for each channel: dout n and dout
-    where SUM_OUT, dh y where there is a y, dh where SUM_H. Those sums go to partial (sums, B, chunks of a sample, C),
-    in that order. What is None is not there, or not wanted."""
+    """A program walks `chunk` tokens of a sample, ROWS at a time. It sums over them for each channel dout n and dout
+    (SUM_OUT), dh y (where there is a y) and dh (SUM_H), and writes the sums in that order to partial (sums, B, chunks of
+    a sample, C). Pointers are None for what is missing or not wanted."""
     sample, tile = _sample_and_tile(tl.cdiv(S, chunk))
     C = multiple(C, DIVISIBLE)
     columns = tl.arange(0, COLUMNS)[None, :]
@@ -301,7 +287,7 @@ def _adaln_backward_kernel(
     share = 1 / C.to(tl.float32)
     first = tile * chunk
     last = tl.minimum(first + chunk, S)
-    # Not through _read, which the interpreter enters slowly.
+    # Not through _read: the interpreter's calls are slow.
     for row in tl.range(first, last, ROWS, num_stages=STAGES):
         rows = row + tl.arange(0, ROWS)[:, None]
         token = rows < last
@@ -374,7 +360,7 @@ _adaln_backward_kernels = by_warps(_adaln_backward_kernel, *WARPS)
 
 @jit
 def _store_plane(ptr, at, sums, plane, bias_ptr, last, columns, inside, PLANES: tl.constexpr):
-    """One of the sums (PLANES, COLUMNS), plus bias times the last of them where there is a bias."""
+    """Store one of the sums (PLANES, COLUMNS), plus bias times the last of them if there is a bias."""
     if ptr is not None:
         planes = tl.arange(0, PLANES)[:, None]
         values = tl.sum(tl.where(planes == plane, sums, 0.0), 0)
@@ -397,7 +383,7 @@ def _store_bias_gradient(
     inside,
     ROWS: tl.constexpr,
 ):
-    """The `count` partial sums of dh added up, each times its sample's gate."""
+    """Store the sum of the `count` partial sums of dh, each times its sample's gate."""
     if dbias_ptr is not None:
         lanes = tl.arange(0, ROWS)[:, None]
         products = tl.zeros([ROWS, columns.shape[0]], tl.float32)
@@ -434,9 +420,8 @@ def _sum_partials_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Adds up what the programs of `_adaln_backward_kernel` left in partial (COUNT, B, tiles, C). A program takes
-    COLUMNS channels of a sample; past the last sample come the programs for the gradients of the biases, which are sums
-    over samples."""
+    """Adds up the partial sums (COUNT, B, tiles, C) of `_adaln_backward_kernel`. A program takes COLUMNS channels of a
+    sample; after those of the last sample come the programs for the biases' gradients, which are sums over samples."""
     sample, block = _sample_and_tile(tl.cdiv(C, COLUMNS))
     C = multiple(C, DIVISIBLE)
     vector_stride = multiple(vector_stride, DIVISIBLE)
@@ -472,22 +457,14 @@ def _sum_partials_kernel(
 
 
 def _walk(tensors: list[Tensor | None]) -> tuple[list[Tensor | None], int, int]:
-    """The tensors, (B, S, C) or (B, C), as the kernels walk them: channels dense, and one stride for all from sample
-    to sample and from token to token. Those are returned, too. Where strides disagree, what is not contiguous is
-    copied. None stays None."""
-    like, strides = None, (0, 0, 0)
-    for tensor in tensors:
-        if tensor is None:
-            continue
-        if like is None:
-            like, strides = tensor, tensor.stride()
-        elif tensor.stride() != strides:
-            break
-    else:
-        if like is None:
-            return tensors, 0, 0
-        if strides[-1] == 1 and not like.is_contiguous():
-            return tensors, strides[0], strides[1]
+    """The tensors, (B, S, C) or (B, C), with dense channels and the same strides, and those strides of samples and of
+    tokens. If strides differ, tensors that are not contiguous are copied. None stays None."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if not present:
+        return tensors, 0, 0
+    like, strides = present[0], present[0].stride()
+    if strides[-1] == 1 and not like.is_contiguous() and all(tensor.stride() == strides for tensor in present):
+        return tensors, strides[0], strides[1]
     # A dimension of size 1 may have any stride.
     return contiguous(*tensors), like.shape[1:].numel(), like.shape[2:].numel()
 
@@ -497,7 +474,7 @@ def _two(tensors: Sequence) -> list:
 
 
 def _like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised and contiguous. (torch.empty with shape, dtype and device takes 3 us longer.)"""
+    """An uninitialised, contiguous tensor. (torch.empty with shape, dtype and device takes 3 us longer.)"""
     return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -506,13 +483,11 @@ def _launch(*arguments) -> list[Tensor]:
     inputs = Inputs(*arguments)
     results, residual = inputs.empty_results(), inputs.residual
     if residual.numel() == 0:
-        return [result.fill_(1) if result.numel() else result for result in results]  # scales of rows of no channels
+        return [result.fill_(1) if result.numel() else result for result in results]  # scales, if C is 0
     B, S, C = residual.shape
     (residual,), residual_stride, residual_row = _walk([residual])
     ys, y_stride, y_row = _walk(_two(inputs.ys))
-    vectors, vector_stride, _ = _walk(
-        [each for pair in (inputs.gates, inputs.scales, inputs.shifts) for each in _two(pair)]
-    )
+    vectors, vector_stride, _ = _walk([*_two(inputs.gates), *_two(inputs.scales), *_two(inputs.shifts)])
     h, *outs = results if inputs.gates else [None, *results]
     count = len(inputs.scales)
     rows, columns, num_warps = _forward_tile(C, inputs.quantize)
@@ -529,9 +504,8 @@ def _launch(*arguments) -> list[Tensor]:
 class BackwardInputs(NamedTuple):
     """The arguments of the backward pass, in the order of the registered operation.
 
-    h: what was normalised; None where there are no scales, and then h's gradient is dh.  ys: for the gradients of the
-        gates alone.  dh, douts: the upstream gradients.
-    y_dtype, vector_dtype: what the gradients of ys, and those of scales and shifts, are made in.
+    h: the norm's input; None without scales: its gradient is then dh.  ys: for the gates' gradients only.
+    dh, douts: the upstream gradients.  y_dtype, vector_dtype: the dtypes of the gradients of ys, and of scales and shifts.
     residual, gate, y, bias, modulation: which gradients are wanted; the last is for scales and shifts.
     """
 
@@ -554,11 +528,11 @@ class BackwardInputs(NamedTuple):
 
     @property
     def like(self) -> Tensor | Any:
-        """A tensor with the shape and the dtype of h: one of the two is there."""
+        """A tensor with the shape and the dtype of h."""
         return self.dh if self.h is None else self.h
 
     def empty_gradients(self) -> list[Tensor]:
-        """Uninitialised: what is wanted of the gradients of residual, gates, ys, biases, scales and shifts."""
+        """Uninitialised: the wanted gradients of residual, gates, ys, biases, scales and shifts."""
         gradients = [_like(self.like)] if self.residual else []
         if self.gate:
             gradients += [_like(tensor) for tensor in self.gates]
@@ -571,7 +545,7 @@ class BackwardInputs(NamedTuple):
         return gradients
 
     def by_input(self, gradients: list[Tensor]) -> tuple[list[Tensor | None], ...]:
-        """The same gradients, a list for each kind of input; None for what is not wanted."""
+        """`empty_gradients` as a list for each kind of input, with None for the unwanted."""
         rest = iter(gradients)
 
         def take(wanted, entries):
@@ -601,11 +575,12 @@ def _launch_backward(*arguments) -> list[Tensor]:
     biases = contiguous(*_two(inputs.biases))
     sum_h = inputs.bias or (inputs.gate and any(tensor is not None for tensor in biases))
     count = 2 * J * inputs.modulation + K * inputs.gate + sum_h
-    columns, num_warps = _columns_and_warps(C)
+    columns = max(power_of_two(C), 16)
+    num_warps = min(max(columns // 256, 1), 16)  # 8 elements a thread, 16 bytes of bfloat16
     chunk = max(-(-S // max(PROGRAMS * 8 // num_warps // B, 1)), MIN_CHUNK)
     tiles = -(-S // chunk)
     partial = torch.empty(count, B, tiles, C, dtype=torch.float32, device=like.device) if count else None
-    # Two tokens at a time where their registers allow: the program then waits for sums half as often.
+    # Two tokens at a time if registers allow: the program then waits for sums half as often.
     rows = 2 if K + J == 1 else 1
     token = columns * sum(tensor.element_size() for tensor in (h, *upstream, *ys) if tensor is not None)
     ahead = min(SHARED * num_warps // (rows * token), MAX_AHEAD)
@@ -651,7 +626,7 @@ class _Adaln(Function):
             results = [residual.view_as(residual), *results]
         ctx.set_materialize_grads(False)
         ctx.rms, ctx.eps, ctx.K, ctx.J, ctx.fork = rms, eps, K, J, fork
-        # One dtype for all of a kind, which holds what each needs: autograd rounds further where they differ.
+        # One dtype for all of a kind, wide enough for each: autograd rounds further where they differ.
         ctx.y_dtype, ctx.vector_dtype = _promoted(*ys), _promoted(*scales, *shifts)
         if K and not any(ctx.needs_input_grad[5 : 6 + 3 * K]):
             ctx.mark_non_differentiable(results[0])
@@ -667,7 +642,7 @@ class _Adaln(Function):
         gates, biases, scales, ys = _split(rest, K, K, J, K)
         has_dh = K > 0 or ctx.fork
         dh, douts = upstream[0] if has_dh else None, upstream[has_dh:]
-        used = [j for j in range(J) if douts[j] is not None]  # not a result that nothing came of
+        used = [j for j in range(J) if douts[j] is not None]
         if dh is None and not used:
             return (None,) * len(ctx.needs_input_grad)
         residual = ctx.needs_input_grad[5]
@@ -680,40 +655,35 @@ class _Adaln(Function):
         (dresidual,), dgates, dys, dbiases, dscales, dshifts = inputs.by_input(_backward_operation(*inputs))
         if residual and not used:
             dresidual = dh
-        spread_out = [
-            [entries[used.index(j)] if j in used else None for j in range(J)] for entries in (dscales, dshifts)
-        ]
-        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *spread_out[0], *spread_out[1]
+        dvectors = [each[used.index(j)] if j in used else None for each in (dscales, dshifts) for j in range(J)]
+        return None, None, None, None, None, dresidual, *dgates, *dys, *dbiases, *dvectors
 
 
 def _promoted(*tensors: Tensor) -> torch.dtype | None:
-    """The dtype that holds what each of them does; None where there are none."""
-    dtypes = {tensor.dtype for tensor in tensors}
-    return functools.reduce(torch.promote_types, dtypes) if dtypes else None
+    """The dtype that all of them promote to; None without tensors."""
+    return functools.reduce(torch.promote_types, {tensor.dtype for tensor in tensors}) if tensors else None
 
 
 def _split(entries: Sequence, *counts: int) -> list:
-    """The first counts[0] entries, the next counts[1], ...; fewer at the end where there are fewer."""
+    """The first counts[0] entries, the next counts[1], ...; the last part is shorter if entries run out."""
     ends = list(itertools.accumulate(counts))
     return [entries[end - count : end] for count, end in zip(counts, ends, strict=True)]
 
 
 def adaln_triton(inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Tensor | Quantized]:
-    """The same through the kernels; results are quantised by the reference where the GPU lacks e4m3. `fork` goes without
-    gates: residual is h then, and the gradient that comes back through it is added where that of the outs is made."""
+    """`adaln_reference` by the kernels; a GPU without e4m3 quantises by the reference. With `fork` there are no gates: h is
+    residual, and its gradient is added in the kernel."""
     residual, count = inputs.residual, len(inputs.scales)
     if inputs.quantize and not converts(residual.device.type, residual.device.index):
         if not inputs.gates:
             return adaln_reference(inputs, arithmetic, fork)
         (h,) = adaln_triton(inputs._replace(scales=(), shifts=(), quantize=False), arithmetic)
         return [h, *adaln_reference(inputs._replace(residual=h, gates=(), ys=(), biases=()), arithmetic)]
-    if torch.is_grad_enabled():
-        tensors = inputs.tensors
-        for tensor in tensors:
-            if tensor is not None and tensor.requires_grad:
-                forked = fork and residual.requires_grad
-                results = _Adaln.apply(inputs.rms, inputs.eps, len(inputs.gates), count, forked, *tensors)
-                return [residual, *results] if fork and not forked else list(results)
+    tensors = residual, *inputs.gates, *inputs.ys, *inputs.biases, *inputs.scales, *inputs.shifts
+    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors):
+        forked = fork and residual.requires_grad
+        results = _Adaln.apply(inputs.rms, inputs.eps, len(inputs.gates), count, forked, *tensors)
+        return [residual, *results] if fork and not forked else list(results)
     results = _forward_operation(*inputs)
     if inputs.quantize:
         h, values, row_scales = _split(results, len(inputs.gates) > 0, count, count)
@@ -725,5 +695,5 @@ IMPLEMENTATIONS = {"reference": adaln_reference, "triton": adaln_triton}
 
 
 def run(operation: str, inputs: Inputs, arithmetic: torch.dtype, fork: bool = False) -> list[Any]:
-    """What `adaln_reference` defines, by the implementation chosen for `operation`."""
+    """`adaln_reference`, by the implementation chosen for `operation`."""
     return choose(operation, IMPLEMENTATIONS, inputs.residual.device, arithmetic)(inputs, arithmetic, fork)

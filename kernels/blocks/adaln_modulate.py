@@ -1,12 +1,8 @@
-"""Adaptive normalisation: a norm without weights of its own, then a scale and a shift for each sample and channel.
+"""Adaptive normalisation: a norm without weights, then a scale and a shift for each sample and channel.
 
-    out = n (1 + scale) + shift
-    n = (x - mean) / sqrt(var + eps)      "layer": mean and biased variance over the channels
-    n = x / sqrt(mean x^2 + eps)          "rms"
+    out = norm(x) (1 + scale) + shift
 
-    x (B, S, C); scale, shift (B, C)
-
-The reference and the kernels are in adaln.py: this is the case of its form without gates.
+adaln.py has the norms' formulas, the reference and the kernels, of which this is the case without gates.
 
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 modulates one n twice.
 """
@@ -47,23 +43,21 @@ def adaln_modulate(
     quantize: bool = False,
     fork: bool = False,
 ) -> Tensor | Quantized | tuple[Tensor | Quantized, ...]:
-    """norm(x) (1 + scale) + shift. The result has x's shape and dtype; with pairs for scale and shift there are two
-    results, from one reading of x and one normalisation.
+    """norm(x) (1 + scale) + shift, in x's shape and dtype; two results, from one normalisation, with pairs.
 
     x (B, S, C): the tokens.  scale, shift (B, C), or pairs of such tensors.  All receive gradients.
     norm: "layer" for (x - mean) / sqrt(var + eps) over C, "rms" for x / sqrt(mean x^2 + eps).
     quantize: results as `Quantized`, each token in e4m3 with its own scale, rounded once. Without gradient.
-    fork: return x first, for what else reads it, such as a residual connection. The gradient that comes back through it
-        is added where that of the results is made, and rounded with it; autograd would add the two in another pass.
+    fork: return x first, for its other readers, such as a residual connection. Its gradient is then added in the same
+        kernel, and rounded once; autograd would add the two in another pass.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is. Chunks of columns, as scale and shift often are, are read where they are;
-    tokens whose channels are not dense are copied.
+    Tensors are float32, float16 or bfloat16, in any mix, of any strides and any batch; arithmetic is float32, or float64
+    where any tensor is. Scale and shift may be slices of columns; only tokens whose channels are not dense are copied.
 
-    Kept for the backward pass: x. In eager mode it is x and n, twice the bytes.
+    Saved for backward: x. Eager saves x and n, twice the bytes.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
-    tensor would get a gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm, and quantize if a tensor needs
+    a gradient.
     """
     arithmetic = check_tokens(x=x)
     scales, shifts, arithmetic = check_modulated("x", x, scale, shift, norm, eps, quantize, arithmetic)
@@ -73,7 +67,7 @@ def adaln_modulate(
 
 
 def check_tokens(**tokens: Tensor) -> torch.dtype:
-    """Tensors (B, S, C) of one shape. Returns the dtype of the arithmetic."""
+    """Tensors (B, S, C) of one shape. Returns the arithmetic's dtype."""
     arithmetic = checks.tensors(**tokens)
     name, first = next(iter(tokens.items()))
     if first.ndim != 3:
@@ -82,7 +76,7 @@ def check_tokens(**tokens: Tensor) -> torch.dtype:
 
 
 def entries(name: str, value: Vectors, like: str = "", count: int = 0) -> dict[str, Tensor]:
-    """A tensor, or the two of a pair, by the name that errors give them; as many as `like` has."""
+    """The tensor, or both of a pair, by their names for errors; `count` entries, as argument `like` has, unless 0."""
     pair = isinstance(value, (tuple, list))
     if pair and len(value) != 2:
         raise ValueError(f"{name} has {len(value)} entries; it needs to be a tensor or a pair of tensors")
@@ -95,7 +89,7 @@ def entries(name: str, value: Vectors, like: str = "", count: int = 0) -> dict[s
 def check_vectors(
     vectors: dict[str, Tensor], shape: tuple[int, ...], name: str, like: Tensor, arithmetic: torch.dtype
 ) -> torch.dtype:
-    """Vectors of `shape`, (B, C) or (C,), for tokens `like`, which the operation calls `name`. Returns the arithmetic."""
+    """Vectors of `shape`, (B, C) or (C,), for the tokens `like`, named `name`. Returns the arithmetic's dtype."""
     if checks.alike(shape, like.device, *vectors.values()):
         return arithmetic
     for vector, value in vectors.items():
@@ -122,8 +116,7 @@ def check_modulated(
     quantize: bool,
     arithmetic: torch.dtype,
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], torch.dtype]:
-    """Scales and shifts, one each or two, for tokens `like`, which the operation calls `name`, and the dtype of the
-    arithmetic."""
+    """Returns the scales, the shifts (one each, or two) and the arithmetic's dtype, for the tokens `like`, named `name`."""
     scales = entries("scale", scale)
     shifts = entries("shift", shift, "scale", len(scales))
     B, _, C = like.shape

@@ -1,9 +1,8 @@
-"""What a LoRA adapter adds to the product of a linear layer, around a base product of any kind.
+"""LoRA adapters around a base product of any kind: packed, in FP8, or of rows apart in memory.
 
     y = x W^T + scale (x A^T) B^T       A (r, K), B (N, r), of a small rank r
 
-In two steps, with the base product between them: packed, in FP8, of rows apart in memory. `lowered` makes h = x A^T, of
-several layers of one input at once; `raised` adds scale h B^T to y where y is, so that y is not written again by a sum.
+`lowered` makes h = x A^T, for several layers of one input at once; `raised` adds scale h B^T to the base product in place.
 
 Source: arXiv 2106.09685.
 """
@@ -23,25 +22,24 @@ class Adapter(NamedTuple):
     down: Tensor  # A (r, K)
     up: Tensor  # B (N, r)
     scale: float
-    column: int = 0  # of y, where its N begin
+    column: int = 0  # y's first of the N
 
 
 def lowered(xs: tuple[Tensor, ...], adapters: list[Adapter]) -> tuple[tuple[Tensor, ...], Tensor]:
-    """(xs, h): h (..., r_1 + r_2 + ...) of the tensors xs (..., K_1), (..., K_2), taken side by side.
+    """(xs, h): h (..., r_1 + r_2 + ...) of the tensors xs (..., K_1), (..., K_2), side by side.
 
-    The base product is to be made of the xs that come back: its gradient of x then passes here, where that of h is added
-    to it by the product that makes it.
+    The base product has to take the returned xs: their gradient comes through here, where a matmul adds h's to it.
     """
     tensors = *xs, *[adapter.down for adapter in adapters]
     if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in tensors):
         return xs, _lower(xs, tensors[len(xs) :])
     *passed, h = _Lowered.apply(len(xs), *tensors)
-    # All that an autograd function returns has a gradient; where x has none, the base product is to make none.
+    # All results of an autograd function require a gradient; the base product should compute none for an x without.
     return tuple(new if x.requires_grad else x for new, x in zip(passed, xs, strict=True)), h
 
 
 def raised(y: Tensor, h: Tensor, adapters: list[Adapter]) -> Tensor:
-    """y (..., N) with scale h B^T added to the columns of each adapter, in place."""
+    """Add scale h B^T to the columns of each adapter in y (..., N), in place."""
     ups = [adapter.up for adapter in adapters]
     places = [(adapter.column, adapter.scale) for adapter in adapters]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, h, *ups)):
@@ -102,7 +100,7 @@ def _added(dx: Tensor | None, dh: Tensor, down: Tensor) -> Tensor:
     """dx + dh A (..., K)"""
     if dx is None:
         return dh @ down
-    # Not in place: hooks may hold what the base product's backward pass gave.
+    # Not in place: hooks may hold the base product's gradient.
     return torch.addmm(dx.reshape(-1, dx.shape[-1]), dh.reshape(-1, dh.shape[-1]), down).view(dx.shape)
 
 
@@ -135,18 +133,16 @@ class _Raised(Function):
         h, *ups = saved(ctx)
         _, for_h, _, *for_ups = ctx.needs_input_grad
         rows = dy.reshape(-1, dy.shape[-1])
-        ranks = [up.shape[1] for up in ups]
-        dh = dy.new_empty(*dy.shape[:-1], sum(ranks)) if for_h else None
-        dups, rank = [], 0
-        for (column, scale), up, wanted in zip(ctx.places, ups, for_ups, strict=True):
-            part, lanes = rows[:, column : column + len(up)], slice(rank, rank + up.shape[1])
-            rank = lanes.stop
+        rank = sum(up.shape[1] for up in ups)
+        dh = dy.new_empty(*dy.shape[:-1], rank) if for_h else None
+        dups: list[Tensor | None] = [None] * len(ups)
+        first = 0
+        for i, ((column, scale), up) in enumerate(zip(ctx.places, ups, strict=True)):
+            part, lanes = rows[:, column : column + len(up)], slice(first, first + up.shape[1])
+            first = lanes.stop
             if dh is not None:
-                dh.view(-1, sum(ranks))[:, lanes].addmm_(part, up, beta=0, alpha=scale)
-            dup = None
-            if wanted:
-                columns = h.reshape(-1, sum(ranks))[:, lanes]
-                dup = torch.empty_like(up, memory_format=torch.contiguous_format)
-                dup.addmm_(part.t(), columns, beta=0, alpha=scale)
-            dups.append(dup)
+                dh.view(-1, rank)[:, lanes].addmm_(part, up, beta=0, alpha=scale)
+            if for_ups[i]:
+                dups[i] = dup = torch.empty_like(up, memory_format=torch.contiguous_format)
+                dup.addmm_(part.t(), h.reshape(-1, rank)[:, lanes], beta=0, alpha=scale)
         return dy if ctx.needs_input_grad[0] else None, dh, None, *dups

@@ -3,10 +3,10 @@
     quantised row:  scale = max|x| / 448,  values = x (1 / scale) rounded to e4m3
     product:        out = (x.values weight.values^T) x.scale weight.scale^T + bias
 
-448 is the largest e4m3 number. Sources: arXiv 2209.05433 (the format), torch._scaled_mm with row-wise scales (the
-product).
+448 is the largest e4m3 number. Source: arXiv 2209.05433 (the format). The product is torch._scaled_mm with row scales.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -22,34 +22,32 @@ from dpdmd.kernels.runtime.tile import multiple, power_of_two
 
 DTYPE = torch.float8_e4m3fn
 LARGEST = 448.0
-# Rows without a larger value become zeros, of scale 1: from here on the scale is a normal number and 1 / scale finite.
+# A row of smaller values becomes zeros with scale 1; from here on, the scale is a normal number and 1 / scale is finite.
 SMALLEST = 2.0**-116
 
 
 class Quantized(NamedTuple):
-    """Stands for values.float() * scale. Neither part has a gradient."""
+    """values.float() * scale. Neither part has a gradient."""
 
     values: Tensor  # (..., C), float8_e4m3fn
     scale: Tensor  # (..., 1), float32
 
 
 def quantize_rows_reference(x: Tensor) -> Quantized:
-    """The definition, in float32. Rounds to the nearest, ties to even; saturates by itself, as x / scale passes 448 by
-    the roundings of the scale alone."""
+    """The definition, in float32, rounded to the nearest even. No clamp: x / scale exceeds 448 only by scale's rounding."""
     x = x.float().contiguous()
     if x.shape[-1] == 0:
         return Quantized(x.to(DTYPE), x.new_ones(*x.shape[:-1], 1))
     largest = x.abs().amax(dim=-1, keepdim=True)
-    # Products with float32 constants and a reciprocal: the same to the bit on CPU, on CUDA and in Triton, which a
-    # quotient is not (PyTorch divides by a number through its reciprocal on CUDA only).
+    # Multiplications and a reciprocal give the same bits on CPU, on CUDA and in Triton. A division by a number does not:
+    # PyTorch multiplies by its reciprocal on CUDA only.
     scale = (largest * (1 / LARGEST)).masked_fill(largest < SMALLEST, 1.0)
     return Quantized((x * scale.reciprocal()).to(DTYPE), scale)
 
 
 @jit
 def quantized(values):
-    """(values in e4m3, scale (ROWS, 1)) of whole rows (ROWS, C) in float32, 0 where masked. The reference's to the
-    bit."""
+    """(values in e4m3, scale (ROWS, 1)) of whole float32 rows (ROWS, C), 0 where masked: the reference's bits."""
     largest = tl.max(tl.abs(values), 1, keep_dims=True)
     scale = tl.where(largest < 2.0**-116, 1.0, largest * (1 / 448.0))
     return (values * tl.div_rn(1.0, scale)).to(tl.float8e4nv), scale
@@ -69,7 +67,7 @@ def _quantize_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """A program takes ROWS whole rows: one read of them, and a write of a byte an element."""
+    """A program quantises ROWS whole rows, read once."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     lanes = tl.arange(0, COLUMNS)
     columns = multiple(columns, DIVISIBLE)
@@ -82,13 +80,12 @@ def _quantize_kernel(
 
 
 def whole_rows(columns: int) -> tuple[int, int, int]:
-    """(ROWS, COLUMNS, warps) of a program that works on whole rows: 2048 elements at least, and 16 to 32 a thread,
-    which its registers hold while the largest is found."""
+    """(ROWS, COLUMNS, warps) of a program on whole rows: 2048 elements or more, 16 to 32 a thread, all in registers."""
     padded = power_of_two(columns)
     return max(2048 // padded, 1), padded, min(max(padded // 1024, 4), 32)
 
 
-WARPS = (4, 8, 16, 32)  # that `whole_rows` gives
+WARPS = (4, 8, 16, 32)  # from `whole_rows`
 _quantize_kernels = by_warps(_quantize_kernel, *WARPS)
 
 
@@ -128,16 +125,12 @@ def quantize_rows_triton(x: Tensor) -> Quantized:
     return Quantized(*_quantize_rows(x))
 
 
-_converts: dict[int | None, bool] = {}
+_capability = functools.cache(capability)
 
 
 def converts(device_type: str, index: int | None) -> bool:
-    """Whether kernels can round to e4m3 there: GPUs of compute capability 8.9 and newer do."""
-    if device_type != "cuda":
-        return True
-    if index not in _converts:
-        _converts[index] = capability(index) >= (8, 9)
-    return _converts[index]
+    """Whether kernels on this device can round to e4m3: a GPU needs compute capability 8.9 or newer."""
+    return device_type != "cuda" or _capability(index) >= (8, 9)
 
 
 converts.__dict__["_dynamo_marked_constant"] = True  # torch.compile runs it while tracing
@@ -146,13 +139,13 @@ IMPLEMENTATIONS = {"reference": quantize_rows_reference, "triton": quantize_rows
 
 
 def quantize_rows(x: Tensor) -> Quantized:
-    """Each row of x (..., C) in e4m3 with its own scale: values (..., C) and scale (..., 1), float32, contiguous.
+    """Quantise each row of x (..., C): values (..., C) in e4m3 and scale (..., 1) in float32, contiguous.
 
-    x: float32, float16, bfloat16 or float64 (rounded to float32 first), any strides, any size; rows with two strides,
-        such as the image's rows of a joint attention's output, are read where they are.
+    x: float32, float16, bfloat16 or float64 (rounded to float32 first), any strides, any size. Rows at up to two strides,
+        such as the image's in a joint attention's output, are read without a copy.
 
-    A row of zeros has values 0 and scale 1. A row with NaN or infinity in it has NaN in it. Elements below
-    max|x| / 2^18 of their row become 0: an e4m3 number has three bits after the first, fewer below 2^-6.
+    A row of zeros has values 0 and scale 1. A row with NaN or infinity gets NaN. Elements below max|x| / 2^18 of their
+    row become 0: e4m3 has three mantissa bits, fewer below 2^-6.
 
     Raises TypeError for a dtype or type, ValueError for a scalar, and where x would get a gradient.
     """
@@ -174,7 +167,7 @@ def no_gradient(**arguments: Tensor | None) -> None:
 
 
 def fp8_linear_reference(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The definition: float32 throughout, rounded once."""
+    """The definition: float32, rounded once."""
     with torch.autocast(x.values.device.type, enabled=False):
         out = F.linear(x.values.float() * x.scale, weight.values.float() * weight.scale)
     return (out if bias is None else out + bias.float()).to(dtype)
@@ -184,7 +177,7 @@ def _scaled_product(
     x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype, fast_accum: bool
 ) -> Tensor:
     values = x.values.reshape(-1, x.values.shape[-1]).contiguous()
-    fused = None if bias is None or dtype == torch.float32 else bias.to(dtype)  # the product adds no float32 bias
+    fused = None if bias is None or dtype == torch.float32 else bias.to(dtype)  # _scaled_mm takes no float32 bias
     out = torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
         values,
         weight.values.contiguous().t(),
@@ -209,25 +202,20 @@ def fp8_linear(
 ) -> Tensor:
     """x weight^T + bias for quantised x (..., K) and weight (N, K): (..., N) in `dtype`. No gradient.
 
-    bias (N,): float32, float16 or bfloat16; a GPU rounds it to `dtype` first, as its matrix product adds it.
+    K and N: multiples of 16.
+    bias (N,): float32, float16 or bfloat16; a GPU rounds it to `dtype` first.
     dtype: bfloat16, float16 or float32 (on GPUs, the last on Hopper alone).
-    fast_accum: on a GPU sum up in the tensor cores' own precision, about 14 bits, rather than promote the sums to
-        float32 every few steps.
-    K and N need to be multiples of 16, as the GPU's matrix product wants them. GPUs of compute capability 8.9 and
-    newer run torch._scaled_mm; elsewhere the reference multiplies in float32.
+    fast_accum: on a GPU, sum in the tensor cores' precision, about 14 bits; False promotes sums to float32 at intervals.
+
+    GPUs of compute capability 8.9 and newer run torch._scaled_mm; elsewhere the reference multiplies in float32.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device, and where bias would get a gradient.
     """
     _check(x, weight, bias, dtype)
-    device = x.values.device
-    if (
-        device.type != "cuda"
-        or requested() == "reference"
-        or x.values.numel() == 0
-        or not converts("cuda", device.index)
-    ):
-        return fp8_linear_reference(x, weight, bias, dtype)
-    return _scaled_product(x, weight, bias, dtype, fast_accum)
+    device, on_gpu = x.values.device, x.values.is_cuda and x.values.numel() > 0
+    if on_gpu and requested() != "reference" and converts("cuda", device.index):
+        return _scaled_product(x, weight, bias, dtype, fast_accum)
+    return fp8_linear_reference(x, weight, bias, dtype)
 
 
 def _check(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -254,9 +242,9 @@ def _check(x: Quantized, weight: Quantized, bias: Tensor | None, dtype: torch.dt
 
 
 def _check_quantized(name: str, value: Quantized) -> torch.device:
-    """Returns its device."""
+    """Returns the device."""
     if not isinstance(value, Quantized):
-        raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a Quantized, as quantize_rows makes it")
+        raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a Quantized, from quantize_rows")
     values, scale = value
     if values.dtype != DTYPE or scale.dtype != torch.float32:
         raise TypeError(

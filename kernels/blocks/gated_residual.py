@@ -1,13 +1,10 @@
-"""The residual stream: what a gated branch adds to it, and the adaptive norm that reads it next.
+"""The residual stream: a gated branch is added to it, and the adaptive norm reads the sum.
 
     h = residual + gate (y + bias)
-    n = norm(h);   out = n (1 + scale) + shift        as in adaln_modulate
+    out = norm(h) (1 + scale) + shift        as in adaln_modulate
 
-    residual, y (B, S, C); gate, scale, shift (B, C); bias (C,)
-
-The bias is that of the matrix product which made y: its gradient is a sum that the backward pass here forms anyway.
-
-The reference and the kernels are in adaln.py: these are the cases of its form with gates.
+The bias belongs to the linear layer that made y: the backward pass here computes its gradient's sum anyway. adaln.py has
+the reference and the kernels, of which these are the cases with gates.
 
 Source: arXiv 2212.09748 (DiT), section 3.2; arXiv 2403.03206 (SD3), figure 2. SD3.5 adds two branches at once.
 """
@@ -26,17 +23,12 @@ Biases = Tensor | tuple[Tensor | None, Tensor | None] | None
 
 
 def gated_residual(residual: Tensor, gate: Vectors, y: Vectors, *, bias: Biases = None) -> Tensor:
-    """residual + gate (y + bias). The result has residual's shape and dtype; with pairs for gate and y (and bias) both
-    branches are added, in one pass.
+    """residual + gate (y + bias), in residual's shape and dtype; pairs of gate, y and bias add both branches in one pass.
 
     residual, y (B, S, C); gate (B, C); bias (C,) or None. All receive gradients.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is, and the result is rounded once. Chunks of columns, as gate often is, are
-    read where they are; tokens whose channels are not dense are copied.
-
-    Kept for the backward pass: y, where gate needs a gradient, as in eager mode; the sum y + bias is not. The gradient
-    of residual is that of the result itself.
+    Dtypes, strides and copies: as in adaln_modulate. The result is rounded once. Saved for backward: y, if gate needs a
+    gradient, as in eager; not y + bias.
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
@@ -57,17 +49,16 @@ def gated_residual_adaln(
     eps: float = 1e-6,
     quantize: bool = False,
 ) -> tuple[Any, ...]:
-    """`gated_residual` and the `adaln_modulate` of its result, in one pass: (h, out), or (h, out_1, out_2) where scale
-    and shift are pairs. Equal to calling one after the other.
+    """`gated_residual`, then `adaln_modulate` of its result, in one pass: (h, out), or (h, out_1, out_2) where scale and
+    shift are pairs. The results equal those of the two calls.
 
     residual, y (B, S, C); gate, scale, shift (B, C); bias (C,) or None: as there. All receive gradients.
     norm, eps, quantize: as in adaln_modulate. h is never quantised.
 
-    Kept for the backward pass: h, which the caller keeps anyway as the residual of what follows, and y where gate needs
-    a gradient. In eager mode there is n besides.
+    Saved for backward: h, which the caller keeps anyway, and y if gate needs a gradient. Eager also saves n.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm and for quantize where a
-    tensor would get a gradient.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown norm, and quantize if a tensor needs
+    a gradient.
     """
     gates, ys, biases, arithmetic = _check_gated(residual, gate, y, bias, quantize)
     scales, shifts, arithmetic = check_modulated("residual", residual, scale, shift, norm, eps, quantize, arithmetic)
@@ -78,7 +69,7 @@ def gated_residual_adaln(
 def _check_gated(
     residual: Tensor, gate: Any, y: Any, bias: Any, quantize: bool = False
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor | None, ...], torch.dtype]:
-    """Gates, ys and biases, one each or two, and the dtype of the arithmetic."""
+    """Returns the gates, ys and biases, one each or two, and the arithmetic's dtype."""
     if not quantize and _one_gated(residual, gate, y, bias):
         return (gate,), (y,), (bias,), torch.float32
     ys = entries("y", y)
@@ -95,11 +86,8 @@ def _check_gated(
 
 
 def _one_gated(residual: Tensor, gate: object, y: object, bias: object) -> bool:
-    """Whether these are the usual: one branch, nothing in float64, nothing wrong."""
-    for tensor in (residual, gate, y):
-        if not isinstance(tensor, Tensor):
-            return False
-    if residual.ndim != 3 or isinstance(bias, (tuple, list)):
+    """Whether this is the usual case: one branch, nothing in float64, no error. It skips the slower checks."""
+    if not isinstance(residual, Tensor) or residual.ndim != 3 or gate is None or y is None:
         return False
     shape, device = residual.shape, residual.device
     vectors = checks.alike(shape[::2], device, gate) and checks.alike(shape[2:], device, bias)

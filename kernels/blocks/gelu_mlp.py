@@ -1,12 +1,11 @@
-"""The two matrix products of a transformer's feed-forward and the GELU between them.
+"""The two linear layers of a transformer's feed-forward and the GELU between them.
 
     u = GELU(x W_1^T + b_1)     in the tanh form
     y = u W_2^T
 
-Where cuBLASLt serves, GELU is in the first product's epilogue, and its derivative in that of the backward pass: neither
-reads and writes the widest tensors of a transformer once more. H100, SD3.5-M at batch 4, (16384, 1536) and 6144 wide:
-forward 0.48 ms where product and GELU take 0.54; backward, with a pass for the bias gradient, 0.59 where product and
-GELU's backward pass take 0.65.
+cuBLASLt, where it runs, applies GELU in the first matmul's epilogue, and its derivative in that of the backward pass: no
+pass of its own reads and writes a transformer's widest tensors. H100, SD3.5-M at batch 4, (16384, 1536) and 6144 wide:
+forward 0.48 ms against 0.54 for matmul and GELU; backward, with a pass for the bias gradient, 0.59 against 0.65.
 """
 
 import functools
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.blocks.activation import gelu_tanh
-from dpdmd.kernels.blocks.linear_gelu import epilogue_takes, linear_gelu
+from dpdmd.kernels.blocks.linear_gelu import check_layer, epilogue_takes, linear_gelu
 from dpdmd.kernels.runtime import checks, csrc
 from dpdmd.kernels.runtime.backend import why_not
 from dpdmd.kernels.runtime.kept import gradients_wanted
@@ -28,27 +27,17 @@ from dpdmd.kernels.runtime.saved import Function, save, saved
 
 
 def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tensor:
-    """GELU(x W_1^T + b_1) W_2^T: (..., K_2), in the dtype that F.linear would have. The second bias is left to what
-    follows, such as `gated_residual`.
+    """GELU(x W_1^T + b_1) W_2^T: (..., K_2), in F.linear's dtype. `gated_residual`, for one, can add the second bias.
 
     x (..., K), weight1 (N, K), bias1 (N,), weight2 (K_2, N): float32, float16, bfloat16 or float64, all of one dtype, or
         under autocast any of them. All receive gradients.
 
-    Saved for backward: the weights and what GELU is taken of; x, and what GELU makes, where the weight that multiplies it
-    needs a gradient.
+    Saved for backward: both weights and GELU's input; x if weight1, and GELU's output if weight2, needs a gradient.
 
     Raises TypeError for a dtype or type, ValueError for a shape.
     """
-    for name, value in (("x", x), ("weight1", weight1), ("bias1", bias1), ("weight2", weight2)):
-        checks.floating(name, value)
-    if weight1.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight1.shape[1]:
-        raise ValueError(
-            f"weight1 has shape {tuple(weight1.shape)}; with x {tuple(x.shape)} it needs (N, K), x (..., K)"
-        )
-    if bias1.shape != weight1.shape[:1]:
-        raise ValueError(
-            f"bias1 has shape {tuple(bias1.shape)}; with weight1 {tuple(weight1.shape)} it needs ({len(weight1)},)"
-        )
+    check_layer(x, weight1, bias1, layer="1")
+    checks.floating("weight2", weight2)
     if weight2.ndim != 2 or weight2.shape[1] != len(weight1):
         raise ValueError(
             f"weight2 has shape {tuple(weight2.shape)}; with weight1 {tuple(weight1.shape)} it needs "
@@ -63,7 +52,7 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tens
 
 
 def _in_epilogue(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether the library's products with epilogues serve, and are known to be the faster."""
+    """Whether the library's matmuls with epilogues can run, and are known to be faster."""
     if torch.compiler.is_compiling() or not epilogue_takes(x, *parameters) or not _served(x.device.index):
         return False
     if not x.is_contiguous() or any(tensor.device != x.device for tensor in parameters):
@@ -74,10 +63,8 @@ def _in_epilogue(x: Tensor, *parameters: Tensor) -> bool:
 
 @functools.cache
 def _served(index: int) -> bool:
-    """Measured on Hopper alone, so used there alone."""
-    if capability(index)[0] != 9:
-        return False
-    return not why_not("triton", "cuda", index) and not csrc.missing("cuda", index)
+    """On Hopper alone, as the gain is measured there alone."""
+    return capability(index)[0] == 9 and not why_not("triton", "cuda", index) and not csrc.missing("cuda", index)
 
 
 class _GeluMlp(Function):

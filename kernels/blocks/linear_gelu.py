@@ -1,10 +1,9 @@
-"""A matrix product, its bias and GELU, in one kernel where no gradient is wanted.
+"""A linear layer and GELU, in one kernel if no gradient is wanted.
 
     y = GELU(x W^T + b)     in the tanh form
 
-cuBLASLt applies bias and GELU to the product's float32 sums before it writes them: on H100 0.44 ms for
-(16384, 1536) times (6144, 1536), where the product takes 0.41 and GELU alone 0.13. A pass with gradients needs x W^T + b
-as well: there GELU is an operation of its own, but in `gelu_mlp`, which has both from the product.
+cuBLASLt applies bias and GELU to the float32 sums before it writes them: on H100 0.44 ms for (16384, 1536) times
+(6144, 1536); the matmul takes 0.41 and GELU 0.13. With gradients, which need x W^T + b, GELU is a pass of its own.
 """
 
 import torch
@@ -20,17 +19,12 @@ from dpdmd.kernels.runtime.kept import gradients_wanted
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of x W^T + b: (..., N), in the dtype that F.linear would have.
 
-    x (..., K), weight (N, K), bias (N,): float32, float16 or bfloat16, all of one dtype. All receive gradients; where
-        none is wanted and the tensors are half precision on a GPU, one kernel does it all.
+    x (..., K), weight (N, K), bias (N,): float32, float16 or bfloat16, all of one dtype. All receive gradients. If none is
+        wanted, and the tensors are half precision on a GPU, this is one kernel.
 
     Saved for backward: x, the weight, and x W^T. Raises TypeError for a dtype or type, ValueError for a shape.
     """
-    for name, value in (("x", x), ("weight", weight), ("bias", bias)):
-        checks.floating(name, value)
-    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}; with x {tuple(x.shape)} it needs (N, K), x (..., K)")
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias has shape {tuple(bias.shape)}; with weight {tuple(weight.shape)} it needs (N,)")
+    check_layer(x, weight, bias)
     tensors = x, weight, bias
     if not gradients_wanted(*tensors) and epilogue_takes(*tensors):
         rows = torch._addmm_activation(bias, x.reshape(-1, x.shape[-1]), weight.t(), use_gelu=True)  # pyright: ignore[reportPrivateImportUsage]
@@ -38,8 +32,21 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return gelu_tanh(F.linear(x, weight), bias)
 
 
+def check_layer(x: Tensor, weight: Tensor, bias: Tensor, layer: str = "") -> None:
+    """layer: what the names of the weight and the bias end in."""
+    for name, value in (("x", x), (f"weight{layer}", weight), (f"bias{layer}", bias)):
+        checks.floating(name, value)
+    shape = tuple(weight.shape)
+    if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"weight{layer} has shape {shape}; with x {tuple(x.shape)} it needs (N, K), x (..., K)")
+    if bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias{layer} has shape {tuple(bias.shape)}; with weight{layer} {shape} it needs ({len(weight)},)"
+        )
+
+
 def epilogue_takes(x: Tensor, *parameters: Tensor) -> bool:
-    """Whether cuBLASLt can apply GELU in its tanh form to a product of such tensors: of one half precision on a GPU."""
+    """Whether cuBLASLt can apply GELU in its tanh form to this product: one half precision, on a GPU."""
     if x.device.type != "cuda" or torch.version.cuda is None or requested() == "reference":
         return False
     if x.dtype not in (torch.float16, torch.bfloat16) or torch.is_autocast_enabled("cuda") or x.numel() == 0:

@@ -1,16 +1,15 @@
-"""RMSNorm of each head of q and k, an optional rotary embedding, and q, k, v of one or two streams of tokens written
-into the joint buffers that attention reads.
+"""RMSNorm of q's and k's heads, an optional rotary embedding, and q, k, v of one or two token streams joined for attention.
 
     x = projection + bias                                (H heads of D for each token; q, k and v have one each)
     n = x / sqrt(mean_D(x^2) + eps) * weight             (q and k)
-    y = n cos + rotate(n) sin                            (q and k, where there is an embedding)
+    y = n cos + rotate(n) sin                            (q and k, with a rotary embedding)
     rotate: (a, b) -> (-b, a) for each pair of a head's elements: (2 i, 2 i + 1), or (i, i + D / 2)
 
 Source: arXiv 2403.03206, section 5.3.2 and figure 2 (RMSNorm of q and k, joint attention of image and text); arXiv
 2104.09864, equation 34 (rotary embedding).
 """
 
-# Kernels set and read a variable under one condition on constants; there is always a stream to loop over.
+# Kernels set and read a variable under one condition on constants; loops over streams run at least once.
 # pyright: reportPossiblyUnboundVariable=false
 
 import functools
@@ -31,20 +30,19 @@ from dpdmd.kernels.runtime.saved import Function, save, saved
 from dpdmd.kernels.runtime.tile import multiple, multiples, power_of_two
 
 NUM_WARPS = 4
-# Forward, 16 elements of q, k and v each for every thread, as with fewer a third of the work would be to find them.
-# Half as many with a rotation, whose angles fill registers.
+# Forward: 16 elements of q, k and v each for every thread, as with fewer a third of the work would be addresses; half as
+# many with a rotation, whose angles fill registers.
 TILE = 2048
-# Backward, a program walks along the tokens of a sample, with heads of GROUP elements in all, and takes 8 elements for
-# every thread at a step: 16 bytes of bfloat16.
+# Backward: a program walks a sample's tokens in heads of GROUP elements in all; a step is 8 elements (16 bytes) a thread.
 BACKWARD_TILE = 1024
 GROUP = 512
-# What a step reads is on its way to shared memory two steps before. Without these stages ptxas (CUDA 12.8) saves registers
-# and puts half of a step's loads behind the first half's arithmetic: the memory's latency twice a step.
+# Loads into shared memory run two steps ahead. Without these stages ptxas (CUDA 12.8) saves registers and puts half of a
+# step's loads after the first half's arithmetic: the memory's latency twice a step.
 STAGES = 3
-# Four programs for each of an H100's 132 multiprocessors, as many as its registers hold (128 a thread): all start at
-# once and end together. Each leaves its sums, so more of them would be more to write and read.
+# Four programs for each of an H100's 132 multiprocessors, as many as registers allow (128 a thread): all run at once. More
+# programs would write and read more partial sums.
 PROGRAMS = 4 * 132
-# Rows and columns of these sums that a program of the last launch adds up at a time: 32 columns are 128 bytes.
+# Rows and columns of the partial sums that a program of the last launch adds at a time: 32 columns are 128 bytes.
 SUM_ROWS, SUM_COLUMNS = 64, 32
 
 PARTS = ("q", "k", "v")
@@ -53,10 +51,9 @@ PARTS = ("q", "k", "v")
 class TokenStream(NamedTuple):
     """The projections of one stream of tokens (image or text) and the weights of their norms.
 
-    qkv: (B, S, 3, H, D), what one matrix product with the three weights stacked gives, or q, k, v (B, S, H, D) each.
+    qkv: (B, S, 3, H, D), from one matmul with the three weights stacked, or q, k, v (B, S, H, D) each.
     q_weight, k_weight (D,): None normalises and does not scale.
-    bias: of the three projections, (H * D,) each or None, where it is not yet added. Added here, its gradient is a
-        by-product.
+    bias: those of the three projections, (H * D,) or None each, if they are not yet added.
     """
 
     qkv: Tensor | tuple[Tensor, Tensor, Tensor]
@@ -94,7 +91,7 @@ def qk_norm_reference(
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
-    """x (B, S, H, D) turned by the angles of cos and sin (S, D), or (S, D / 2) with one angle a pair."""
+    """x (B, S, H, D) rotated by the angles of cos and sin (S, D), or (S, D / 2) with one angle a pair."""
     pairs = (-1, 2) if interleaved else (2, -1)
     dim = -1 if interleaved else -2
     a, b = x.unflatten(-1, pairs).unbind(dim)
@@ -104,10 +101,10 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     return x * cos + torch.stack([-b, a], dim).flatten(-2) * sin
 
 
-# Groups of arguments that the kernels hand on: pointers (None where there is nothing), integers and constants. Those of a
-# stream are in the order of the kernels' parameters. q, k and v lie `part_stride` apart where they are packed, and have
-# pointers of their own where that is 0; the tokens come after `offset` others in the joint buffers; `tiles` programs, or
-# `chunks` for each group of heads, work on a sample; the stream's rows of sums begin at `row`.
+# Groups of kernel arguments: pointers (or None), integers and constants. A stream's fields have the order of the kernels'
+# parameters. Packed q, k and v are `part_stride` apart; it is 0 if they are separate. The stream's tokens follow `offset`
+# others in the joint buffers. `tiles` programs (backward: `chunks` for each group of heads) work on a sample, and the
+# stream's rows of sums begin at `row`.
 _Stream = namedtuple(
     "_Stream",
     "q k v q_bias k_bias v_bias q_weight k_weight batch_stride token_stride part_stride length offset tiles",
@@ -128,8 +125,8 @@ _Tile = namedtuple("_Tile", "H TOKENS HEADS GROUPS STAGES DIVISIBLE")
 
 @jit
 def _load(rows, mask, head):
-    """The heads that start at the pointers `rows` (R, 1), in float32: the first elements of their pairs and the
-    second, (R, HALF) each, zeros past the end. All is done to these two, so that no element looks for its other."""
+    """The heads that start at the pointers `rows` (R, 1), in float32: the first elements of the pairs and the second ones,
+    (R, HALF) each, zeros past the end. All arithmetic works on these two, so that a pair's elements are in one thread."""
     if head.INTERLEAVED:
         columns = tl.arange(0, 2 * head.HALF)[None, :]
         heads = tl.load(rows + columns, mask=mask & (columns < head.D), other=0.0).to(tl.float32)
@@ -170,7 +167,7 @@ def _load_angles(ptr, tokens, mask, head):
 
 @jit
 def _plus(pair, bias_ptr, heads, mask, head):
-    """Each head, and its part of the bias where there is one."""
+    """The heads plus their part of the bias, if there is one."""
     first, second = pair
     if bias_ptr is not None:
         bias_first, bias_second = _load(bias_ptr + heads * head.D, mask, head)
@@ -186,13 +183,13 @@ def _mean_of_products(pair, other, head):
 
 @jit
 def _finished(pair, weight_ptr, eps, cos, sin, mask, head):
-    """Heads of q or k after norm, weight and rotation, where there are such."""
+    """Heads of q or k after norm, weight and rotation, each if given."""
     first, second = pair
     if eps is not None:
         scale = tl.rsqrt(_mean_of_products(pair, pair, head) + eps)
         first, second = first * scale, second * scale
     if weight_ptr is not None:
-        # The same for every row, but each thread loads what it needs; a vector would have to be handed around.
+        # The same for every row; a vector of one row would have to be passed between threads.
         weight = _load(weight_ptr + tl.zeros([first.shape[0], 1], tl.int32), mask, head)
         first, second = first * weight[0], second * weight[1]
     if cos is not None:
@@ -246,8 +243,7 @@ def _qk_norm_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """ROWS heads of a sample, token after token: in the first programs of stream 1, then of stream 2. The joint buffers
-    have `total` tokens."""
+    """A program takes ROWS heads of a sample, of stream 1 or then stream 2. The joint buffers have `total` tokens."""
     program = tl.program_id(0)  # 64 bits would take three times as long to divide
     stream = _Stream(
         *(q1_ptr, k1_ptr, v1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
@@ -294,7 +290,7 @@ def _qk_norm_kernel(
 
 @jit
 def _backward(x, bias_ptr, weight_ptr, upstream, dx, cos_ptr, sin_ptr, eps, sums, place, head, tile):
-    """The gradients of q, k or v at a `_Place`: x and dx are `_Walk`s, upstream an `_Upstream`."""
+    """The gradients of q, k or v at the `_Place` place: x and dx are `_Walk`s, upstream an `_Upstream`."""
     upstream_token_stride = multiple(upstream.token_stride, tile.DIVISIBLE)
     upstream_start = (
         place.sample * multiple(upstream.batch_stride, tile.DIVISIBLE) + place.offset * upstream_token_stride
@@ -322,7 +318,7 @@ def _backward(x, bias_ptr, weight_ptr, upstream, dx, cos_ptr, sin_ptr, eps, sums
             y = _load(x.ptr + start * x.token_stride + x_rows, mask, head)
             if bias_ptr is not None:
                 y = (y[0] + bias[0], y[1] + bias[1])
-            # Where there is no token, d is 0, and n has to be a number whatever eps is.
+            # Past the last token d is 0, and n must not be NaN, even if eps is 0.
             scale = tl.where(mask, tl.rsqrt(_mean_of_products(y, y, head) + eps), 0.0)
             n = (y[0] * scale, y[1] * scale)
         if cos_ptr is not None:
@@ -422,7 +418,7 @@ def _qk_norm_backward_kernel(
     ONE_ANGLE: tl.constexpr,
     DIVISIBLE: tl.constexpr,
 ):
-    """A chunk of the tokens of a sample, and a group of heads: q, then k, then v. Each vector has `rows` rows of sums."""
+    """A chunk of a sample's tokens and a group of heads: q, then k, then v. Each vector has `rows` rows of sums."""
     program = tl.program_id(0).to(tl.int64)
     stream = _BackwardStream(
         *(q1_ptr, k1_ptr, q1_bias_ptr, k1_bias_ptr, v1_bias_ptr, q1_weight_ptr, k1_weight_ptr),
@@ -472,7 +468,7 @@ def _qk_norm_backward_kernel(
 
 @jit
 def _column_sums(ptr, columns, inside, first, last, rows, WIDTH: tl.constexpr, SUM_ROWS: tl.constexpr):
-    """Sums over the rows `first` to before `last` of sums (vectors, rows, WIDTH), by columns (vectors * WIDTH)."""
+    """Sums over rows [first, last) of ptr (vectors, rows, WIDTH), for columns of (vectors * WIDTH)."""
     starts = columns // WIDTH * rows * WIDTH + columns % WIDTH
     sums = tl.zeros([SUM_ROWS, columns.shape[0]], tl.float32)
     for start in range(first, last, SUM_ROWS):
@@ -495,7 +491,7 @@ def _vectors_kernel(
     SUM_COLUMNS: tl.constexpr,
     SUM_ROWS: tl.constexpr,
 ):
-    """The gradients of a stream's three biases, then of its two weights, for each stream, in the order of the rows."""
+    """The gradients of stream 1's three biases, then of its two weights; then stream 2's."""
     program = tl.program_id(0).to(tl.int64)
     first, last = 0 * rows1, rows1
     if program >= blocks:
@@ -520,46 +516,27 @@ def _vectors_kernel(
 
 
 class _Slots(NamedTuple):
-    """What the registered operations take for each stream, one after the other: tensors, their gradients, or whether
-    those are wanted. A packed qkv stands for q, and k and v are None."""
+    """A stream's part of the registered operations' arguments: tensors, or whether their gradients are wanted."""
 
-    q: Any
-    k: Any
-    v: Any
-    q_bias: Any
-    k_bias: Any
-    v_bias: Any
-    q_weight: Any
-    k_weight: Any
-
-    @property
-    def projections(self) -> tuple:
-        return self[:3]
-
-    @property
-    def biases(self) -> tuple:
-        return self[3:6]
-
-    @property
-    def weights(self) -> tuple:
-        return self[6:]
+    projections: Sequence[Any]  # of q, k and v; a packed one is q's, and those of k and v are None
+    vectors: Sequence[Any]  # the biases of q, k and v, the weights of q and k
 
 
-SLOTS = len(_Slots._fields)
+SLOTS = 8
 
 
 def _by_stream(slots: Sequence) -> list[_Slots]:
-    return [_Slots(*slots[i : i + SLOTS]) for i in range(0, len(slots), SLOTS)]
+    return [_Slots(slots[i : i + 3], slots[i + 3 : i + SLOTS]) for i in range(0, len(slots), SLOTS)]
 
 
 def _vectors_needed(needed: list[_Slots]) -> tuple[bool, bool]:
-    """Whether any bias, and any weight, is to have a gradient."""
-    return any(any(stream.biases) for stream in needed), any(any(stream.weights) for stream in needed)
+    """Whether any bias, and any weight, needs a gradient."""
+    return any(any(stream.vectors[:3]) for stream in needed), any(any(stream.vectors[3:]) for stream in needed)
 
 
 def _readable(q: Tensor | None, k: Tensor | None, v: Tensor | None) -> tuple[list[Any], int]:
-    """Projections of a stream as the kernels read them: dense heads, and one stride from sample to sample and one from
-    token to token for all, copied where they are not so; and the distance from q to k and k to v in a packed one."""
+    """A stream's projections with dense heads and common strides of samples and of tokens, copied if needed; and the
+    distance from q to k and from k to v if they are packed, else 0."""
     tensors = [q, k, v]
     present = [x for x in tensors if x is not None]
     if not all(x.is_contiguous() for x in present):
@@ -581,12 +558,8 @@ def _heads_dense(x: Tensor) -> bool:
 
 
 def _half(dim: int, interleaved: bool) -> int:
-    """Pairs of a head in a tile. Where they do not rotate, the last one's second element may be missing."""
+    """Pairs of a head in a tile. Without rotation D may be odd: then the last pair has one element."""
     return max(power_of_two(dim) // 2, 1) if interleaved else power_of_two(dim // 2)
-
-
-def _one_angle(cos: Tensor | None, dim: int) -> bool:
-    return cos is not None and cos.shape[1] != dim
 
 
 def _launch(
@@ -603,25 +576,24 @@ def _launch(
     streams, strides, offset = [], [], 0
     for stream in by_stream:
         tensors, part_stride = _readable(*stream.projections)
-        length = stream.q.shape[1]
+        length = tensors[0].shape[1]
         tiles = -(-length * heads // rows)
         strides += *tensors[0].stride()[:2], part_stride
-        tensors += contiguous(*stream.biases, *stream.weights)
+        tensors += contiguous(*stream.vectors)
         streams.append((batch * tiles, _Stream(*(*tensors, *strides[-3:], length, offset, tiles))))
         offset += length
     for programs, *arguments in _launches(streams):
         _qk_norm_kernel(
             programs,
             *(*arguments, *out, offset, *contiguous(cos, sin), eps),
-            *(heads, dim, half, rows, interleaved, _one_angle(cos, dim), multiples(*strides)),
+            *(heads, dim, half, rows, interleaved, cos is not None and cos.shape[1] != dim, multiples(*strides)),
         )
     return out
 
 
 def _launches(streams: list[tuple[int, NamedTuple]]) -> list[tuple]:
-    """Arguments of the kernels, from the programs and the arguments of each stream: all programs, the arguments of
-    streams 1 and 2, and the programs of stream 1. One launch for two streams, where the compiled kernel of one is that of
-    the other."""
+    """Launches for the (programs, arguments) of each stream: all programs, the arguments of streams 1 and 2, the programs
+    of stream 1. Two streams share one launch if they need the same compiled kernel."""
     streams = [(programs, stream) for programs, stream in streams if programs]
     kinds = [[getattr(argument, "dtype", None) for argument in stream] for _, stream in streams]
     if len(streams) == 2 and kinds[0] == kinds[1]:
@@ -631,8 +603,8 @@ def _launches(streams: list[tuple[int, NamedTuple]]) -> list[tuple]:
 
 
 def _empty_results(by_stream: list[_Slots]) -> tuple[Tensor, Tensor, Tensor]:
-    x = by_stream[0].q
-    shape = x.shape[0], sum(stream.q.shape[1] for stream in by_stream), *x.shape[-2:]
+    x = by_stream[0].projections[0]
+    shape = x.shape[0], sum(stream.projections[0].shape[1] for stream in by_stream), *x.shape[-2:]
     q, k, v = (torch.empty(shape, dtype=x.dtype, device=x.device) for _ in range(3))
     return q, k, v
 
@@ -641,7 +613,7 @@ class _BackwardInputs(NamedTuple):
     """The arguments of the backward pass, in the order of the registered operation.
 
     upstream: the gradients of q, k and v, None for zeros.  inputs: the `_Slots` of each stream, without projections that
-        the gradients do not depend on.  needed: which of the slots want a gradient.
+        no gradient depends on.  needed: which of the slots need a gradient.
     lengths, packed: for each stream, its tokens and whether q, k and v are one tensor.  dtype: the projections'.
     """
 
@@ -662,13 +634,12 @@ class _BackwardInputs(NamedTuple):
         return next(x for x in self.upstream if x is not None)
 
     def vector_sizes(self, biases: bool, weights: bool) -> list[int]:
-        """The sizes of a stream's vectors that get gradients together: biases, then weights."""
+        """The sizes of a stream's biases, then of its weights, each if wanted."""
         *_, heads, dim = self.like.shape
         return [heads * dim] * (3 if biases else 0) + [dim] * (2 if weights else 0)
 
     def empty_gradients(self) -> list[Tensor]:
-        """Uninitialised: the gradients of the projections that want one; and where a bias or a weight does, one tensor for
-        those of all biases, or all weights, or both: of `vector_sizes` for stream 1, then for stream 2."""
+        """Uninitialised: the wanted gradients of projections, then one tensor for the vectors of streams 1 and 2."""
         batch, _, heads, dim = self.like.shape
         device, needed = self.like.device, _by_stream(self.needed)
         gradients = []
@@ -677,7 +648,7 @@ class _BackwardInputs(NamedTuple):
             gradients += [torch.empty(shape, dtype=self.dtype, device=device) for x in wanted.projections if x]
         sizes = self.vector_sizes(*_vectors_needed(needed))
         if sizes:
-            dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream[3:] if x is not None}
+            dtypes = {x.dtype for stream in _by_stream(self.inputs) for x in stream.vectors if x is not None}
             dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
             gradients.append(torch.empty(len(self.lengths) * sum(sizes), dtype=dtype, device=device))
         return gradients
@@ -699,21 +670,22 @@ def _launch_backward(*arguments) -> list[Tensor]:
     rows = [batch * count for count in chunks]
     by_stream, needed = _by_stream(call.inputs), _by_stream(call.needed)
     biases, weights = _vectors_needed(needed)
-    # Zeros where a vector is missing, as nothing is written for it.
-    new = torch.empty if all(x is not None for stream in by_stream for x in stream[3:]) else torch.zeros
+    # Zeros if a vector is missing, as the kernel writes no sums for it.
+    new = torch.empty if all(x is not None for stream in by_stream for x in stream.vectors) else torch.zeros
     options = {"dtype": torch.float32, "device": like.device}
     bias_sums = new((3, sum(rows), heads, dim), **options) if biases else None
     weight_sums = new((2, sum(rows), groups, dim), **options) if weights else None
-    upstream = [_zeros(like) if x is None else x if x.stride(3) == 1 else x.contiguous() for x in call.upstream]
+    upstream = [like.new_zeros(dim).expand(like.shape) if x is None else x for x in call.upstream]
+    upstream = [x if x.stride(3) == 1 else x.contiguous() for x in upstream]
     upstream = [_Upstream(x, *x.stride()[:3]) for x in upstream]
     streams, strides, made, offset = [], [s for x in upstream for s in x[1:]], iter(gradients), 0
     for i, (stream, wanted) in enumerate(zip(by_stream, needed, strict=True)):
         (q, k, _), _ = _readable(*stream.projections)
         part_stride = heads * dim if call.packed[i] else 0
         strides += *((0, 0) if q is None else q.stride()[:2]), part_stride
-        of_projections = [next(made) if one else None for one in wanted[: 1 if call.packed[i] else 3]]
+        of_projections = [next(made) if one else None for one in wanted.projections[: 1 if call.packed[i] else 3]]
         of_projections *= 3 // len(of_projections)
-        tensors = q, k, *contiguous(*stream.biases, *stream.weights), *of_projections
+        tensors = q, k, *contiguous(*stream.vectors), *of_projections
         numbers = *strides[-3:], call.lengths[i], offset, chunks[i], sum(rows[:i])
         streams.append((rows[i] * groups, _BackwardStream(*(*tensors, *numbers))))
         offset += call.lengths[i]
@@ -723,7 +695,7 @@ def _launch_backward(*arguments) -> list[Tensor]:
             *(*arguments, *(part for x in upstream for part in x)),
             *(*contiguous(call.cos, call.sin), call.eps, bias_sums, weight_sums, sum(rows), chunk),
             *(heads, dim, half, tokens_each, heads_each, groups, STAGES),
-            *(call.interleaved, _one_angle(call.cos, dim), multiples(*strides)),
+            *(call.interleaved, call.cos is not None and call.cos.shape[1] != dim, multiples(*strides)),
         )
     if biases or weights:
         blocks = -(-gradients[-1].shape[0] // (len(call.lengths) * SUM_COLUMNS))
@@ -737,18 +709,12 @@ def _launch_backward(*arguments) -> list[Tensor]:
 
 @functools.cache
 def _chunk(batch: int, lengths: tuple[int, ...], groups: int, tokens_each: int) -> int:
-    """How many tokens a program of the backward pass walks along: the fewest, in steps of tokens_each, with which there
-    are no more than PROGRAMS programs, if that can be."""
+    """Tokens for a program of the backward pass: the least multiple of tokens_each with PROGRAMS programs or fewer, if any."""
     limit = max(PROGRAMS // groups, 1)
     chunk = -(-batch * sum(lengths) // (limit * tokens_each)) * tokens_each
     while chunk < max(lengths) and sum(batch * -(-length // chunk) for length in lengths) > limit:
         chunk += tokens_each
     return max(chunk, tokens_each)
-
-
-def _zeros(like: Tensor) -> Tensor:
-    """As the kernels read them: one head for all."""
-    return like.new_zeros(like.shape[3]).expand(like.shape)
 
 
 _qk_norm = register(
@@ -770,8 +736,7 @@ class _QkNorm(Function):
     @staticmethod
     def forward(ctx, cos, sin, interleaved, eps, *inputs):
         ctx.interleaved, ctx.eps, ctx.dtype = interleaved, eps, inputs[0].dtype
-        by_stream = _by_stream(inputs)
-        ctx.lengths, ctx.packed = [x.q.shape[1] for x in by_stream], [x.k is None for x in by_stream]
+        ctx.lengths, ctx.packed = [x.shape[1] for x in inputs[::SLOTS]], [x is None for x in inputs[1::SLOTS]]
         kept = list(inputs)
         for i in range(0, len(kept), SLOTS):
             kept[i + 2] = None  # no gradient depends on v, nor on q and k where there is no norm
@@ -820,10 +785,8 @@ def qk_norm_triton(
         inputs += (qkv, None, None) if isinstance(qkv, Tensor) else qkv
         inputs += [*(bias or (None, None, None)), q_weight, k_weight]
     eps = None if eps is None else float(eps)
-    if torch.is_grad_enabled():
-        for x in inputs:
-            if x is not None and x.requires_grad:
-                return _QkNorm.apply(cos, sin, interleaved, eps, *inputs)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs):
+        return _QkNorm.apply(cos, sin, interleaved, eps, *inputs)
     return _qk_norm(inputs, cos, sin, interleaved, eps)
 
 
@@ -831,20 +794,19 @@ IMPLEMENTATIONS = {"reference": qk_norm_reference, "triton": qk_norm_triton}
 
 
 def qk_norm(*streams: TokenStream, eps: float | None = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """(q, k, v), (B, S, H, D) each, contiguous, of the projections' dtype; S is all tokens, those of the first stream
-    before those of the second. A head of q and k is x / sqrt(mean(x^2) + eps) * weight, one of v is x, where x is
-    projection + bias.
+    """(q, k, v), (B, S, H, D) each, contiguous, in the projections' dtype; S is the first stream's tokens, then the second's.
+    With x = projection + bias, a head of q and k is x / sqrt(mean(x^2) + eps) * weight, and one of v is x.
 
-    streams: one or two `TokenStream`s, whose projections have one dtype, B, H and D; any number of tokens, 0 included.
-        Every projection, weight and bias receives a gradient.
-    eps: None for no norm, and then there are no weights.
+    streams: one or two `TokenStream`s, whose projections have one dtype, B, H and D; any number of tokens, also 0. Every
+        projection, weight and bias receives a gradient.
+    eps: None for no norm, and then no weights.
 
-    Tensors are float32, float16 or bfloat16; weights and biases may have others than the projections. Arithmetic is
-    float32, or float64 where any tensor is, and the results are rounded once. Projections are read where they are if
-    their heads are dense, such as parts of the rows of a larger product; upstream gradients if a head's elements are.
+    Tensors are float32, float16 or bfloat16; weights and biases may differ from the projections. Arithmetic is float32, or
+    float64 where any tensor is; results are rounded once. Projections with dense heads, such as slices of a larger
+    matmul's rows, are read without a copy, and so are upstream gradients with dense D.
 
-    For the backward pass the projections of q and k are kept (of a packed one, that is v too) and nothing else; without
-    norm nothing at all. In bfloat16 that is 4 (6) bytes for each of a token's H * D; diffusers' modules keep 16.
+    Saved for backward: the projections of q and k (a packed one includes v); nothing without norm. In bfloat16 that is 4
+    (packed: 6) bytes for each of a token's H * D; diffusers' modules save 16.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and weights without eps.
     """
@@ -855,90 +817,15 @@ def qk_norm(*streams: TokenStream, eps: float | None = 1e-6) -> tuple[Tensor, Te
 def qk_norm_rope(
     *streams: TokenStream, cos: Tensor, sin: Tensor, interleaved: bool = True, eps: float | None = 1e-6
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qk_norm`, and then each pair (a, b) of elements of q and k is (a cos - b sin, b cos + a sin).
+    """`qk_norm`, then each pair (a, b) of elements of q and k becomes (a cos - b sin, b cos + a sin).
 
-    cos, sin (S, D) or (S, D / 2): float32, for the tokens in the order of the results, with an entry for each element
+    cos, sin (S, D) or (S, D / 2): float32, for all tokens in the results' order, with an entry for each element
         (diffusers' FLUX) or for each pair (real and imaginary part of Qwen-Image's frequencies). No gradient.
     interleaved: the pairs are (2 i, 2 i + 1), as in FLUX and Qwen-Image; otherwise (i, i + D / 2).
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
     arithmetic, device, length, dim = _check(streams, eps)
-    _check_angles(cos, sin, interleaved, arithmetic, device, length, dim)
-    run = choose("qk_norm_rope", IMPLEMENTATIONS, device, arithmetic)
-    return run(streams, cos, sin, interleaved, eps, arithmetic)
-
-
-VECTORS = ("q_weight", "k_weight", "bias of q", "bias of k", "bias of v")
-
-
-def _check(streams: tuple[TokenStream, ...], eps: float | None) -> tuple[torch.dtype, torch.device, int, int]:
-    """Returns the dtype of the arithmetic, the device, and S and D of the results."""
-    if not 1 <= len(streams) <= 2:
-        raise ValueError(f"got {len(streams)} streams of tokens; it needs one or two")
-    if eps is not None:
-        checks.number("eps", eps)
-    like, total, heads, dim = None, 0, 0, 0
-    for stream in streams:
-        if not isinstance(stream, TokenStream):
-            raise TypeError(f"a stream is a {type(stream).__name__}; it needs to be a TokenStream")
-        qkv, q_weight, k_weight, bias = stream
-        packed = isinstance(qkv, Tensor)
-        if not packed and not (isinstance(qkv, (tuple, list)) and len(qkv) == 3):
-            raise TypeError(f"qkv is {_described(qkv)}; it needs to be a tensor (B, S, 3, H, D), or q, k and v")
-        length = None
-        for name, x in (("qkv", qkv),) if packed else zip(PARTS, qkv, strict=True):
-            checks.floating(name, x)
-            shape = x.shape
-            if len(shape) != (5 if packed else 4) or (packed and shape[2] != 3):
-                wanted = "(B, S, 3, H, D)" if packed else "(B, S, H, D)"
-                raise ValueError(f"{name} has shape {tuple(shape)}; it needs {wanted}")
-            if like is None:
-                like, dtype, device = x, x.dtype, x.device
-                batch, heads, dim = shape[0], shape[-2], shape[-1]
-            if length is None:
-                length = shape[1]
-            if shape[0] != batch or shape[1] != length or shape[-2] != heads or shape[-1] != dim:
-                raise ValueError(
-                    f"{name} has shape {tuple(shape)}; it needs B, H, D = {batch}, {heads}, {dim}, as the first "
-                    f"projection has, and S = {length}, as the first of its stream has"
-                )
-            if x.dtype != dtype:
-                raise TypeError(f"{name} has dtype {x.dtype}; it needs the first projection's, {dtype}")
-            if x.device != device:
-                raise ValueError(f"{name} is on {x.device}; it needs to be on {device} like the first projection")
-        total += shape[1]
-    arithmetic = torch.float64 if dtype == torch.float64 else torch.float32
-    for _, q_weight, k_weight, bias in streams:
-        if bias is None:
-            bias = (None, None, None)
-        elif not (isinstance(bias, (tuple, list)) and len(bias) == 3):
-            raise TypeError(f"bias is {_described(bias)}; it needs to be those of q, k and v")
-        for name, vector in zip(VECTORS, (q_weight, k_weight, *bias), strict=True):
-            if vector is None:
-                continue
-            checks.floating(name, vector)
-            size = dim if name.endswith("weight") else heads * dim
-            if vector.shape != (size,):
-                raise ValueError(f"{name} has shape {tuple(vector.shape)}; it needs ({size},)")
-            if vector.device != device:
-                raise ValueError(f"{name} is on {vector.device}; it needs to be on {device} like the projections")
-            if vector.dtype == torch.float64:
-                arithmetic = torch.float64
-        if eps is None and not (q_weight is None and k_weight is None):
-            raise ValueError("eps is None, which means no norm, and there is a weight; it needs an eps, or no weights")
-    return arithmetic, device, total, dim
-
-
-def _described(value: object) -> str:
-    if isinstance(value, (tuple, list)):
-        return f"a {type(value).__name__} of {len(value)}"
-    return f"a {type(value).__name__}"
-
-
-def _check_angles(
-    cos: Tensor, sin: Tensor, interleaved: bool, arithmetic: torch.dtype, device: torch.device, length: int, dim: int
-) -> None:
     if not isinstance(interleaved, bool):
         raise TypeError(f"interleaved is a {type(interleaved).__name__}; it needs to be a bool")
     if dim % 2:
@@ -955,3 +842,68 @@ def _check_angles(
             raise ValueError(f"{name} is on {angle.device}; it needs to be on {device} like the projections")
     if cos.shape != sin.shape:
         raise ValueError(f"sin has shape {tuple(sin.shape)}; it needs cos's shape {tuple(cos.shape)}")
+    run = choose("qk_norm_rope", IMPLEMENTATIONS, device, arithmetic)
+    return run(streams, cos, sin, interleaved, eps, arithmetic)
+
+
+VECTORS = ("q_weight", "k_weight", "bias of q", "bias of k", "bias of v")
+
+
+def _check(streams: tuple[TokenStream, ...], eps: float | None) -> tuple[torch.dtype, torch.device, int, int]:
+    """Returns the arithmetic's dtype, the device, and S and D of the results."""
+    if not 1 <= len(streams) <= 2:
+        raise ValueError(f"got {len(streams)} streams of tokens; it needs one or two")
+    if eps is not None:
+        checks.number("eps", eps)
+    like, total, heads, dim, wide = None, 0, 0, 0, False
+    for stream in streams:
+        if not isinstance(stream, TokenStream):
+            raise TypeError(f"a stream is a {type(stream).__name__}; it needs to be a TokenStream")
+        qkv, q_weight, k_weight, bias = stream
+        packed = isinstance(qkv, Tensor)
+        if not packed and not (isinstance(qkv, (tuple, list)) and len(qkv) == 3):
+            raise TypeError(f"qkv is {_described(qkv)}; it needs to be a tensor (B, S, 3, H, D), or q, k and v")
+        length = None
+        for name, x in (("qkv", qkv),) if packed else zip(PARTS, qkv, strict=True):
+            checks.floating(name, x)
+            shape = x.shape
+            if len(shape) != (5 if packed else 4) or (packed and shape[2] != 3):
+                wanted = "(B, S, 3, H, D)" if packed else "(B, S, H, D)"
+                raise ValueError(f"{name} has shape {tuple(shape)}; it needs {wanted}")
+            if like is None:
+                like, dtype, device, (batch, *_, heads, dim) = x, x.dtype, x.device, shape
+            if length is None:
+                length = shape[1]
+            if shape[0] != batch or shape[1] != length or shape[-2] != heads or shape[-1] != dim:
+                raise ValueError(
+                    f"{name} has shape {tuple(shape)}; it needs B, H, D = {batch}, {heads}, {dim} like the first "
+                    f"projection, and S = {length} like the first of its stream"
+                )
+            if x.dtype != dtype:
+                raise TypeError(f"{name} has dtype {x.dtype}; it needs the first projection's, {dtype}")
+            if x.device != device:
+                raise ValueError(f"{name} is on {x.device}; it needs to be on {device} like the first projection")
+        total += shape[1]
+        if bias is None:
+            bias = (None, None, None)
+        elif not (isinstance(bias, (tuple, list)) and len(bias) == 3):
+            raise TypeError(f"bias is {_described(bias)}; it needs to be those of q, k and v")
+        for name, vector in zip(VECTORS, (q_weight, k_weight, *bias), strict=True):
+            if vector is None:
+                continue
+            checks.floating(name, vector)
+            size = dim if name.endswith("weight") else heads * dim
+            if vector.shape != (size,):
+                raise ValueError(f"{name} has shape {tuple(vector.shape)}; it needs ({size},)")
+            if vector.device != device:
+                raise ValueError(f"{name} is on {vector.device}; it needs to be on {device} like the projections")
+            wide = wide or vector.dtype == torch.float64
+        if eps is None and not (q_weight is None and k_weight is None):
+            raise ValueError("eps is None, which means no norm, but there is a weight; it needs an eps, or no weights")
+    return torch.float64 if wide or dtype == torch.float64 else torch.float32, device, total, dim
+
+
+def _described(value: object) -> str:
+    if isinstance(value, (tuple, list)):
+        return f"a {type(value).__name__} of {len(value)}"
+    return f"a {type(value).__name__}"

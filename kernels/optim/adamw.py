@@ -4,31 +4,30 @@
     m = beta1 m + (1 - beta1) g,    v = beta2 v + (1 - beta2) g^2
     p = (1 - lr weight_decay) p - lr / (1 - beta1^step) m / (sqrt(v) / sqrt(1 - beta2^step) + eps)
 
-p is the float32 master, and a copy of it, rounded, is the weight that the network computes with. The update takes m and v
-as they were computed; what is stored of them, and read by the next step, has 4, 2 or 1 bytes an element.
+p is the float32 master; the network computes with the weight, a rounded copy of it. The update uses m and v as computed;
+stored for the next step, they have 4, 2 or 1 bytes an element.
 
-Fewer than 4 bytes are rounded stochastically: to the neighbour above with the probability of the way there, else to the
-one below, so that the expectation is the value itself. Rounded to the nearest, v would stand still: with beta2 = 0.999 a
-step lowers it by 0.1 % at most, and neighbours lie 0.4 to 0.8 % apart in bfloat16.
+2 bytes and 1 are rounded stochastically, so that the expectation is the value itself. Rounded to the nearest, v would
+stand still: with beta2 = 0.999 a step lowers it by at most 0.1 %, and bfloat16's neighbours are 0.4 to 0.8 % apart.
 
-bfloat16 holds m and v. The 8-bit form holds m and sqrt(v), a scale for each block of 256, and for each element a code c of
-4 exponent bits and M mantissa bits that stands for
+bfloat16 holds m and v. The 8-bit form holds m and sqrt(v): a scale for each block of 256, and for each element a code c of
+4 exponent bits and M mantissa bits, with the value
 
-    c 2^-M where c < 2^M,    else (1 + (c mod 2^M) 2^-M) 2^(c // 2^M - 1),    times the scale
+    c 2^-M if c < 2^M,    else (1 + (c mod 2^M) 2^-M) 2^(c // 2^M - 1),    times the scale
 
-with M = 3 and a sign for m, and M = 4 for sqrt(v), which has none to store. Every code is finite. A block reaches from its
-largest value down to about 2^-17 of it (m) and 2^-18 (sqrt(v)). A v above 0 never gets the code 0, which would have its
-update divided by eps: an element that small beside its block's largest sees too large a v, and moves less. Scales are
-powers of two, so that dividing by one is exact: what does not change keeps its value when its block's scale does.
+M is 3 for m, beside a sign, and 4 for sqrt(v). Every code is finite. A block reaches from its largest value down to about
+2^-17 of it (m) and 2^-18 (sqrt(v)). A v above 0 never gets the code 0, which would divide its update by eps: such a small
+element gets too large a v, and moves less. Scales are powers of two, so that dividing by one is exact: an unchanged
+element keeps its value when its block's scale changes.
 
-Element i takes 16 bits for each moment from word i % 4 of Philox4x32-10's counter i // 4, the upper half for m. Nothing
-else is random, every operation is rounded by itself and no elements are added up: all devices write the same bits.
+Element i takes 16 random bits for each moment from word i % 4 of Philox4x32-10's counter i // 4, the upper half for m.
+Every operation is rounded by itself and no elements are added up: all devices write the same bits.
 
 Sources: arXiv 1711.05101 (AdamW), in the order of torch.optim.AdamW; arXiv 2110.02861 (8-bit moments in blocks).
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -41,20 +40,19 @@ from dpdmd.kernels.runtime.philox import LOW, Philox, philox4x32
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.tile import multiple
 
-BLOCK = 256  # elements to a scale: its four bytes are 1.6 % of the block's
+BLOCK = 256  # elements a scale, whose four bytes are 1.6 % of theirs
 MANTISSA = 3  # of exp_avg, beside its sign
 ROOT_MANTISSA = 4  # of sqrt(exp_avg_sq)
 NUM_WARPS = 8
-# Blocks of a program. Four elements to a thread: float32's accesses are 16 bytes wide and no value passes from thread to
-# thread. In 8 bits eight, so that one warp finds a block's largest.
+# Blocks of a program. Four elements a thread: float32's accesses are 16 bytes wide, and threads exchange no values. In 8
+# bits eight, so that one warp finds a block's largest.
 ROWS, ROWS_FLOAT8 = 4, 8
-# The reference's temporaries are of so many elements: they stay in a CPU's cache.
-CHUNK = 1 << 18
+CHUNK = 1 << 18  # elements of the reference's temporaries, which stay in a CPU's cache
 
 
 @dataclass(frozen=True)
 class Float8State:
-    """A moment in 8 bits. Zeros stand for a moment of zeros."""
+    """A moment in 8 bits; zeros are a moment of zeros."""
 
     values: Tensor  # (n,) uint8: codes, of the moment or of its root
     scales: Tensor  # (ceil(n / 256),) float32
@@ -67,7 +65,7 @@ class Float8State:
 
 
 class Coefficients(NamedTuple):
-    """What an element's arithmetic takes of the hyperparameters, worked out in float64."""
+    """The factors in an element's arithmetic, computed from the hyperparameters in float64."""
 
     beta1: float
     rest1: float  # 1 - beta1
@@ -81,37 +79,34 @@ class Coefficients(NamedTuple):
     @staticmethod
     def of(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, step: int) -> "Coefficients":
         beta1, beta2 = betas
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         return Coefficients(
-            *(float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2),
-            *(1.0 - lr * weight_decay, lr / correction1, correction2**-0.5, float(eps)),
+            *(float(beta1), 1.0 - beta1, float(beta2), 1.0 - beta2, 1.0 - lr * weight_decay),
+            *(lr / (1 - beta1**step), (1 - beta2**step) ** -0.5, float(eps)),
         )
 
 
-# Codes. A position counts them in fixed point: the code in front of 23 - M bits of the way to the next. From 1 on these
-# are float32's own bits, less those of what would be below.
-
-POSITIONS = 126 << 23  # the bits of 1.0, whose code is 2^M
+# A position is a code in fixed point, with 23 - M fractional bits: from 1.0 on, float32's bits minus POSITIONS.
+POSITIONS = 126 << 23  # 1.0 then has the code 2^M
 TOP = 14  # exponent of the largest code's number
 INFINITE = 0x7F800000
 
 
 def _power(field: Tensor) -> Tensor:
-    """The power of two that has this exponent field in float32."""
+    """The power of two with this exponent field in float32."""
     return (field << 23).view(torch.float32)
 
 
 def encode(x: Tensor, random: Tensor, mantissa: int) -> tuple[Tensor, Tensor]:
-    """Codes (blocks, 256), int32, and scales (blocks, 1) of x (blocks, 256), float32, not negative, by 16 random bits an
-    element. A block with NaN or infinity in it has the scale NaN."""
+    """Codes (blocks, 256), int32, and scales (blocks, 1) of x (blocks, 256), float32, not negative, with 16 random bits an
+    element. A block with NaN or infinity gets the scale NaN."""
     shift = 23 - mantissa
     largest = x.view(torch.int32).amax(dim=1, keepdim=True)
-    # The largest is rounded up before it chooses, so no value passes the largest code.
+    # The largest is rounded up before it sets the scale, so no value exceeds the largest code.
     field = (((largest + (1 << shift)) >> 23) - TOP).clamp(min=1)
     number = x * _power(254 - field)
     fixed = (number.clamp(max=1) * 2.0**23).to(torch.int32)
     position = torch.where(number < 1, fixed, number.view(torch.int32) - POSITIONS)
-    dither = (random << (shift - 16)) + (1 << (shift - 17))  # the middle of what 16 bits leave open
+    dither = (random << (shift - 16)) + (1 << (shift - 17))  # plus half of the last random bit: unbiased
     return (position + dither) >> shift, torch.where(largest < INFINITE, _power(field), torch.nan)
 
 
@@ -123,7 +118,7 @@ def decode(codes: Tensor, scales: Tensor, mantissa: int) -> Tensor:
 
 
 def exp_avg_of(state: Float8State) -> Tensor:
-    """The first moment (n,), float32, that a state stands for."""
+    """The first moment (n,), float32, of a state."""
     codes = _blocks(state.values.int())
     magnitude = decode(codes & 127, state.scales[:, None], MANTISSA)
     signed = (magnitude.view(torch.int32) | ((codes >> 7) << 31)).view(torch.float32)
@@ -131,18 +126,18 @@ def exp_avg_of(state: Float8State) -> Tensor:
 
 
 def exp_avg_sq_of(state: Float8State) -> Tensor:
-    """The second moment (n,), float32, that a state stands for."""
+    """The second moment (n,), float32, of a state."""
     root = decode(_blocks(state.values.int()), state.scales[:, None], ROOT_MANTISSA)
     return (root * root).flatten()[: state.values.numel()]
 
 
 def _blocks(x: Tensor) -> Tensor:
-    """x (n,) as (ceil(n / 256), 256), with zeros to fill the last."""
+    """x (n,) as (ceil(n / 256), 256), padded with zeros."""
     return F.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
 def random_halves(key: Philox, first: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(count,) int32 in [0, 2^16), of both moments of elements first and on; first is a multiple of 4."""
+    """(count,) int32 in [0, 2^16), for each moment, of elements from `first`, a multiple of 4."""
     counter = torch.arange(first // 4, (first + count + 3) // 4, device=device)
     zero = torch.zeros_like(counter)
     words = torch.stack(philox4x32((counter & LOW, counter >> 32, zero, zero), key.words), dim=-1).flatten()[:count]
@@ -150,7 +145,7 @@ def random_halves(key: Philox, first: int, count: int, device: torch.device) -> 
 
 
 def round_to_bfloat16(x: Tensor, random: Tensor) -> Tensor:
-    """x, float32, stochastically rounded by 16 random bits: exactly those that bfloat16 lacks."""
+    """x, float32, stochastically rounded by 16 random bits, as many as bfloat16 drops."""
     rounded = ((x.view(torch.int32) + random) & -0x10000).view(torch.float32)
     return torch.where(x.isnan(), x, rounded).to(torch.bfloat16)  # NaN's bits may overflow
 
@@ -162,6 +157,14 @@ class Moments(NamedTuple):
     exp_avg_scale: Tensor | None
     exp_avg_sq: Tensor
     exp_avg_sq_scale: Tensor | None
+
+    def part(self, elements: slice) -> "Moments":
+        """Those of some elements, which begin and end with a block."""
+        blocks = slice(elements.start // BLOCK, elements.stop // BLOCK)
+        return Moments(
+            *(self.exp_avg[elements], None if self.exp_avg_scale is None else self.exp_avg_scale[blocks]),
+            *(self.exp_avg_sq[elements], None if self.exp_avg_sq_scale is None else self.exp_avg_sq_scale[blocks]),
+        )
 
     def read(self) -> tuple[Tensor, Tensor]:
         if self.exp_avg_scale is None or self.exp_avg_sq_scale is None:
@@ -193,42 +196,12 @@ class Moments(NamedTuple):
 
 
 def _write(target: Tensor, value: Tensor, apply: Tensor | None) -> None:
-    """Where `apply` says so, without asking the device what it says."""
+    """Write where `apply` is True, without a synchronisation to read it."""
     value = value.to(target.dtype)
     target.copy_(value if apply is None else torch.where(apply, value, target))
 
 
 def adamw_step_reference(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_scale: Tensor | None,
-    exp_avg_sq: Tensor,
-    exp_avg_sq_scale: Tensor | None,
-    gradient: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    apply: Tensor | None,
-    coefficients: Coefficients,
-    key: Philox | None,
-) -> None:
-    """The definition, chunk by chunk."""
-    for first in range(0, master.numel(), CHUNK):
-        elements = slice(first, first + CHUNK)
-        blocks = slice(first // BLOCK, (first + CHUNK) // BLOCK)
-        reference_chunk(
-            first,
-            master[elements],
-            Moments(
-                *(exp_avg[elements], None if exp_avg_scale is None else exp_avg_scale[blocks]),
-                *(exp_avg_sq[elements], None if exp_avg_sq_scale is None else exp_avg_sq_scale[blocks]),
-            ),
-            *(gradient[elements], None if weight is None else weight[elements]),
-            *(scale, apply, coefficients, key),
-        )
-
-
-def reference_chunk(
-    first: int,
     master: Tensor,
     moments: Moments,
     gradient: Tensor,
@@ -237,21 +210,24 @@ def reference_chunk(
     apply: Tensor | None,
     c: Coefficients,
     key: Philox | None,
+    first: int = 0,
 ) -> None:
-    """The definition for elements `first` and on, a multiple of 256. Products and sums are separate operations: PyTorch's
-    compound ones round once or twice, as the device has it."""
-    m, v = moments.read()
-    g = gradient.float()
-    if scale is not None:
-        g = g * scale
-    m = c.beta1 * m + c.rest1 * g
-    v = c.beta2 * v + c.rest2 * (g * g)
-    root = v.double().sqrt().float()  # rounded once; a CPU's float32 root may be an ulp off
-    p = c.decay * master - c.step_size * (m / (root * c.root_factor + c.eps))
-    _write(master, p, apply)
-    if weight is not None:
-        _write(weight, p, apply)
-    moments.write(m, v, root, apply, random_halves(key, first, master.numel(), master.device) if key else None)
+    """The definition, in chunks; master[0] is element `first`, a multiple of 256, of the stream `key`. Products and sums are
+    separate operations: whether PyTorch's compound ones round once or twice depends on the device."""
+    for start in range(0, master.numel(), CHUNK):
+        elements = slice(start, start + CHUNK)
+        p, g, stored = master[elements], gradient[elements].float(), moments.part(elements)
+        m, v = stored.read()
+        if scale is not None:
+            g = g * scale
+        m = c.beta1 * m + c.rest1 * g
+        v = c.beta2 * v + c.rest2 * (g * g)
+        root = v.double().sqrt().float()  # rounded once; a CPU's float32 root may be an ulp off
+        new = c.decay * p - c.step_size * (m / (root * c.root_factor + c.eps))
+        _write(p, new, apply)
+        if weight is not None:
+            _write(weight[elements], new, apply)
+        stored.write(m, v, root, apply, random_halves(key, first + start, p.numel(), p.device) if key else None)
 
 
 @jit
@@ -283,7 +259,7 @@ def _decoded(codes, scale, MANTISSA: tl.constexpr):
 
 @jit
 def _random_words(key, blocks, BLOCK: tl.constexpr):
-    """(ROWS, BLOCK) uint32: those of a counter follow one another."""
+    """(ROWS, BLOCK) uint32; the four words of a counter are consecutive."""
     counters = (blocks * (BLOCK // 4))[:, None] + tl.arange(0, BLOCK // 4)[None, :]
     zero = tl.zeros_like(counters).to(tl.uint32)
     r0, r1, r2, r3 = tl.philox(key, counters.to(tl.uint32), (counters >> 32).to(tl.uint32), zero, zero)
@@ -380,32 +356,22 @@ def _adamw_kernel(
             tl.store(exp_avg_sq_scale_ptr + blocks[:, None], scale, mask=inside)
 
 
-def _launch(
-    master: Tensor,
-    exp_avg: Tensor,
-    exp_avg_scale: Tensor | None,
-    exp_avg_sq: Tensor,
-    exp_avg_sq_scale: Tensor | None,
-    gradient: Tensor,
-    weight: Tensor | None,
-    scale: Tensor | None,
-    apply: Tensor | None,
-    coefficients: list[float],
-    key: int,
-) -> None:
+def _launch(*arguments) -> None:
+    """arguments: in the order of the registered operation."""
+    *tensors, apply, coefficients, key = arguments
+    master, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, _, weight, _ = tensors
     size = master.numel()
-    whole = size // BLOCK  # blocks; what is left is a launch of its own, as its accesses are an element wide
+    whole = size // BLOCK  # blocks; the rest is another launch, as its accesses are one element wide
     rows = ROWS if exp_avg_scale is None else ROWS_FLOAT8
     apply = None if apply is None else apply.view(torch.uint8)
     for blocks, first, end in ((whole, 0, whole * BLOCK), (int(size % BLOCK > 0), whole, size)):
         if blocks:
             _adamw_kernel(
                 -(-blocks // rows),
-                *(master, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, gradient, weight, scale, apply),
-                *(*coefficients, key, first, end),
+                *(*tensors, apply, *coefficients, key, first, end),
                 *(end % BLOCK == 0, rows, BLOCK, MANTISSA, ROOT_MANTISSA),
             )
-    # Autograd should know what was written: a weight that a backward pass still wants, for one.
+    # For autograd: a backward pass may still need a written tensor, such as a weight.
     written = (master, exp_avg, exp_avg_scale, exp_avg_sq, exp_avg_sq_scale, weight)
     torch.autograd.graph.increment_version([tensor for tensor in written if tensor is not None])
 
@@ -419,9 +385,8 @@ _adamw_step = register(
 )
 
 
-def adamw_step_triton(*arguments) -> None:
-    *tensors, coefficients, key = arguments
-    _adamw_step(*tensors, list(coefficients), 0 if key is None else key.key)
+def adamw_step_triton(master, moments, gradient, weight, scale, apply, c, key) -> None:
+    _adamw_step(master, *moments, gradient, weight, scale, apply, list(c), 0 if key is None else key.key)
 
 
 IMPLEMENTATIONS = {"reference": adamw_step_reference, "triton": adamw_step_triton}
@@ -443,7 +408,7 @@ def adamw_step(
     apply: Tensor | None = None,
     key: Philox | None = None,
 ) -> None:
-    """One step of AdamW, in place: writes master, both moments and weight, and reads the rest. No gradient passes.
+    """One step of AdamW, in place: writes master, both moments and weight. Not differentiable.
 
     master (n,): float32.
     exp_avg, exp_avg_sq (n,): both float32; both bfloat16, stochastically rounded; or both a `Float8State`. Zeros before
@@ -452,24 +417,24 @@ def adamw_step(
     weight (n,): float32, bfloat16 or float16; receives the new master, rounded to the nearest.
     step: 1 for the first, for the bias correction.
     scale: float32 (), a factor for the gradient: 1 / accumulated batches, clipping.
-    apply: bool (); where it is False nothing is written. The device alone looks into both.
-    key: the stream of the random bits; moments of fewer than 4 bytes need one, of its own for each tensor and step, and
-        float32 ones read none.
+    apply: bool (); if False, nothing is written. Neither scale nor apply makes the host wait.
+    key: the stream of the random bits, another one for each tensor and step; required unless the moments are float32.
 
-    All are contiguous, on one device, of any size. Arithmetic is float32, and what is written is the same to the bit
-    from every implementation and launch, as long as the gradient is finite. One that is not, with `apply` None or True,
-    makes the master and the moments of its element NaN or infinite; in 8 bits, the moments of its block NaN. A CUDA graph
-    and a graph of torch.compile bake the numbers and the key in.
+    All are contiguous, on one device, of any size. Arithmetic is float32, and all implementations write the same bits, as
+    long as the gradient is finite. A gradient that is not, with `apply` None or True, makes its element's master and
+    moments NaN or infinite; in 8 bits, its block's moments NaN. CUDA graphs and torch.compile bake in numbers and key.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number out of range and a missing
-    key.
+    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number or a missing key.
     """
-    states = _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply)
+    moments = _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply)
     check_hyperparameters(lr, betas, eps, weight_decay)
-    _check_step(step)
+    if isinstance(step, bool) or not isinstance(step, int):
+        raise TypeError(f"step is a {type(step).__name__}; it needs to be an int")
+    if step < 1:
+        raise ValueError(f"step is {step}; it needs to be 1 for the first, 2 for the next")
     if key is not None and not isinstance(key, Philox):
         raise TypeError(f"key is a {type(key).__name__}; it needs to be a Philox")
-    if states[0].dtype == torch.float32:
+    if moments.exp_avg.dtype == torch.float32:
         key = None
     elif key is None:
         raise ValueError("key is None; moments of fewer than 4 bytes need a Philox, as they are stochastically rounded")
@@ -478,15 +443,14 @@ def adamw_step(
     coefficients = Coefficients.of(lr, betas, eps, weight_decay, step)
     with torch.no_grad():
         run = choose("adamw_step", IMPLEMENTATIONS, master.device, torch.float32)
-        run(master, *states, gradient, weight, scale, apply, coefficients, key)
+        run(master, moments, gradient, weight, scale, apply, coefficients, key)
 
 
 _ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple[Any, ...]:
-    """Returns exp_avg, its scales, exp_avg_sq, its scales."""
-    _floating("master", master, (torch.float32,))
+def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> Moments:
+    _check_dtype("master", master, (torch.float32,))
     if master.ndim != 1:
         raise ValueError(f"master has shape {tuple(master.shape)}; it needs one dimension: (n,)")
     if isinstance(exp_avg, Float8State) != isinstance(exp_avg_sq, Float8State):
@@ -494,30 +458,25 @@ def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple
             f"exp_avg is a {type(exp_avg).__name__} and exp_avg_sq a {type(exp_avg_sq).__name__}; both need to be the same"
         )
     size = master.shape
-    named = {"master": (master, size), "gradient": (gradient, size)}
-    _floating("gradient", gradient, _ROUNDED)
+    wanted = [("master", master, (torch.float32,), size), ("gradient", gradient, _ROUNDED, size)]
     if isinstance(exp_avg, Float8State):
-        states = (exp_avg.values, exp_avg.scales, exp_avg_sq.values, exp_avg_sq.scales)
+        moments = Moments(exp_avg.values, exp_avg.scales, exp_avg_sq.values, exp_avg_sq.scales)
         blocks = (-(-size[0] // BLOCK),)
-        for name, values, scales in zip(("exp_avg", "exp_avg_sq"), states[::2], states[1::2], strict=True):
-            _floating(f"{name}.values", values, (torch.uint8,))
-            _floating(f"{name}.scales", scales, (torch.float32,))
-            named |= {f"{name}.values": (values, size), f"{name}.scales": (scales, blocks)}
+        for name, state in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            wanted.append((f"{name}.values", state.values, (torch.uint8,), size))
+            wanted.append((f"{name}.scales", state.scales, (torch.float32,), blocks))
     else:
-        states = (exp_avg, None, exp_avg_sq, None)
-        for name, values in zip(("exp_avg", "exp_avg_sq"), states[::2], strict=True):
-            _floating(name, values, (torch.float32, torch.bfloat16))
-            named[name] = values, size
-        if exp_avg.dtype != exp_avg_sq.dtype:
-            raise TypeError(f"exp_avg_sq has dtype {exp_avg_sq.dtype}; it needs exp_avg's, {exp_avg.dtype}")
-    if weight is not None:
-        _floating("weight", weight, _ROUNDED)
-        named["weight"] = weight, size
-    for name, value, dtype in (("scale", scale, torch.float32), ("apply", apply, torch.bool)):
-        if value is not None:
-            _floating(name, value, (dtype,))
-            named[name] = value, ()
-    for name, (value, shape) in named.items():
+        moments = Moments(exp_avg, None, exp_avg_sq, None)
+        for name, values in (("exp_avg", exp_avg), ("exp_avg_sq", exp_avg_sq)):
+            wanted.append((name, values, (torch.float32, torch.bfloat16), size))
+    options = (
+        ("weight", weight, _ROUNDED, size),
+        ("scale", scale, (torch.float32,), ()),
+        ("apply", apply, (torch.bool,), ()),
+    )
+    wanted += [option for option in options if option[1] is not None]
+    for name, value, dtypes, shape in wanted:
+        _check_dtype(name, value, dtypes)
         if value.shape != shape:
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; with master {tuple(size)} it needs {tuple(shape)}"
@@ -526,10 +485,12 @@ def _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply) -> tuple
             raise ValueError(f"{name} has strides {value.stride()}; it needs to be contiguous")
         if value.device != master.device:
             raise ValueError(f"{name} is on {value.device}; it needs to be on master's device {master.device}")
-    return states
+    if moments.exp_avg.dtype != moments.exp_avg_sq.dtype:
+        raise TypeError(f"exp_avg_sq has dtype {moments.exp_avg_sq.dtype}; it needs exp_avg's, {moments.exp_avg.dtype}")
+    return moments
 
 
-def _floating(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_dtype(name: str, value: object, dtypes: tuple[torch.dtype, ...]) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a torch.Tensor")
     if value.dtype not in dtypes:
@@ -547,10 +508,3 @@ def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, wei
         checks.number(f"betas[{index}]", beta)
         if not 0 <= beta < 1:
             raise ValueError(f"betas[{index}] is {beta}; it needs to be in [0, 1)")
-
-
-def _check_step(step: int) -> None:
-    if isinstance(step, bool) or not isinstance(step, int):
-        raise TypeError(f"step is a {type(step).__name__}; it needs to be an int")
-    if step < 1:
-        raise ValueError(f"step is {step}; it needs to be 1 for the first, 2 for the next")

@@ -169,14 +169,14 @@ def test_xformers_missing(make, monkeypatch):
 
 @pytest.mark.parametrize("backend", ["cudnn", "efficient"])
 def test_cuda_backend_on_cpu(make, backend):
-    with pytest.raises(RuntimeError, match=f"backend='{backend}' needs CUDA tensors and q is on cpu, where 'auto'"):
+    with pytest.raises(RuntimeError, match=f"backend='{backend}' needs CUDA tensors and q is on cpu; use 'auto'"):
         attention(*make((1, 2, 2, 1, 8)), backend=backend)
 
 
 @pytest.mark.filterwarnings("ignore:.*kernel")
 def test_kernel_that_does_not_serve_the_tensors(randn):
     q = randn(1, 2, 1, 16)[..., ::2]
-    with pytest.raises(RuntimeError, match=r"backend='flash' does not serve q \(1, 2, 1, 8\).*float32 on cpu.*'auto'"):
+    with pytest.raises(RuntimeError, match=r"backend='flash' cannot run q \(1, 2, 1, 8\).*float32 on cpu.*'auto'"):
         attention(q, q, q, backend="flash")
 
 
@@ -330,15 +330,15 @@ def test_triton_operations(make):
 @pytest.mark.parametrize(
     ("shape", "dtype", "scale", "message"),
     [
-        ((1, 2, 2, 1, 8), torch.float32, None, "of float16 or bfloat16, and q has torch.float32"),
-        ((1, 2, 2, 1, 256), torch.float16, None, "heads of up to 128, in multiples of 8, and q's have 256"),
-        ((1, 2, 2, 1, 12), torch.float16, None, "heads of up to 128, in multiples of 8, and q's have 12"),
+        ((1, 2, 2, 1, 8), torch.float32, None, "needs float16 or bfloat16, and q has torch.float32"),
+        ((1, 2, 2, 1, 256), torch.float16, None, "needs heads of up to 128, in multiples of 8, and q's have 256"),
+        ((1, 2, 2, 1, 12), torch.float16, None, "needs heads of up to 128, in multiples of 8, and q's have 12"),
         ((1, 2, 2, 1, 8), torch.float16, -1.0, "needs a scale above 0, and got -1.0"),
     ],
 )
 def test_triton_errors(make, shape, dtype, scale, message):
     inputs = [tensor.cuda() if ON_GPU else tensor for tensor in make(shape, dtype)]
-    with pytest.raises(RuntimeError, match=f"backend='triton' does not serve these tensors: .*{message}.*'auto'"):
+    with pytest.raises(RuntimeError, match=f"backend='triton' cannot run these tensors: .*{message}.*'auto'"):
         attention(*inputs, scale=scale, backend="triton")
 
 

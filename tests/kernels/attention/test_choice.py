@@ -246,7 +246,7 @@ def test_every_choice_is_the_tables(measured):
     ],
 )
 def test_other_tables_are_refused(measured, table):
-    with pytest.raises(ValueError, match="table is none that known_times gives"):
+    with pytest.raises(ValueError, match="table is not one of known_times"):
         choice.agree_on(table)
     assert choice._agreed is None
 

@@ -272,8 +272,8 @@ def test_opcheck(inputs, form):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     x, bias, upstream = (tensor.to(device) for tensor in inputs(form, 2, 5, 24))
     for bias_or_none in (bias, None):
-        torch.library.opcheck(torch.ops.dpdmd.activation_triton.default, (x, bias_or_none, form))
-        torch.library.opcheck(torch.ops.dpdmd.activation_quantized_triton.default, (x, bias_or_none, form))
+        for quantize in (False, True):
+            torch.library.opcheck(torch.ops.dpdmd.activation_triton.default, (x, bias_or_none, form, quantize))
     backward = torch.ops.dpdmd.activation_backward_triton.default
     for wanted in ((True, True), (True, False), (False, True)):
         torch.library.opcheck(backward, (x, bias, upstream, form, *wanted))

@@ -79,7 +79,7 @@ def test_errors(make):
         ValueError, match=r"weight has shape \(40, 23\); with x \(3, 24\) it needs \(N, K\), x \(..., K\)"
     ):
         linear_gelu(x, weight[:, 1:], bias)
-    with pytest.raises(ValueError, match=r"bias has shape \(39,\); with weight \(40, 24\) it needs \(N,\)"):
+    with pytest.raises(ValueError, match=r"bias has shape \(39,\); with weight \(40, 24\) it needs \(40,\)"):
         linear_gelu(x, weight, bias[1:])
     with pytest.raises(TypeError, match="bias is a NoneType"):
         linear_gelu(x, weight, None)

@@ -618,7 +618,7 @@ def test_errors(make, implementation):
     )
     refused(ValueError, "bias of q is on meta", stream._replace(bias=(stream.bias[0].to("meta"), None, None)))
     refused(TypeError, "bias is a Tensor; it needs to be those of q, k and v", stream._replace(bias=stream.bias[0]))
-    refused(ValueError, "eps is None, which means no norm, and there is a weight", stream, eps=None)
+    refused(ValueError, "eps is None, which means no norm, but there is a weight", stream, eps=None)
     refused(TypeError, "eps is a str; it needs to be a float", stream, eps="1")
     refused(ValueError, r"cos has shape \(2, 16\); it needs \(3, 16\) or \(3, 8\)", stream, cos=cos[:2], sin=sin)
     refused(ValueError, r"sin has shape \(3, 8\); it needs cos's shape \(3, 16\)", stream, cos=cos, sin=sin[:, :8])

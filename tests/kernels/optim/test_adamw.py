@@ -9,12 +9,12 @@ from dpdmd.kernels.optim.adamw import (
     BLOCK,
     Coefficients,
     Moments,
+    adamw_step_reference,
     decode,
     encode,
     exp_avg_of,
     exp_avg_sq_of,
     random_halves,
-    reference_chunk,
     round_to_bfloat16,
 )
 from dpdmd.kernels.runtime.launch import kernel, tl
@@ -637,7 +637,7 @@ class TestOnGpu:
             expected[start] = master[span].clone(), Moments(*stored[0], *stored[1]), scales
             key = Philox(3) if form == "float8" else None
             arguments = gradient[span], None, None, None, Coefficients.of(step=1, **SETTINGS), key
-            reference_chunk(start, *expected[start][:2], *arguments)
+            adamw_step_reference(*expected[start][:2], *arguments, first=start)
         with use_backend("triton"):
             adamw_step(master, *states, gradient, weight=weight, step=1, key=Philox(3), **SETTINGS)
         # The chunk at 0 ends inside a block that the tensor does not end in: its last block's scale differs.

@@ -50,7 +50,7 @@ SEEN = {
     "gated_residual": {"adaln_triton", "adaln_backward_triton"},
     "gated_residual_adaln": {"adaln_triton", "adaln_backward_triton"},
     "gelu_tanh": {"activation_triton", "activation_backward_triton"},
-    "gelu_tanh, quantised": {"activation_quantized_triton"},
+    "gelu_tanh, quantised": {"activation_triton"},
     "swiglu": {"activation_triton", "activation_backward_triton"},
     "linear_gelu": {"activation_triton", "activation_backward_triton"},
     "gelu_mlp": {"activation_triton", "activation_backward_triton"},
