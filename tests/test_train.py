@@ -415,13 +415,16 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
         (
             ["engine.offload=cpu", "critic_optimizer.name=deepspeed"],
-            "critic_optimizer.name = deepspeed with state = float32 cannot be; auto or torch with float32 can",
+            "critic_optimizer.name = deepspeed and state = float32: offload needs name auto or torch, and state=float32",
         ),
         (
             ["engine.offload=nvme", "engine.nvme_path={tmp}", "ema={{decay: 0.5}}"],
             "ema averages masters, which engine.offload = nvme keeps on the disk",
         ),
-        (["model.teacher_storage=float8", "engine.zero.teacher=0"], "but there is engine.zero.teacher = 0"),
+        (
+            ["model.teacher_storage=float8", "engine.zero.teacher=0"],
+            "needs ZeRO stage 3 and no LoRA, but engine.zero.teacher = 0",
+        ),
         (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),
     ],
 )

@@ -132,7 +132,7 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[str]:
 
 
 def _read_text(path: Path, where: str) -> str:
-    data = read_file(path, where)
+    data = read_file(path, f"{where}: ")
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
