@@ -1,4 +1,4 @@
-"""The bars that show how far a run has come, and the run's timings."""
+"""Progress bars and timings of a run."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpdmd.engine.world import World
 
 
 class EncodingProgress:
-    """A bar for the prompts that this process encodes."""
+    """A progress bar of the prompts that this process encodes."""
 
     def __init__(self):
         self._bar = None
@@ -31,7 +31,7 @@ class EncodingProgress:
 
 
 class Progress:
-    """A bar with rates and the time left on the main process, and the run's timings."""
+    """The run's timings, and on the main process a progress bar."""
 
     def __init__(self, config: Config, first: int, world: World):
         self._world = world
@@ -62,7 +62,7 @@ class Progress:
         return self._latest
 
     def summary(self, predicted_peak: float) -> dict[str, float]:
-        """Median seconds an update of each role, and the peak of device memory, as planned (in bytes) and as it was."""
+        """Median seconds an update of each role, and the peak of device memory in GiB, planned (given in bytes) and real."""
         summary = {
             f"{role}_seconds": sorted(seconds)[len(seconds) // 2] for role, seconds in self._seconds.items() if seconds
         }
