@@ -12,7 +12,6 @@ begin with `~` or `~user`.
 from __future__ import annotations
 
 import difflib
-import itertools
 import json
 import os
 import re
@@ -191,18 +190,14 @@ class ModelConfig(_Section):
         description="Teacher: a diffusers pipeline folder, a hub id, or 'demo' for the small one that ships here.",
     )
     student: Location | None = Field(
-        default=None, description="Pipeline whose transformer the student starts from (default: teacher)."
+        default=None, description="Pipeline of the initial student (default: the teacher)."
     )
-    critic: Location | None = Field(
-        default=None, description="Pipeline whose transformer the critic starts from (default: teacher)."
-    )
+    critic: Location | None = Field(default=None, description="Pipeline of the initial critic (default: the teacher).")
     family: Location | None = Field(
         default=None,
         description="Model family: a file of backbones/ or a Python file of your own (default: by the pipeline's class).",
     )
-    random_init: bool = Field(
-        default=False, description="Build the networks from their configuration, with random weights (benchmarks)."
-    )
+    random_init: bool = Field(default=False, description="Random weights instead of the pipeline's (benchmarks).")
     revision: Name | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     resolution: Size = Field(default=1024, description="Height and width of the images, in pixels.")
     max_sequence_length: Size = Field(
@@ -211,7 +206,7 @@ class ModelConfig(_Section):
         "takes 512 (configs/flux_lora.yaml). SD3's CLIP tokens (77) come on top.",
     )
     embedded_guidance: Guidance = Field(
-        default=3.5, description="Guidance that guidance-distilled models (FLUX.1-dev) take as an input."
+        default=3.5, description="Guidance input of guidance-distilled models (FLUX.1-dev)."
     )
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         default="auto",
@@ -222,9 +217,7 @@ class ModelConfig(_Section):
         description="float8: the teacher's shard is kept and gathered in FP8, one byte a weight, and converted to dtype for a "
         "phase; this rounds its weights (needs ZeRO stage 3 and no LoRA).",
     )
-    fuse: bool = Field(
-        default=True, description="Use the fused transformer blocks on a GPU (dpdmd.kernels.fuse_transformer)."
-    )
+    fuse: bool = Field(default=True, description="Fused blocks on a GPU (dpdmd.kernels.fuse_transformer).")
     fp8: Annotated[Literal["off", "no_grad"], BeforeValidator(_off)] = Field(
         default="off",
         description="no_grad: FP8 matmuls in passes without gradient (needs fuse, and a GPU with FP8).",
@@ -233,7 +226,7 @@ class ModelConfig(_Section):
 
 class PromptsConfig(_Section):
     file: Location | None = Field(
-        default=None, description="Prompts: .txt (one a line), .jsonl or .csv (default: the list of the world)."
+        default=None, description=".txt (one prompt a line), .jsonl or .csv (default: the world's)."
     )
     field: Name = Field(default="prompt", description="Key (.jsonl) or column (.csv) that holds the prompt.")
     encoding: Literal["cache", "stream"] = Field(
@@ -241,7 +234,7 @@ class PromptsConfig(_Section):
         description="cache: encode every prompt once, then train without text encoders; stream: encode each batch.",
     )
     cache_dir: Location | None = Field(
-        default=None, description="Folder of the embedding cache (default: <output_dir>/embeddings)."
+        default=None, description="Folder of embeddings (default: <output_dir>/embeddings)."
     )
     encode_batch_size: Size = Field(default=32, description="Prompts encoded at a time.")
     negative_prompt: str | None = Field(
@@ -326,12 +319,8 @@ class ZeroConfig(_Section):
     teacher: Annotated[Literal[0, 3], BeforeValidator(_stage)] = Field(
         default=3, description="ZeRO stage of the frozen teacher. 3: its weights are sharded; 0: each process has all."
     )
-    student: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(
-        default=3, description="ZeRO stage of the student: 3."
-    )
-    critic: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(
-        default=3, description="ZeRO stage of the critic: 3."
-    )
+    student: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(default=3, description="ZeRO stage; always 3.")
+    critic: Annotated[Literal[3], BeforeValidator(_own_stage)] = Field(default=3, description="ZeRO stage; always 3.")
 
 
 class KeptPassesConfig(_Section):
@@ -368,9 +357,7 @@ class EngineConfig(_Section):
         description="Keep masters and moments in host memory (cpu) or under nvme_path (nvme), and update them on the CPU with "
         "torch's AdamW.",
     )
-    nvme_path: Location | None = Field(
-        default=None, description="Folder on a local NVMe disk for temporary files of offload = nvme."
-    )
+    nvme_path: Location | None = Field(default=None, description="Folder on a local NVMe disk, for offload = nvme.")
     deepspeed: Annotated[dict[str, Any], PlainValidator(_deepspeed)] | None = Field(
         default=None,
         description="DeepSpeed's own settings for offload, a JSON file or a mapping: aio.* (nvme) and "
@@ -382,7 +369,7 @@ class EngineConfig(_Section):
 class LoraConfig(_Section):
     rank: Size = Field(default=64, description="Rank of the adapters.")
     alpha: Number | None = Field(
-        default=None, ge=1e-3, le=1e6, description="Adapters are scaled by alpha / rank (default: rank)."
+        default=None, ge=1e-3, le=1e6, description="Scales adapters by alpha / rank (default: rank)."
     )
     targets: list[Name] | None = Field(
         default=None,
@@ -405,9 +392,7 @@ class EvaluationConfig(_Section):
         description="Name of a world that ships, or package.module:attribute of your own (default: model.pipeline, if it is "
         "such a name).",
     )
-    every: CountFrom0 = Field(
-        default=0, description="Student updates between measurements of the student; 0: only at the end."
-    )
+    every: CountFrom0 = Field(default=0, description="Student updates between measurements; 0: only at the end.")
     num_prompts: int = Field(default=64, ge=1, le=4096, description="Evaluation prompts.")
     num_samples: Size = Field(default=16, description="Samples a prompt.")
 
@@ -418,14 +403,10 @@ class RunConfig(_Section):
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of all random numbers.")
     log_every: Count = Field(default=1, description="Updates between lines of metrics.")
     sample_every: CountFrom0 = Field(default=0, description="Student updates between sample grids; 0 for none.")
-    sample_prompts: list[str] = Field(
-        default=[], description="Prompts of the sample grids (default: the first of the prompt file)."
-    )
+    sample_prompts: list[str] = Field(default=[], description="Prompts of sample grids (default: the first prompts).")
     checkpoint_every: CountFrom0 = Field(default=0, description="Iterations between checkpoints; 0: only at the end.")
     keep_checkpoints: Count = Field(default=2, description="Number of newest checkpoints to keep.")
-    max_bad_updates: Count = Field(
-        default=10, description="The run stops after this many updates in a row that are not finite."
-    )
+    max_bad_updates: Count = Field(default=10, description="Non-finite updates in a row that stop the run.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events if tensorboard is installed.")
     wandb: Name | None = Field(default=None, description="Weights & Biases project to log to (needs wandb).")
 
@@ -441,9 +422,7 @@ class Config(_Section):
         default=None,
         description="Train student and critic as adapters on the teacher's weights, not as copies of them.",
     )
-    ema: EmaConfig | None = Field(
-        default=None, description="Exponential moving average of the student; the average is exported."
-    )
+    ema: EmaConfig | None = Field(default=None, description="Export an exponential moving average of the student.")
     evaluation: EvaluationConfig = EvaluationConfig()
     run: RunConfig = RunConfig()
 
@@ -471,9 +450,7 @@ class Config(_Section):
                 f"would never be updated; {distill.critic_updates + 1} iterations or more are needed"
             )
         grid, steps = distill.student_grid, distill.student_steps
-        if isinstance(grid, list) and (
-            len(grid) != steps or any(a <= b for a, b in itertools.pairwise(grid)) or min(grid) <= 0
-        ):
+        if isinstance(grid, list) and (len(grid) != steps or grid != sorted({*grid}, reverse=True) or grid[-1] <= 0):
             raise ValueError(
                 f"distill.student_grid = {shown(grid)}: {steps} falling times above 0 are needed "
                 "(distill.student_steps of them; the end at 0 is not listed)"
@@ -504,8 +481,8 @@ class Config(_Section):
             for role in TRAINED:
                 if getattr(model, role) is not None:
                     raise ValueError(
-                        f"model.{role} = {getattr(model, role)!r} with lora, where the {role} is an adapter on the teacher: "
-                        f"set model.{role}=null or lora=null"
+                        f"model.{role} = {getattr(model, role)!r} with lora: the {role} is an adapter on the teacher's "
+                        f"weights; set model.{role}=null or lora=null"
                     )
         if self.prompts.file is None and self.world is None:
             raise ValueError(
@@ -554,7 +531,7 @@ class Config(_Section):
             raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a local disk")
         if engine.offload == "nvme" and self.ema is not None:
             raise ValueError(
-                "ema averages masters, which engine.offload = nvme keeps on the disk: set ema=null or engine.offload=cpu"
+                "ema with engine.offload = nvme: the masters must be in memory; set ema=null or offload=cpu"
             )
 
 
@@ -735,10 +712,8 @@ class _Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name = key.tag, key.value if isinstance(key, yaml.ScalarNode) else id(key)
             if name in seen:
-                first = seen[name].start_mark.line + 1
-                raise ComposerError(
-                    None, None, f"the key {shown(key.value)} stands twice, in line {first} too", key.start_mark
-                )
+                problem = f"the key {shown(key.value)} stands twice, in line {seen[name].start_mark.line + 1} too"
+                raise ComposerError(None, None, problem, key.start_mark)
             seen[name] = key
         return node
 
@@ -866,10 +841,8 @@ def _section_needed(parts: list[str]) -> str:
     if section is Config:
         return "sections with keys are needed"
     fields = {name: field.default for name, field in section.model_fields.items()}
-    name = next(
-        (name for name, default in fields.items() if isinstance(default, str | int | float)), next(iter(fields))
-    )
-    prefix = ".".join(parts)
+    plain = [name for name, default in fields.items() if isinstance(default, str | int | float)]
+    name, prefix = [*plain, *fields][0], ".".join(parts)
     default = json.dumps(fields[name]).strip('"')
     text = f"a section with keys is needed, for example {prefix}.{name}={default}"
     return f"{text}; {prefix}={{}} takes its defaults, {prefix}=null leaves it out" if optional else text

@@ -235,8 +235,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, as `writing` does. Raises ValueError for a number that is not finite, OSError if the file
-    cannot be written."""
+    """Writes a value as JSON, as `writing` does. Raises ValueError for a number that is not finite, and OSError."""
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
@@ -331,8 +330,7 @@ def publish(unfinished: str | Path, final: str | Path) -> None:
 
 
 def remove(path: Path, *, must: bool = False) -> None:
-    """Deletes a folder and everything in it, a file, or a link (not its target), as far as possible. must: raises OSError
-    if something is left."""
+    """Deletes a folder, a file or a link (not its target), as far as possible. must: raises OSError if anything is left."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:

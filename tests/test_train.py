@@ -409,7 +409,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["student_optimizer={{state: float8, name: torch}}"], "state = float8 needs name = fused"),
         (
             ["engine.offload=cpu", "critic_optimizer.state=bfloat16"],
-            "critic_optimizer.name = auto with state = bfloat16",
+            "critic_optimizer.name = auto and state = bfloat16: offload needs",
         ),
         (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
@@ -419,7 +419,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (
             ["engine.offload=nvme", "engine.nvme_path={tmp}", "ema={{decay: 0.5}}"],
-            "ema averages masters, which engine.offload = nvme keeps on the disk",
+            "ema with engine.offload = nvme: the masters must be in memory; set ema=null or offload=cpu",
         ),
         (
             ["model.teacher_storage=float8", "engine.zero.teacher=0"],

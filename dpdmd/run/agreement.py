@@ -43,13 +43,9 @@ def check_alike(world: World) -> None:
         "DPDMD_ATTENTION": os.environ.get("DPDMD_ATTENTION"),
         **{f"{name} kernels": not why_not(name, device.type, device.index) for name in ("cuda", "triton")},
     }
-    for rank, theirs in enumerate(world.gather(mine)):
-        for name, value in theirs.items():
-            if value != mine[name]:
-                raise ConfigError(
-                    f"{name} = {value!r} in process {rank} and {mine[name]!r} in process {world.rank}: all machines of a "
-                    "run need the same environment (DPDMD_KERNELS=triton needs no compiled kernels)"
-                )
+    _check_same(
+        world, mine, "all machines of a run need the same environment (DPDMD_KERNELS=triton needs no compiled kernels)"
+    )
 
 
 def check_settings(world: World, config: Config, prompts: list[str], **options: Any) -> None:
@@ -58,14 +54,16 @@ def check_settings(world: World, config: Config, prompts: list[str], **options: 
     mine = {name: str(value) for name, value in flattened(config.model_dump(mode="json"))}
     mine |= {f"--{name}": str(value) for name, value in options.items()}
     mine["the content of prompts.file"] = digest_of(prompts)
+    _check_same(world, mine, "start all processes of a run with the same settings")
+
+
+def _check_same(world: World, mine: dict[str, Any], advice: str) -> None:
     first, *others = world.gather(mine)
     for rank, theirs in enumerate(others, start=1):
         for name in {**first, **theirs}:
-            if first.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"{name} = {theirs.get(name)} in process {rank} and {first.get(name)} in process 0: start all processes "
-                    "of a run with the same settings"
-                )
+            ours, other = first.get(name), theirs.get(name)
+            if ours != other:
+                raise ConfigError(f"{name} = {other} in process {rank} and {ours} in process 0: {advice}")
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:

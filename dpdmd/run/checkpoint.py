@@ -183,9 +183,7 @@ class Checkpoints:
                 tensors = self._copy(name, tensors) if copied else {key: x.cpu() for key, x in tensors.items()}
                 entry = {"path": name, "role": role, "rank": self._world.rank, "group": group}
                 if networks[role].swaps:  # a group's tensors exist only during its turn of this loop
-                    self._together(
-                        lambda n=name, t=tensors, i=iteration: self._write_file(final, n, t, i), main_only=False
-                    )
+                    self._together(partial(self._write_file, final, name, tensors, iteration), main_only=False)
                     tensors = {}
                 files.append((name, tensors, entry))
         if copied and self._world.device.type == "cuda":
@@ -255,9 +253,8 @@ class Checkpoints:
             return False
         if self._host:
             return True
-        needed = sum(
-            x.nbytes for role in TRAINED for _, tensors in networks[role].state_groups() for x in tensors.values()
-        )
+        groups = (tensors for role in TRAINED for _, tensors in networks[role].state_groups())  # one at a time
+        needed = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = min(self._world.gather(_HOST_SHARE * available_memory() - needed)) > 0
         if not room:
@@ -282,8 +279,7 @@ class Checkpoints:
         return copies
 
     def _write(self, final: Path, files: _Files, contents: dict[str, Any]) -> float:
-        """Writes this process's files, then, on the main process, the index with `contents` and all files' entries. Returns
-        the seconds it took."""
+        """Writes this process's files, then the index (`contents` and the files of all processes). Returns the seconds."""
         began = time.perf_counter()
         entries, problem = [], None
         try:
@@ -475,10 +471,8 @@ class Checkpoints:
             network = networks[role]
             layout, saved = network.layout(), checkpoint.layout(role)
             if layout.sizes != saved.sizes:
-                different = next(iter(layout.sizes.items() ^ saved.sizes.items()))[0]
-                raise ConfigError(
-                    f"--resume: {checkpoint.path} has other parameters of the {role} than this run, such as {different}"
-                )
+                name, _ = next(iter(layout.sizes.items() ^ saved.sizes.items()))
+                raise ConfigError(f"--resume: {checkpoint.path} has other parameters of the {role}, such as {name}")
             source = SavedRole(checkpoint.path / role, saved)
             broken: list[str] = []  # names of tensors
             network.load(checkpoint.state["updates"][role], partial(self._group, source, layout, broken))

@@ -20,6 +20,7 @@ import secrets
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -154,14 +155,14 @@ class EmbeddingCache:
     def verify(self, prompts: Iterable[str], rank: int = 0, world_size: int = 1) -> None:
         """Reads this rank's share of the embeddings, except those verified before, up to 4 GB in all. Damaged ones are
         missing from then on; one log line a shard names them."""
-        damaged: dict[Path, int] = {}
+        damaged: Counter[Path] = Counter()
         for prompt in _share(prompts, rank, world_size):
             key = _key(prompt)
             if self._left_to_verify > 0 and key in self._places and key not in self._verified:
                 try:
                     row = self._row(key)
                 except _Unusable as error:
-                    damaged[error.path] = damaged.get(error.path, 0) + 1
+                    damaged[error.args[1]] += 1
                 else:
                     self._verified.add(key)
                     self._left_to_verify -= sum(tensor.nbytes for tensor in row.values())
@@ -243,9 +244,8 @@ class EmbeddingCache:
                 if _key(prompt) in self._lost:
                     raise DamagedFile(self._lost[_key(prompt)])
             if absent:
-                raise LookupError(
-                    f"no embedding of {absent[0]!r} in {self.folder} ({len(absent)} of {len(prompts)} prompts have none)"
-                )
+                share = f"{len(absent)} of {len(prompts)} prompts have none"
+                raise LookupError(f"no embedding of {absent[0]!r} in {self.folder} ({share})")
             rows = {prompt: self._sound_row(prompt) for prompt in dict.fromkeys(prompts)}
         layout = self._layout or {}
         found = {name: torch.empty(len(prompts), *shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
@@ -262,10 +262,11 @@ class EmbeddingCache:
             self.refresh()  # another run may have encoded it again
             with contextlib.suppress(_Unusable, KeyError):
                 return self._row(key)
-            aside = _set_aside(error.path) or "it has been set aside"
+            problem, path = error.args
+            aside = _set_aside(path) or "it has been set aside"
             message = (
-                f"{error.path} is damaged: the embedding of {_short(prompt)} {error}; {aside}, and the next start "
-                "(--resume) encodes its prompts anew"
+                f"{path} is damaged: the embedding of {_short(prompt)} {problem}; {aside}, and the next start (--resume) "
+                "encodes its prompts anew"
             )
             self._lost[key] = message
             raise DamagedFile(message) from error
@@ -318,11 +319,7 @@ class _NotOurs(Exception):
 
 
 class _Unusable(Exception):
-    """An embedding that cannot be used; the message says why. path: of its shard."""
-
-    def __init__(self, message: str, path: Path):
-        super().__init__(message)
-        self.path = path
+    """An embedding that cannot be used. args: why, the path of its shard."""
 
 
 class _Shard:
@@ -352,9 +349,8 @@ class _Shard:
         self.keys, self.digests = _rows(file.read(_KEYS)), _rows(file.read(_DIGESTS))
         if _index_digest(text_key, file.layout, self.keys, self.digests) != file.metadata.get("sha256"):
             raise DamagedFile(f"{path} is damaged: its header, keys and digests are not what was written")
-        self.layout = {
-            name: (dtype, shape[1:]) for name, (dtype, shape) in file.layout.items() if name not in (_KEYS, _DIGESTS)
-        }
+        embeddings = {name: each for name, each in file.layout.items() if name not in (_KEYS, _DIGESTS)}
+        self.layout = {name: (dtype, shape[1:]) for name, (dtype, shape) in embeddings.items()}
 
     @property
     def path(self) -> Path:

@@ -145,11 +145,19 @@ def check_export(trainer) -> None:
     """Raises RunStopped if the student is unchanged or broken after the last update. All processes call."""
     updates = trainer.networks["student"].updates
     if updates == 0:
-        raise RunStopped(
-            f"the student was never updated, so it is not exported: it is still the teacher. {trainer.describe_skipped()}"
-        )
+        skipped = trainer.describe_skipped()
+        raise RunStopped(f"the student was never updated, so it is not exported: it is still the teacher. {skipped}")
     if problem := _problem_of_export(trainer):
-        raise RunStopped(f"after {updates} updates {problem}, so it is not exported; {_describe_rate(trainer.config)}")
+        config = trainer.config
+        optimizer, average = (
+            config.student_optimizer,
+            "null" if config.ema is None else f"{{decay: {config.ema.decay}}}",
+        )
+        raise RunStopped(
+            f"after {updates} updates {problem}, so it is not exported; student_optimizer.lr = {optimizer.lr:g}, warmup = "
+            f"{optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = {config.engine.clip:g} and ema = {average} decide "
+            "how far it moves"
+        )
 
 
 def _problem_of_export(trainer) -> str | None:
@@ -177,14 +185,6 @@ def _problem_of_export(trainer) -> str | None:
 
 
 _LARGEST_LATENTS = 1000.0  # latents of pictures have a root mean square of about 1
-
-
-def _describe_rate(config: Config) -> str:
-    optimizer, average = config.student_optimizer, "null" if config.ema is None else f"{{decay: {config.ema.decay}}}"
-    return (
-        f"student_optimizer.lr = {optimizer.lr:g}, warmup = {optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = "
-        f"{config.engine.clip:g} and ema = {average} decide how far it moves"
-    )
 
 
 def doubts(config: Config) -> list[str]:

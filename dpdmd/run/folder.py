@@ -77,8 +77,7 @@ def _form(pattern: str) -> re.Pattern:
 
 
 def check_place(folder: Path, embeddings: Path | str | None = None) -> None:
-    """Raises ConfigError if a run cannot use this output folder or cache folder, as far as can be told without creating
-    them."""
+    """Raises ConfigError if a run cannot use these folders, as far as can be told without creating them."""
     if problem := problem_of_place(folder) or _within_a_run(folder):
         raise ConfigError(f"run.output_dir = {str(folder)!r}: {problem}")
     if embeddings is not None and (problem := _within_a_run(Path(embeddings), folder)):

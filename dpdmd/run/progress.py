@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from dpdmd.config import TRAINED, Config
 from dpdmd.engine.world import World
+from dpdmd.run.checkpoint import global_batch
 
 
 class EncodingProgress:
@@ -35,7 +36,7 @@ class Progress:
 
     def __init__(self, config: Config, first: int, world: World):
         self._world = world
-        self._samples = config.engine.batch_size * config.engine.accumulation * world.size
+        self._samples = global_batch(config, world.size)
         self._last = time.perf_counter()
         self._seconds = {role: [] for role in TRAINED}
         self._latest: dict[str, float] = {}
@@ -63,9 +64,8 @@ class Progress:
 
     def summary(self, predicted_peak: float) -> dict[str, float]:
         """Median seconds an update of each role, and the peak of device memory in GiB, planned (given in bytes) and real."""
-        summary = {
-            f"{role}_seconds": sorted(seconds)[len(seconds) // 2] for role, seconds in self._seconds.items() if seconds
-        }
+        seconds = {role: sorted(each) for role, each in self._seconds.items() if each}
+        summary = {f"{role}_seconds": each[len(each) // 2] for role, each in seconds.items()}
         if self._world.device.type == "cuda":
             summary["predicted_peak_memory_gib"] = predicted_peak / 2**30
             summary["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

@@ -33,8 +33,7 @@ def identity(config: Config, backbone, world: World) -> dict:
 
 @contextlib.contextmanager
 def run_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """The run's folder, locked by the main process while the block runs. Raises ConfigError on all processes if it cannot
-    be used."""
+    """The run's folder, locked by the main process during the block. Raises ConfigError on all processes."""
     with contextlib.ExitStack() as opened:
         taken = [RunFolder.held_elsewhere(path)]
 
@@ -75,9 +74,7 @@ def starts(
     if resumed.iteration == iterations and finished:
         problem = problem_of_student(path)
         if problem is None:
-            print(
-                f"finished: {path} has all its {iterations} iterations, and its student; to train on, raise run.iterations"
-            )
+            print(f"finished: {path} has all its {iterations} iterations, and its student; more iterations train on")
             if changed := changed_settings(resumed.index["config"], config):
                 print(f"other settings than the run's, which have no effect: {', '.join(changed)}")
             return False

@@ -20,7 +20,7 @@ from dpdmd import command
 from dpdmd.command import RunEnded
 from dpdmd.engine.world import Launcher
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
