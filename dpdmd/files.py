@@ -1,15 +1,14 @@
-"""How files are written and checked: whole or not at all, readable by whom the umask says, and one line for what fails.
+"""Files that are written completely or not at all, with the umask's permissions, and checked when they are read.
 
-save_tensors, write_text, write_json   a file appears under its name in one step, when it has reached the disk
+save_tensors, write_text, write_json   a file appears under its name in one step, when all of it is on the disk
 writing, publish                       the same for any other file, and for a folder
-open_tensors, load_tensors, read_json  what they wrote; DamagedFile for what it cannot have been
-remove                                 what stands in the way, as far as that can be deleted
+open_tensors, load_tensors, read_json  read them; raise DamagedFile for a damaged one
 sha256, sync_folder, follow_umask      a file's digest; a folder onto the disk; permissions of files that others wrote
-disk_errors                            what a full or failing disk leads to, as one line with the bytes needed and free
+disk_errors                            one line for a full or failing disk, with the bytes needed and free
 
-Tensors are stored in the safetensors format (https://github.com/huggingface/safetensors), which its own library reads.
-They are written and read here, as that library's files belong to their owner alone (0600), stay behind under names of
-their own when a process is killed, and end a process without a word (SIGBUS) where a mapped file has become shorter.
+Tensors are stored in the safetensors format (https://github.com/huggingface/safetensors). Its library is not used: it
+creates files with mode 0600, leaves temporary files when a process is killed, and maps files, so that a process dies of
+SIGBUS if one becomes shorter.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 UNFINISHED = ".unfinished-"
-_REPLACED = ".replaced-"
+REPLACED = ".replaced-"
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -56,17 +56,17 @@ _DTYPES = {
 
 @contextlib.contextmanager
 def open_file(path: str | Path, buffering: int = -1) -> Iterator[Any]:
-    """A regular file's bytes. Raises OSError for any other: a pipe or a device can keep its reader waiting for ever."""
-    with open(path, "rb", buffering, opener=_at_once) as file:
+    """A regular file, opened for bytes. Raises OSError for a pipe or a device, which could block its reader for ever."""
+
+    def at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NONBLOCK)  # else opening a pipe waits for a writer
+
+    with open(path, "rb", buffering, opener=at_once) as file:
         mode = os.fstat(file.fileno()).st_mode
         if not stat.S_ISREG(mode):
             kind = "pipe" if stat.S_ISFIFO(mode) else "device"
             raise OSError(errno.EINVAL, f"a {kind}, where a file is needed", str(path))
         yield file
-
-
-def _at_once(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else opening a pipe waits for somebody who writes to it
 
 
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -76,7 +76,7 @@ _CHUNK = 4 << 20
 
 
 class DamagedFile(OSError):
-    """A file that does not hold what was written to it; the message names it and says what is wrong, in one line."""
+    """A file whose content is not what was written; the message names it and says what is wrong, in one line."""
 
 
 class WriteError(OSError):
@@ -87,9 +87,9 @@ class WriteError(OSError):
 
 
 class TensorFile:
-    """An opened file of tensors, of which single rows can be read. Holds no file descriptor.
+    """A file of tensors whose rows can be read one by one. It holds no file descriptor.
 
-    path. metadata: {key: text}. layout: {name: (dtype, shape)}.
+    metadata: {key: text}. layout: {name: (dtype, shape)}.
     """
 
     def __init__(
@@ -105,10 +105,10 @@ class TensorFile:
         self._places = places  # (first byte, one past the last) in the file
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start .. stop (None: to the end) of a tensor, on the CPU; a tensor without dimensions is read whole.
+        """Rows start .. stop (None: to the end) of a tensor, on the CPU; a 0-dimensional tensor is read whole.
 
-        Raises KeyError and IndexError for what the layout does not have, DamagedFile where the file has become shorter
-        since it was opened, OSError where it cannot be read.
+        Raises KeyError and IndexError for what is not in the layout, DamagedFile if the file has become shorter since it
+        was opened, OSError if it cannot be read.
         """
         dtype, shape = self.layout[name]
         first, last = self._places[name]
@@ -127,23 +127,19 @@ class TensorFile:
 
 
 def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors (any shapes, strides and dtypes that the format has) and metadata to a safetensors file, as
-    `writing` says. Raises TypeError for a dtype that the format lacks, OSError where the file cannot be written.
-    """
-    # As the library orders them: wide dtypes first, so that every tensor is aligned to its own dtype.
+    """Writes tensors of any shape and stride, and metadata, to a safetensors file, as `writing` does. Raises TypeError for
+    a dtype that the format lacks, OSError if the file cannot be written."""
+    # The library's order: wide dtypes first, so that every tensor is aligned to its own dtype.
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
     header: dict[str, Any] = {_METADATA: dict(metadata)} if metadata else {}
     end = 0
     for name in names:
         tensor = tensors[name]
         if tensor.dtype not in _DTYPE_NAMES or name == _METADATA:
-            raise TypeError(f"{path}: {name!r} of {tensor.dtype} has no place in a safetensors file")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
+            raise TypeError(f"{path}: a safetensors file cannot hold {name!r} of {tensor.dtype}")
+        start, end = end, end + tensor.nbytes
+        dtype, shape = _DTYPE_NAMES[tensor.dtype], list(tensor.shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
     with writing(path, 8 + len(text) + end) as file:
@@ -154,16 +150,13 @@ def save_tensors(path: str | Path, tensors: dict[str, Tensor], metadata: dict[st
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor's elements in order, as a file holds them; a copy where they do not lie so on the CPU."""
+    """The bytes of a tensor's elements in order, as a file holds them; a copy unless it is contiguous on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def open_tensors(path: str | Path) -> TensorFile:
-    """Opens a safetensors file, of which only the header is read.
-
-    Raises DamagedFile for a file that is not of the format, or is shorter or longer than its header says; OSError for
-    one that cannot be read.
-    """
+    """Reads the header of a safetensors file. Raises DamagedFile for a file of another format or another length than its
+    header says, OSError for one that cannot be read."""
     path = Path(path)
     with _reading(path), open_file(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -179,14 +172,14 @@ def open_tensors(path: str | Path) -> TensorFile:
 
 
 def load_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """All tensors of a safetensors file, on the CPU, and its metadata. Raises what `open_tensors` does."""
+    """(tensors, metadata) of a safetensors file, on the CPU. Raises the errors of `open_tensors`."""
     file = open_tensors(path)
     return {name: file.read(name) for name in file.layout}, file.metadata
 
 
 def _parse_header(text: bytes, first: int, size: int) -> tuple[dict, dict, dict]:
     """(metadata, layout, places) of a file of `size` bytes whose tensors begin at byte `first`. Raises ValueError."""
-    header = json.loads(text.decode("utf-8"), object_pairs_hook=_no_duplicates)
+    header = json.loads(text.decode("utf-8"), object_pairs_hook=unique_keys)
     if not isinstance(header, dict):
         raise ValueError("its header is no JSON object")
     metadata = header.pop(_METADATA, {})
@@ -201,9 +194,7 @@ def _parse_header(text: bytes, first: int, size: int) -> tuple[dict, dict, dict]
         if dtype is None:
             raise ValueError(f"{name!r} is of the unknown dtype {entry['dtype']!r}")
         shape, (start, end) = tuple(entry["shape"]), entry["data_offsets"]
-        num_bytes = dtype.itemsize
-        for length in shape:
-            num_bytes *= length
+        num_bytes = dtype.itemsize * math.prod(shape)
         if end - start != num_bytes:
             raise ValueError(f"{name!r} has {end - start} bytes, and its shape {shape} needs {num_bytes}")
         layout[name], places[name] = (dtype, shape), (first + start, first + end)
@@ -223,10 +214,13 @@ def _counts(values: Any, number: int | None = None) -> bool:
     return right and number in (None, len(values))
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError("a name stands twice in its header")
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object_pairs_hook for json.loads that raises ValueError for a key that stands twice in an object."""
+    values: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in values:
+            raise ValueError(f"the key {key[:120]!r} stands twice")
+        values[key] = value
     return values
 
 
@@ -234,15 +228,14 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes text in UTF-8, as `writing` says. Raises OSError where the file cannot be written."""
+    """Writes text in UTF-8, as `writing` does. Raises OSError if the file cannot be written."""
     data = text.encode("utf-8")
     with writing(path, len(data)) as file:
         file.write(data)
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes a value as JSON, as `writing` says. Raises ValueError for a number that is not finite, which JSON lacks;
-    OSError where the file cannot be written."""
+    """Writes a value as JSON, as `writing` does. Raises ValueError for a number that is not finite, and OSError."""
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
@@ -272,7 +265,7 @@ def _not_json(constant: str) -> None:
 
 @contextlib.contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Gives an OSError the name of the file that was read, which that of a failing disk lacks."""
+    """Adds the file's name to an OSError without one, such as a failing disk's."""
     try:
         yield
     except OSError as error:
@@ -282,10 +275,10 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether there is no NaN and no infinity in it. Reads every number once and copies none."""
+    """Whether a tensor holds no NaN and no infinity. Reads every element once and copies none."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    return all(bool(each.isfinite()) for each in torch.aminmax(tensor.detach()))  # which pass NaN on
+    return all(bool(each.isfinite()) for each in torch.aminmax(tensor.detach()))  # both are NaN if any element is
 
 
 # In one step
@@ -293,13 +286,11 @@ def is_finite(tensor: Tensor) -> bool:
 
 @contextlib.contextmanager
 def writing(path: str | Path, needed: int | None = None) -> Iterator[IO[bytes]]:
-    """A file opened for bytes that appears as `path` when the block ends and all of it has reached the disk.
+    """A file opened for bytes that appears as `path` when the block has ended and all of it is on the disk.
 
-    Until then it is `.unfinished-<name>` beside `path`, which goes on any error; one that a killed process left is
-    written over. One process at a time can write a path. Folders that are missing are made. Permissions are those that
-    the umask gives to new files, whatever those of an older `path` were.
-
-    needed: bytes that will be written, for the message. Raises OSError as `disk_errors` does.
+    Until then it is `.unfinished-<name>` beside `path`; an error deletes it, and one left by a killed process is
+    overwritten. Only one process may write a path at a time. Missing folders are created. The umask sets the
+    permissions, also where `path` exists. needed: number of bytes, for the message. Raises the errors of `disk_errors`.
     """
     path = Path(path)
     unfinished = path.with_name(UNFINISHED + path.name)
@@ -321,36 +312,36 @@ def writing(path: str | Path, needed: int | None = None) -> Iterator[IO[bytes]]:
 
 
 def publish(unfinished: str | Path, final: str | Path) -> None:
-    """The moment at which a folder becomes the real one, when all of it has reached the disk; an older `final` goes.
+    """Renames a folder to `final` when all of it is on the disk, and deletes an older `final`.
 
-    A process killed within leaves the older folder whole: as `final`, or as `.replaced-<name>` beside it. Raises OSError
-    as `disk_errors` does.
+    A process killed meanwhile leaves the older folder complete, as `final` or as `.replaced-<name>` beside it. Raises the
+    errors of `disk_errors`.
     """
     unfinished, final = Path(unfinished), Path(final)
-    replaced = final.with_name(_REPLACED + final.name)
+    replaced = final.with_name(REPLACED + final.name)
     with disk_errors(final):
         sync_folder(unfinished)
         if os.path.lexists(final):
-            remove(replaced)
-            if os.path.lexists(replaced):
-                raise OSError(f"{replaced}, which is left of an earlier one, cannot be deleted")
+            remove(replaced, must=True)
             os.rename(final, replaced)
         os.rename(unfinished, final)
         _sync(final.parent)
     remove(replaced)
 
 
-def remove(path: Path) -> None:
-    """Deletes a folder with all that is in it, a file or a link, whose target stays. What cannot be deleted is left."""
+def remove(path: Path, *, must: bool = False) -> None:
+    """Deletes a folder, a file or a link (not its target), as far as possible. must: raises OSError if anything is left."""
     if os.path.isdir(path) and not os.path.islink(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with contextlib.suppress(OSError):
             os.unlink(path)
+    if must and os.path.lexists(path):
+        raise OSError(f"{path}, left by an earlier process, cannot be deleted")
 
 
 def sync_folder(path: str | Path) -> None:
-    """Returns when all files and folders below have reached the disk, so that no rename outlives what it names."""
+    """Returns when all files and folders below are on the disk."""
     for folder, _, files in os.walk(path):
         for name in files:
             _sync(Path(folder, name))
@@ -362,19 +353,18 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems have none for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network filesystems cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def follow_umask(folder: str | Path) -> None:
-    """Gives all files below a folder the permissions that a new file there has: safetensors' own, which save_pretrained
-    writes, belong to their owner alone. Raises OSError where that cannot be done."""
+    """Gives all files below a folder the permissions of a new file; save_pretrained's safetensors files have mode 0600.
+    Raises OSError if that fails."""
     folder = Path(folder)
     probe = folder / f"{UNFINISHED}mode"
-    # Asked of a file: reading the umask itself means setting it, which other threads would notice.
-    probe.touch()
+    probe.touch()  # reading the umask would mean setting it, for other threads too
     mode = probe.stat().st_mode & 0o777
     probe.unlink()
     for path in folder.rglob("*"):
@@ -383,7 +373,7 @@ def follow_umask(folder: str | Path) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal. Raises OSError for one that cannot be read."""
+    """The SHA-256 of a file's content, in hexadecimal. Raises OSError if it cannot be read."""
     path, digest, buffer = Path(path), hashlib.sha256(), bytearray(_CHUNK)
     with _reading(path), open_file(path, buffering=0) as file:
         while count := file.readinto(buffer):
@@ -392,7 +382,7 @@ def sha256(path: str | Path) -> str:
 
 
 def digests(folder: str | Path, names: str = "*") -> dict[str, str]:
-    """The SHA-256 of each file below a folder that has such a name, by its path in the folder."""
+    """{path in the folder: SHA-256} of all files below a folder whose names match the glob pattern."""
     found = sorted(path for path in Path(folder).rglob(names) if path.is_file())
     return {path.relative_to(folder).as_posix(): sha256(path) for path in found}
 
@@ -401,7 +391,7 @@ def digests(folder: str | Path, names: str = "*") -> dict[str, str]:
 
 
 def readable_bytes(num_bytes: float) -> str:
-    """A number of bytes with three digits and a unit: 512 B, 2.1 GB."""
+    """Three digits and a unit: 512 B, 2.1 GB."""
     for unit in ("B", "kB", "MB", "GB"):
         if num_bytes < 999.5:
             return f"{num_bytes:.3g} {unit}"
@@ -410,24 +400,24 @@ def readable_bytes(num_bytes: float) -> str:
 
 
 def free_bytes(path: str | Path) -> int:
-    """Bytes that are free on the disk on which `path` lies or would lie."""
+    """Free bytes on the disk of `path`, which need not exist."""
     path = Path(path).absolute()
     return shutil.disk_usage(next(folder for folder in (path, *path.parents) if folder.exists())).free
 
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-# torch.save says neither why nor where: "unexpected pos 2112 vs 2006", "basic_ios::clear: iostream error".
+# torch.save's messages give neither reason nor file: "unexpected pos 2112 vs 2006", "basic_ios::clear: iostream error".
 _TORCH_WRITES = ("inline_container", "PytorchStreamWriter", "unexpected pos", "iostream error")
 _LIBRARY_WRITES = ("os error", "I/O error", "No space left", "Disk quota exceeded")
 
 
 @contextlib.contextmanager
 def disk_errors(path: str | Path, needed: int | None = None) -> Iterator[None]:
-    """Turns what a full or failing disk leads to inside the block into one line of OSError that names `path`.
+    """Turns errors of a full or failing disk in the block into a WriteError of one line that names `path`.
 
-    needed: bytes that writing takes in all. With a full disk the line is "<path> could not be written: 2.1 GB were
-    needed and 0.3 GB are free on that disk"; else it says the reason. An OSError, torch's RuntimeErrors about writing
-    and safetensors' about the disk are turned so; DamagedFile, what has been turned already and all else pass through.
+    needed: number of bytes to write. The line is "<path> could not be written: 2.1 GB were needed and 0.3 GB are free on
+    that disk", or the reason if the disk is not full. Turned are OSError, torch's RuntimeErrors about writing and
+    safetensors' errors about the disk; all others, DamagedFile and WriteError pass.
     """
     try:
         yield
@@ -448,8 +438,7 @@ def disk_errors(path: str | Path, needed: int | None = None) -> Iterator[None]:
 
 
 def _disk_reason(error: Exception) -> tuple[str | None, bool | None]:
-    """(what the disk said, whether it was for want of space: None where that is not known); (None, None) for an error
-    that is not a disk's."""
+    """(reason, whether the disk is full: None if unknown) of an error; (None, None) if it is not a disk's."""
     if isinstance(error, OSError):
         return error.strerror or str(error), error.errno in _NO_SPACE
     text = str(error).split("\n")[0]
@@ -457,5 +446,5 @@ def _disk_reason(error: Exception) -> tuple[str | None, bool | None]:
         return text, any(words in text for words in _LIBRARY_WRITES[2:])
     if type(error) is RuntimeError and any(words in text for words in _TORCH_WRITES):
         cause = error.__cause__ or error.__context__
-        return _disk_reason(cause) if isinstance(cause, OSError) else ("only a part of it was taken", None)
+        return _disk_reason(cause) if isinstance(cause, OSError) else ("only part of it was written", None)
     return None, None

@@ -45,12 +45,12 @@ def test_shipped_files_are_valid_and_read_back(file, tmp_path):
         ("student_optimizer.lr=fast", "student_optimizer.lr = 'fast': input should be a valid number"),
         (
             "model.pipeline=/some/where",
-            "evaluation.enabled = true needs a world to measure in, and model.pipeline = '/some/where' names none that ships: "
-            "set evaluation.world=demo, a world of your own, or evaluation.enabled=false",
+            "evaluation.enabled = true needs a world, and model.pipeline = '/some/where' is none: set evaluation.world=demo, "
+            "a world of your own, or evaluation.enabled=false",
         ),
         (
             "evaluation.world=dmeo",
-            r"^evaluation.world = 'dmeo': no world of that name ships \(demo does\); one of your own is package.module:attr",
+            r"^evaluation.world = 'dmeo': no world of that name ships \(demo does\); name your own as package.module:attr",
         ),
         ("evaluation.world=a.1b:c", r"^evaluation.world = 'a.1b:c': no world of that name ships \(demo does\)"),
         ("model.fp8=yes", "model.fp8 = .*: input should be 'off' or 'no_grad'"),
@@ -165,7 +165,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         # DeepSpeed's own settings
         (
             "engine.deepspeed={foo: 1}",
-            "^engine.deepspeed: foo is not used; of DeepSpeed's settings these are: aio.block",
+            "^engine.deepspeed: foo is not used; the DeepSpeed settings that are used: aio.block",
         ),
         ("engine.deepspeed={zero_optimization: 3}", "^engine.deepspeed: zero_optimization = 3: a mapping is needed$"),
         ("engine.deepspeed={zero_optimization: {x: 1}}", "^engine.deepspeed: zero_optimization.x is not used; "),
@@ -184,10 +184,13 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("engine.deepspeed={aio: {queue_depth: true}}", "aio.queue_depth = True: a whole number "),
         ("engine.deepspeed={zero_optimization: {sub_group_size: 1e13}}", "from 1 to 1099511627776 is needed$"),
         ("engine.deepspeed={aio: {single_submit: 1}}", "aio.single_submit = 1: true or false is needed$"),
-        ("engine.deepspeed={aio: {queue_depth: 4}}", "with engine.offload = none: without offload nothing is left"),
+        (
+            "engine.deepspeed={aio: {queue_depth: 4}}",
+            "with engine.offload = none has no effect: set engine.deepspeed=null or engine.offload=nvme",
+        ),
         (
             "engine={offload: cpu, deepspeed: {aio: {queue_depth: 4}}}",
-            "aio with engine.offload = cpu: .* leave aio out",
+            "aio, which has no effect with engine.offload = cpu: leave aio out",
         ),
         *(
             (f"engine.deepspeed={{{key}: 1}}", f"{key} is decided by the engine itself: take {instead}")
@@ -218,7 +221,7 @@ STAGE = r"is always sharded by the engine's own stage 3 \(stages 0 to 2 were rem
         ("prompts.cache_dir=", "override 'prompts.cache_dir=': nothing follows the =; write null for none"),
         ("run..seed=3", "override 'run..seed=3': the form is section.key=value"),
         ("run={seed: 1, seed: 2}", "override 'run={seed: 1, seed: 2}': .* the key 'seed' stands twice"),
-        ("run.output_dir=~nobody-here/x", "there is no home folder for ~nobody-here; .* is ./~nobody-here$"),
+        ("run.output_dir=~nobody-here/x", "there is no home folder for ~nobody-here; .* write ./~nobody-here$"),
     ],
 )
 def test_values_are_taken_as_they_are_written(override, message):
@@ -301,8 +304,8 @@ def test_prompts_are_needed_for_any_other_pipeline():
         parse_config({"model": {"pipeline": "some/model"}})
 
 
-def test_fp8_is_of_the_fused_operations():
-    with pytest.raises(ConfigError, match=r"model\.fp8 = no_grad is of the fused operations: set model\.fuse=true or"):
+def test_fp8_needs_the_fused_blocks():
+    with pytest.raises(ConfigError, match=r"model\.fp8 = no_grad needs the fused blocks: set model\.fuse=true or"):
         load_config(None, ["model.fuse=false", "model.fp8=no_grad"])
 
 

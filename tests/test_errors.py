@@ -153,7 +153,7 @@ def test_once_processes_have_met_they_decide_who_speaks(capsys, monkeypatch, alo
     assert ended(capsys, fail, ConfigError("x"), False) == (2, "")
     assert ended(capsys, fail, RunStopped("x"), RuntimeError("nobody answers")) == (1, f"{start}x\n")
     gone = RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:1")
-    words = "another process of this run has ended: what it said is the reason; where it said nothing it was killed"
+    words = "another process of this run has ended: its error is the reason; if it printed none it was killed"
     assert ended(capsys, fail, gone, True)[1].startswith(f"{start}{words}")
     assert alone == []
 
@@ -235,11 +235,8 @@ def test_output_that_cannot_be_written():
 
 def test_output_that_the_terminal_cannot_show():
     status, _, err = piped("print(chr(233))", "", PYTHONIOENCODING="ascii")
-    assert (
-        status == 1
-        and err
-        == "error: stdout takes ascii alone, which lacks a character of the output: set PYTHONIOENCODING=utf-8\n"
-    )
+    said = "error: stdout takes only ascii, which lacks a character of the output: set PYTHONIOENCODING=utf-8\n"
+    assert status == 1 and err == said
 
 
 # Paths and numbers of command lines
@@ -255,7 +252,7 @@ def test_home_folders(monkeypatch, tmp_path):
     for text in ("$HOME/x", "a/~/b", "x~", "./~/x", "owner/name"):
         assert command.expand(text) == text
     with pytest.raises(
-        ValueError, match=r"there is no home folder for ~nobody-here; a folder of that name itself is \./~"
+        ValueError, match=r"there is no home folder for ~nobody-here; for a folder of that name write \./~"
     ):
         command.expand("~nobody-here/x")
     for text in ("", "  ", "a\0b", "a\nb", "\x1b"):
@@ -269,7 +266,7 @@ def test_home_folders(monkeypatch, tmp_path):
         (command.count, {"1": 1, "2147483647": 2**31 - 1}, ["0", "-1", "1.0", "", "x", "1" * 5000, "2147483648"]),
         (command.seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63), "nan"]),
         (command.above_0, {"1e-3": 1e-3, "80": 80.0}, ["0", "-1", "inf", "nan", "", "x", "1e999"]),
-        (command.finite, {"0": 0.0}, ["-0.1", "inf", "nan"]),
+        (command.within(0, 1e6), {"0": 0.0, "1e6": 1e6}, ["-0.1", "1000001", "inf", "nan", "x"]),
         (command.location, {"owner/name": "owner/name", "./x": "./x"}, ["", "~nobody-here", "a\nb"]),
     ],
 )
@@ -392,10 +389,10 @@ def test_where_is_written(tmp_path, monkeypatch):
     assert command.new_folder("a/b/c") == Path("a/b/c") and not (tmp_path / "a").exists()
     assert command.new_folder(f"{tmp_path}") == tmp_path
     for of, text, problem in (
-        (command.new_file, ".", "it is a folder, and a file is to be written"),
+        (command.new_file, ".", "it is a folder, and a file is needed"),
         (command.new_file, "no/x", "there is no folder no"),
         (command.new_file, "file/x", "there is no folder file"),
-        (command.new_file, "/dev/null", "it is a device or a pipe, and a file is to be written"),
+        (command.new_file, "/dev/null", "it is a device or a pipe, and a file is needed"),
         (command.new_folder, "file/x", f"{tmp_path}/file is no folder"),
         (command.new_folder, "file", "file is no folder"),
     ):
@@ -788,7 +785,7 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
         (b"\x89PNG\r\n\x1a\n\0\0", "'utf-8' codec can't decode byte 0x89"),
         ("run: {seed: 1}".encode("utf-16"), "'utf-8' codec can't decode byte 0xff"),
         (b"run: {seed: 1}\0", "special characters are not allowed"),
-        (b"x" * (2**20 + 1), "1048577 bytes, where at most 1048576 make sense"),
+        (b"x" * (2**20 + 1), "1048577 bytes; at most 1048576 are allowed"),
     ],
     ids=range(25),
 )

@@ -323,7 +323,9 @@ def test_what_stands_in_the_way_of_publishing(tmp_path, monkeypatch):
     for name in ("student", ".replaced-student", ".unfinished-student"):
         write_text(tmp_path / name / "a", name)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
-    message = f"student could not be written: {tmp_path}/.replaced-student, which is left of an earlier one, cannot be deleted"
+    message = (
+        f"student could not be written: {tmp_path}/.replaced-student, left by an earlier process, cannot be deleted"
+    )
     with pytest.raises(OSError, match=message):
         publish(tmp_path / ".unfinished-student", tmp_path / "student")
     assert (tmp_path / "student" / "a").read_text() == "student"

@@ -412,19 +412,22 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         (["student_optimizer={{state: float8, name: torch}}"], "state = float8 needs name = fused"),
         (
             ["engine.offload=cpu", "critic_optimizer.state=bfloat16"],
-            "critic_optimizer.name = auto with state = bfloat16",
+            "critic_optimizer.name = auto and state = bfloat16: offload needs",
         ),
         (["engine.offload=nvme"], "engine.offload = nvme needs engine.nvme_path"),
         (["engine.offload=nvme", "engine.nvme_path={tmp}/none"], "engine.nvme_path = .*none': no folder"),
         (
             ["engine.offload=cpu", "critic_optimizer.name=deepspeed"],
-            "critic_optimizer.name = deepspeed with state = float32 cannot be; auto or torch with float32 can",
+            "critic_optimizer.name = deepspeed and state = float32: offload needs name auto or torch, and state=float32",
         ),
         (
             ["engine.offload=nvme", "engine.nvme_path={tmp}", "ema={{decay: 0.5}}"],
-            "ema averages masters, which engine.offload = nvme keeps on the disk",
+            "ema with engine.offload = nvme: the masters must be in memory; set ema=null or offload=cpu",
         ),
-        (["model.teacher_storage=float8", "engine.zero.teacher=0"], "but there is engine.zero.teacher = 0"),
+        (
+            ["model.teacher_storage=float8", "engine.zero.teacher=0"],
+            "needs ZeRO stage 3 and no LoRA, but engine.zero.teacher = 0",
+        ),
         (["lora={{rank: 4}}", "model.critic={tmp}"], "model.critic = .* with lora: the critic is an adapter"),
     ],
 )

@@ -1,7 +1,7 @@
-"""Which kernels all processes of a run take, and a run that goes on takes again.
+"""All processes of a run, and a resumed run, use the same kernels and settings.
 
-Attention's are chosen by one table of times: each process would choose by what it measures on a GPU that the package ships no
-times for, and two measurements may choose differently. Of the others each machine takes what it has: it must be the same.
+Attention kernels are chosen by one table of times: on a GPU for which the package ships no times, each process would
+measure and might choose differently. Of the other kernels each machine uses what it has; all must have the same.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dpdmd.run.prompts import digest_of
 
 
 def check_kernels(device: torch.device, dtype: torch.dtype, backbone: Backbone) -> None:
-    """Raises ConfigError where DPDMD_KERNELS or DPDMD_ATTENTION ask for what there is not, or not here."""
+    """Raises ConfigError if DPDMD_KERNELS or DPDMD_ATTENTION name kernels that do not exist or cannot run here."""
     try:
         name = requested()
         if os.environ.get("DPDMD_ATTENTION"):
@@ -31,12 +31,11 @@ def check_kernels(device: torch.device, dtype: torch.dtype, backbone: Backbone) 
     except (ValueError, RuntimeError) as error:
         raise ConfigError(f"DPDMD_KERNELS or DPDMD_ATTENTION in the environment: {error}") from error
     if name in FASTEST_FIRST and (reason := why_not(name, device.type, device.index)):
-        raise ConfigError(f"DPDMD_KERNELS = {name} in the environment: {reason}; auto takes what serves")
+        raise ConfigError(f"DPDMD_KERNELS = {name} in the environment: {reason}; auto takes kernels that can run")
 
 
 def check_alike(world: World) -> None:
-    """Raises ConfigError where the processes would not run the same kernels: their last bits differ, and so would the weights
-    that each process computes for all. All processes call."""
+    """Raises ConfigError if the processes would run different kernels, whose last bits differ. All processes call."""
     device = world.device
     mine = {
         "torch": torch.__version__,
@@ -44,43 +43,39 @@ def check_alike(world: World) -> None:
         "DPDMD_ATTENTION": os.environ.get("DPDMD_ATTENTION"),
         **{f"{name} kernels": not why_not(name, device.type, device.index) for name in ("cuda", "triton")},
     }
-    for rank, theirs in enumerate(world.gather(mine)):
-        for name, value in theirs.items():
-            if value != mine[name]:
-                raise ConfigError(
-                    f"{name} = {value!r} in process {rank} and {mine[name]!r} in process {world.rank}: all machines of a "
-                    "run need the same environment (where not all have compiled kernels, DPDMD_KERNELS=triton does without)"
-                )
+    _check_same(
+        world, mine, "all machines of a run need the same environment (DPDMD_KERNELS=triton needs no compiled kernels)"
+    )
 
 
 def check_settings(world: World, config: Config, prompts: list[str], **options: Any) -> None:
-    """Raises ConfigError where the processes were started with other settings, prompts or options: they would train a student
-    together that none of them describes, or wait for one another for ever. All processes call."""
+    """Raises ConfigError if the processes were started with different settings, prompts or options: they could hang, or
+    train a student that no configuration describes. All processes call."""
     mine = {name: str(value) for name, value in flattened(config.model_dump(mode="json"))}
     mine |= {f"--{name}": str(value) for name, value in options.items()}
     mine["the content of prompts.file"] = digest_of(prompts)
+    _check_same(world, mine, "start all processes of a run with the same settings")
+
+
+def _check_same(world: World, mine: dict[str, Any], advice: str) -> None:
     first, *others = world.gather(mine)
     for rank, theirs in enumerate(others, start=1):
         for name in {**first, **theirs}:
-            if first.get(name) != theirs.get(name):
-                raise ConfigError(
-                    f"{name} = {theirs.get(name)} in process {rank} and {first.get(name)} in process 0: all processes of a run "
-                    "are started with the same settings"
-                )
+            ours, other = first.get(name), theirs.get(name)
+            if ours != other:
+                raise ConfigError(f"{name} = {other} in process {rank} and {ours} in process 0: {advice}")
 
 
 def agree_on_attention(world: World, backbone: Backbone, stored: Any) -> dict[str, Any] | None:
-    """Has every process choose by the main process's times, and returns them for a checkpoint to store; all processes
-    call. None, and nothing is done, on devices other than CUDA's.
+    """Makes every process choose by the main process's times, and returns them for checkpoints; all processes call. On
+    devices other than CUDA it does nothing and returns None.
 
-    stored: what this returned when the checkpoint was made, None without one; of the main process alone it counts. It
-    is taken where it is of a GPU of the same name as the main process's. Else times are measured anew, and a line says
-    so.
+    stored: the times in the checkpoint, or None; only the main process's value counts. Times of a GPU with another name,
+    and damaged ones, are measured again, which a line says.
     """
     if world.device.type != "cuda":
         return None
-    table = _main_table(world.device, backbone, stored) if world.main else None
-    table = world.gather(table)[0]
+    table = world.gather(_main_table(world.device, backbone, stored) if world.main else None)[0]
     choice.agree_on(table)
     return table
 
@@ -93,8 +88,5 @@ def _main_table(device: torch.device, backbone: Backbone, stored: Any) -> dict[s
         if sound and stored["gpu"] == gpu:
             return stored
         whose = f"those of the checkpoint are of {stored['gpu']}" if sound else "the checkpoint's are damaged"
-        print(
-            f"attention: kernels are chosen by times of {gpu}; {whose}: results may differ in their last bits",
-            flush=True,
-        )
+        print(f"attention: kernels are chosen by times of {gpu}; {whose}: last bits may differ", flush=True)
     return choice.known_times(attention, index, backbone.attention_shapes())

@@ -1,11 +1,11 @@
-"""What a run leaves on disk so that it can go on.
+"""Checkpoints: the state from which a run resumes.
 
-checkpoints/step_000600/   student/ and critic/, each with a file of tensors for each process (shards.py), and index.json: which
-                           files there must be, each one's size and SHA-256, what they hold, and the state of the run. It
-                           appears under its name when all of it has reached the disk; nothing in it is pickled.
-    confirmed, suspect     what the updates after it showed: the next one of each role was finite, or not
+checkpoints/step_000600/   student/ and critic/, each with a file of tensors for each process (shards.py), and index.json:
+                           the files with size and SHA-256, what they hold, and the state of the run. The folder appears
+                           when all of it is on the disk; nothing in it is pickled.
+    confirmed, suspect     marks: the next update of each role after it was finite, or was not
 
-No generator state is kept: every draw is a function of (seed, iteration, role, shard).
+No generator state is saved: every draw is a function of (seed, iteration, role, shard).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from dpdmd.engine.role import Trained
 from dpdmd.engine.shards import Layout, SavedRole
 from dpdmd.engine.world import World
 from dpdmd.files import (
+    REPLACED,
     UNFINISHED,
     DamagedFile,
     disk_errors,
@@ -50,24 +51,24 @@ from dpdmd.files import (
 from dpdmd.run.folder import OF_A_CHECKPOINT, free_name, matching
 from dpdmd.run.index import problem_of_index
 
-_NAME = re.compile(r"step_(\d+)")
+_NAME = re.compile(r"step_\d+")
 _DELETED = ".deleted-"
 _FORMAT, _VERSION = "dpdmd checkpoint", 1
 _INDEX, _CONFIRMED, _SUSPECT = "index.json", "confirmed", "suspect"
-_READERS = 4  # files of a process that are read at a time: SHA-256 takes a core at some 1 GB/s
-_HOST_SHARE = 0.8  # of the memory that is free, what copies of the state may take
+_READERS = 4  # files that a process reads at a time: SHA-256 runs at about 1 GB/s on one core
+_HOST_SHARE = 0.8  # largest share of the free host memory for copies of the state
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An index that has been read: what there is, not yet whether it is whole."""
+    """A checkpoint whose index has been read, but whose files have not been verified."""
 
     path: Path
     index: dict[str, Any]
 
     @property
     def iteration(self) -> int:
-        """Updates of both roles that had been made."""
+        """Number of updates of both roles before it."""
         return self.index["iteration"]
 
     @property
@@ -78,20 +79,15 @@ class Checkpoint:
         return Layout.from_json(self.index["processes"], self.index["parameters"][role])
 
 
-@dataclass
-class _Job:
-    """What one process writes of a checkpoint. files: path in the checkpoint, tensors, what the index says of it."""
-
-    iteration: int
-    files: list[tuple[str, dict[str, Tensor], dict[str, Any]]]
-    contents: dict[str, Any]  # of the index, without the files
+# (path in the checkpoint, tensors, its entry in the index) of each file that a process writes.
+_Files = list[tuple[str, dict[str, Tensor], dict[str, Any]]]
 
 
 class Checkpoints:
-    """The checkpoints of one run, in `folder`; the newest `keep` stay, and the last good one.
+    """The checkpoints of one run, in `folder`. The newest `keep` and the last good one are kept.
 
-    identity: what must not change between saving and resuming (architectures, stages, precision). config: goes into the
-    index. background: whether `save` may leave the writing to a thread, from a copy of the state in host memory.
+    identity: what must be the same when the run resumes (architectures, precision). config: stored in the index.
+    background: `save` may copy the state to host memory and let a thread write it.
     """
 
     def __init__(
@@ -110,39 +106,36 @@ class Checkpoints:
         self._identity = json.loads(json.dumps(identity))
         self.use(config)
         self._background = background
-        self._host: dict[tuple[str, str], Tensor] = {}  # what copies of the state are made in, kept for the next one
+        self._host: dict[tuple[str, str], Tensor] = {}  # copies of the state, whose memory the next save uses again
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writing: Future | None = None
-        # Of each checkpoint since the start of the run: roles whose next update is to come. Empty: it is a good one; None: not.
+        # For each checkpoint of this run: roles whose next update is not known yet. Empty: it is good; None: it is not.
         self._awaited: dict[Path, set[str] | None] = {}
         self._spared: set[Path] = set()  # the run went on from it with other settings
-        self._left_out: set[Path] = set()  # of those that are there, what `find` could not take
-        self.pauses: list[float] = []  # seconds that each save kept the training waiting
-        self.write_seconds: list[float] = []  # and how long its writing took
+        self._left_out: set[Path] = set()  # checkpoints that `find` could not use
+        self.pauses: list[float] = []  # seconds that training waited for each save
+        self.write_seconds: list[float] = []  # seconds that writing it took
 
     def use(self, config: Config) -> None:
-        """The configuration of the checkpoints to come, all of it decided."""
+        """Sets the configuration, without `auto`, for the checkpoints to come."""
         self._config = config.model_dump(mode="json")
         self._global_batch = global_batch(config, self._world.size)
 
-    # What there is
+    # Which exist
 
     def complete(self) -> list[Path]:
-        """Those that have an index and were not left out, oldest first."""
+        """Checkpoints that have an index and were not left out, oldest first."""
         return [path for path in self._folders() if os.path.isfile(path / _INDEX) and path not in self._left_out]
 
     def _folders(self) -> list[Path]:
-        """All that bear a checkpoint's name."""
+        """Everything that has a checkpoint's name, oldest first."""
         if not self._folder.is_dir():
             return []
-        found = [(int(match[1]), path) for path in self._folder.iterdir() if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(found)]
-
-    def newest(self) -> Path | None:
-        return next(reversed(self.complete()), None)
+        found = sorted(path for path in self._folder.iterdir() if _NAME.fullmatch(path.name))
+        return sorted(found, key=_iteration)
 
     def last_good(self) -> Path | None:
-        """The newest after which the next update of each role was finite."""
+        """The newest checkpoint after which the next update of each role was finite."""
         return next((path for path in reversed(self.complete()) if self._is_good(path)), None)
 
     def _is_good(self, path: Path) -> bool:
@@ -152,18 +145,18 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Writing in the background has ended badly: `wait` raises the error."""
+        """Whether writing in the background has failed: `wait` raises the error."""
         return self._writing is not None and self._writing.done() and self._writing.exception() is not None
 
     def wait(self) -> None:
-        """Returns when nothing is being written any more. Raises OSError where that failed, on every process."""
+        """Waits until nothing is being written. Raises OSError on every process if writing failed."""
         writing, self._writing = self._writing, None
         if writing is not None:
             self.write_seconds.append(writing.result())
         self._mark()
 
     def close(self) -> None:
-        """Returns when nothing is being written any more, however that ended, and gives back the memory of the copies."""
+        """Waits until nothing is being written, raises nothing if that failed, and frees the copies."""
         self._writer.shutdown()
         for buffer in self._host.values():
             _unpin(buffer)
@@ -172,9 +165,9 @@ class Checkpoints:
     def save(self, iteration: int, networks: dict[str, Trained], state: dict[str, Any], *, last: bool = False) -> Path:
         """Saves the state after `iteration` updates; all processes call.
 
-        The training waits while the state is copied to host memory, and for the checkpoint before where that is still being
-        written. last: nothing is to be trained meanwhile, so that all of it waits.
-        Raises OSError, leaving older ones whole; of what goes wrong in the background, at the next `wait` or `save`.
+        Training waits until the previous checkpoint is written and the state is copied to host memory. last: no training
+        follows, so the call returns when everything is written. Raises OSError and leaves older checkpoints as they are;
+        the next `wait` or `save` raises errors of writing in the background.
         """
         began = time.perf_counter()
         self.wait()
@@ -189,10 +182,8 @@ class Checkpoints:
                 name = f"{role}/{layout.name(self._world.rank, group)}"
                 tensors = self._copy(name, tensors) if copied else {key: x.cpu() for key, x in tensors.items()}
                 entry = {"path": name, "role": role, "rank": self._world.rank, "group": group}
-                if networks[role].swaps:  # a group's tensors are there while it has its turn
-                    self._together(
-                        lambda n=name, t=tensors, i=iteration: self._write_file(final, n, t, i), main_only=False
-                    )
+                if networks[role].swaps:  # a group's tensors exist only during its turn of this loop
+                    self._together(partial(self._write_file, final, name, tensors, iteration), main_only=False)
                     tensors = {}
                 files.append((name, tensors, entry))
         if copied and self._world.device.type == "cuda":
@@ -208,25 +199,22 @@ class Checkpoints:
             "state": state,
             "config": self._config,
         }
-        job = _Job(iteration, files, contents)
         self._awaited[final] = set(TRAINED)
         if copied:
-            self._writing = self._writer.submit(self._write, final, job)
+            self._writing = self._writer.submit(self._write, final, files, contents)
         else:
-            self.write_seconds.append(self._write(final, job))
+            self.write_seconds.append(self._write(final, files, contents))
         self.pauses.append(time.perf_counter() - began)
         return final
 
     def summary(self) -> dict[str, list[float]]:
-        """Seconds that each save kept the training waiting, and that its writing took."""
-        return (
-            {"checkpoint_pause_seconds": self.pauses, "checkpoint_write_seconds": self.write_seconds}
-            if self.pauses
-            else {}
-        )
+        """Seconds that training waited for each save, and that writing it took."""
+        if not self.pauses:
+            return {}
+        return {"checkpoint_pause_seconds": self.pauses, "checkpoint_write_seconds": self.write_seconds}
 
     def _together(self, function: Callable[[], None], *, main_only: bool) -> None:
-        """Calls a function that may raise OSError, on all processes or the main one; the error is raised on all."""
+        """Calls a function on all processes or the main one. If it raises OSError on one, all raise it."""
         problem = None
         if self._world.main or not main_only:
             try:
@@ -238,14 +226,14 @@ class Checkpoints:
             self._fail(problem)
 
     def _fail(self, problem: str) -> None:
-        newest = self.newest()
-        raise OSError(f"{problem}; the newest complete checkpoint is {newest or 'none'}")
+        complete = self.complete()
+        raise OSError(f"{problem}; the newest complete checkpoint is {complete[-1] if complete else 'none'}")
 
     def _prepare(self, final: Path) -> None:
         self.remove_unfinished()
         suspect = os.path.exists(final / _SUSPECT)
         left_out = not suspect and (final in self._left_out or not os.path.isfile(final / _INDEX))
-        foreign = [] if left_out else _foreign(final)  # what was left out may be another user's, and closed
+        foreign = [] if left_out else _foreign(final)  # another user's may have been left out as unreadable
         if os.path.lexists(final) and (left_out or foreign):
             kept = _leave_out(final)
             why = "was left out," if left_out else f"holds {foreign[0]}, which no run wrote,"
@@ -260,28 +248,27 @@ class Checkpoints:
         return final.with_name(UNFINISHED + final.name)
 
     def _has_room(self, networks: dict[str, Trained]) -> bool:
-        """Whether host memory holds a copy of the state of all processes of this machine; the same on every process."""
+        """Whether host memory can hold a copy of the state of all processes of this machine; the same on every process."""
         if any(networks[role].swaps for role in TRAINED):
             return False
         if self._host:
             return True
-        needed = sum(
-            x.nbytes for role in TRAINED for _, tensors in networks[role].state_groups() for x in tensors.values()
-        )
+        groups = (tensors for role in TRAINED for _, tensors in networks[role].state_groups())  # one at a time
+        needed = sum(tensor.nbytes for tensors in groups for tensor in tensors.values())
         needed *= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         room = min(self._world.gather(_HOST_SHARE * available_memory() - needed)) > 0
         if not room:
             self._background = False
             if self._world.main:
+                copy = f"a copy of the state ({readable_bytes(needed)} on this machine)"
                 print(
-                    f"checkpoints: the training waits while they are written, as host memory has no room for a copy of "
-                    f"the state ({readable_bytes(needed)} on this machine)",
+                    f"checkpoints: the training waits while they are written, as host memory has no room for {copy}",
                     flush=True,
                 )
         return room
 
     def _copy(self, file: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors in host memory, complete when the device has been waited for."""
+        """Copies of the tensors in host memory, complete after the device is synchronised."""
         copies = {}
         for name, tensor in tensors.items():
             key = file, name
@@ -291,29 +278,27 @@ class Checkpoints:
             copies[name] = buffer.copy_(tensor, non_blocking=True)
         return copies
 
-    def _write(self, final: Path, job: _Job) -> float:
-        """Writes this process's files and, on the main process when all have, the index. Returns the seconds that it took."""
+    def _write(self, final: Path, files: _Files, contents: dict[str, Any]) -> float:
+        """Writes this process's files, then the index (`contents` and the files of all processes). Returns the seconds."""
         began = time.perf_counter()
         entries, problem = [], None
         try:
-            for name, tensors, entry in job.files:
+            for name, tensors, entry in files:
                 if tensors:
-                    self._write_file(final, name, tensors, job.iteration)
+                    self._write_file(final, name, tensors, contents["iteration"])
                 path = self._unfinished(final) / name
                 entries.append({**entry, "bytes": path.stat().st_size, "sha256": sha256(path)})
         except OSError as error:
             problem = str(error)
         found = self._world.gather_in_background((entries, problem))
         problem = next((each for _, each in found if each is not None), None)
-        if problem is None and self._world.main:
-            try:
-                self._complete(final, {**job.contents, "files": [entry for entries, _ in found for entry in entries]})
-            except OSError as error:
-                problem = str(error)
-        problem = self._world.gather_in_background(problem)[0] if problem is None or self._world.size == 1 else problem
-        return self._end(final, problem, began)
-
-    def _end(self, final: Path, problem: str | None, began: float) -> float:
+        if problem is None:
+            if self._world.main:
+                try:
+                    self._complete(final, {**contents, "files": [entry for entries, _ in found for entry in entries]})
+                except OSError as error:
+                    problem = str(error)
+            problem = self._world.gather_in_background(problem)[0]
         if problem is not None:
             if self._world.main:
                 remove(self._unfinished(final))
@@ -341,38 +326,35 @@ class Checkpoints:
                 self._delete(old)
 
     def _delete(self, path: Path) -> None:
-        """What else lies in it stays, in a folder of another name."""
+        """Deletes a checkpoint. Files in it that no run wrote stay, in a folder of another name."""
+        self._awaited.pop(path, None)
         if foreign := _foreign(path):
             kept = _leave_out(path)
             for each in _own(kept):
                 if each.is_symlink() or not each.is_dir():
                     remove(each)
             print(f"{path} is deleted but for {', '.join(foreign[:3])}: see {kept}", file=sys.stderr, flush=True)
-            self._awaited.pop(path, None)
             return
-        # Under another name first: what is half deleted is no checkpoint any more.
+        # Renamed first, so that a half-deleted folder does not count as a checkpoint.
         deleted = path.with_name(_DELETED + path.name)
-        remove(deleted)
-        if os.path.lexists(deleted):
-            raise OSError(f"{deleted}, which is left of an earlier one, cannot be deleted")
+        remove(deleted, must=True)
         os.rename(path, deleted)
         remove(deleted)
-        self._awaited.pop(path, None)
 
     def remove_unfinished(self) -> None:
         """Deletes what a killed run left half-written or half-deleted."""
-        for replaced in self._folder.glob(".replaced-step_*"):
-            original = replaced.with_name(replaced.name.removeprefix(".replaced-"))
+        for replaced in self._folder.glob(f"{REPLACED}step_*"):
+            original = replaced.with_name(replaced.name.removeprefix(REPLACED))
             if not os.path.lexists(original):
                 os.rename(replaced, original)
-        for beginning in (UNFINISHED, _DELETED, ".replaced-"):
-            for leftover in self._folder.glob(beginning + "step_*"):
+        for beginning in (UNFINISHED, _DELETED, REPLACED):
+            for leftover in self._folder.glob(f"{beginning}step_*"):
                 remove(leftover)
 
     # Which are good
 
     def judge(self, role: str, iteration: int, applied: bool) -> None:
-        """Learns what became of the update number `iteration` (from 0)."""
+        """Takes note of whether update number `iteration` (from 0) was applied."""
         for path, awaited in list(self._awaited.items()):  # the writer's thread deletes
             if awaited and role in awaited and _iteration(path) <= iteration:
                 if applied:
@@ -384,7 +366,7 @@ class Checkpoints:
         self._mark()
 
     def _mark(self) -> None:
-        """Writes down what is known, of those that have their name already."""
+        """Writes the marks of checkpoints whose writing is complete."""
         if not self._world.main:
             return
         for path, awaited in list(self._awaited.items()):  # the writer's thread deletes
@@ -396,13 +378,13 @@ class Checkpoints:
                     (path / other).unlink(missing_ok=True)
 
     def spare(self, path: Path) -> None:
-        """The run goes on from this one with other settings than those it was saved with: updates that are not finite then
-        say nothing against it."""
+        """Never marks this checkpoint suspect: the run goes on from it with other settings, which may be the reason for
+        updates that are not finite."""
         self._spared.add(path)
 
     def give_up(self) -> Path | None:
-        """After too many updates that were not finite: the last good checkpoint. `--resume` will leave out those that this
-        run saved, or went on from, after it."""
+        """The last good checkpoint, after too many updates that were not finite. Marks later ones that this run saved or
+        went on from as suspect, so that `--resume` leaves them out."""
         self.wait()
         good = self.last_good()
         for path in self.complete():
@@ -416,10 +398,9 @@ class Checkpoints:
     # Loading
 
     def find(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole, every file of it read and compared with the index; all processes call.
+        """The newest good checkpoint whose files all match its index; all processes call.
 
-        One that is damaged, no checkpoint of this program's, or not a good one is named on stderr and left where it is.
-        Raises ConfigError where it was saved by a run of another architecture or precision.
+        Others are named on stderr and left where they are. Raises ConfigError if a run with another identity saved it.
         """
         if self._world.main and self._folder.is_dir():
             self.remove_unfinished()
@@ -439,7 +420,7 @@ class Checkpoints:
         return None
 
     def _read(self, path: Path) -> tuple[Checkpoint | None, str | None]:
-        """The index, or what is wrong with it."""
+        """(checkpoint, None), or (None, what is wrong with its index)."""
         try:
             index = read_json(path / _INDEX)
         except DamagedFile as error:
@@ -447,30 +428,29 @@ class Checkpoints:
         except OSError as error:
             return None, f"{path} is no checkpoint ({_INDEX}: {error.strerror or error})"
         if not isinstance(index, dict) or index.get("format") != _FORMAT:
-            return None, f"{path / _INDEX} is not that of a checkpoint"
+            return None, f"{path / _INDEX} is not a checkpoint's"
         if index.get("version") != _VERSION:
             return None, f"{path} is a checkpoint of version {index.get('version')!r}, and this program's is {_VERSION}"
         digest = index.pop("sha256", None)
         if digest != _digest(index):
             return None, f"{path / _INDEX} is damaged: its content is not what was written"
         if problem := problem_of_index(index):
-            return None, f"{path / _INDEX} is not that of a checkpoint: {problem}"
+            return None, f"{path / _INDEX} is not a checkpoint's: {problem}"
         if index["iteration"] != _iteration(path):
             return None, f"{path} is the checkpoint of iteration {index['iteration']} under another name"
         if os.path.exists(path / _SUSPECT):
-            return None, (
-                f"{path} is not a good one: the updates after it were not finite (without its file {_SUSPECT} it would be taken "
-                "all the same)"
+            return (
+                None,
+                f"{path} is not a good one: the updates after it were not finite (to use it, delete its {_SUSPECT})",
             )
         return Checkpoint(path, index), None
 
     def _verify(self, checkpoint: Checkpoint) -> str | None:
-        """What is wrong with the files, None where nothing is; each process reads its part of them."""
+        """What is wrong with the files, or None; each process reads its share of them."""
         mine = checkpoint.index["files"][self._world.rank :: self._world.size]
         with ThreadPoolExecutor(_READERS) as readers:
             problems = list(readers.map(partial(_damage, checkpoint.path), mine))
-        found = [each for of_process in self._world.gather(problems) for each in of_process if each is not None]
-        return next(iter(found), None)
+        return next((each for share in self._world.gather(problems) for each in share if each is not None), None)
 
     def _check_identity(self, checkpoint: Checkpoint) -> None:
         identity = checkpoint.index["identity"]
@@ -483,36 +463,34 @@ class Checkpoints:
                 )
 
     def load(self, checkpoint: Checkpoint, networks: dict[str, Trained]) -> None:
-        """Restores weights and optimizer state, bit for bit on the number of processes that saved them; all processes call.
+        """Restores weights and optimizer state, bit for bit on as many processes as saved them; all processes call.
 
-        Raises ConfigError where the parameters are others or hold NaN or infinity, OSError for a file that cannot be read.
+        Raises ConfigError for other parameters and for NaN or infinity, OSError for a file that cannot be read.
         """
         for role in TRAINED:
             network = networks[role]
             layout, saved = network.layout(), checkpoint.layout(role)
             if layout.sizes != saved.sizes:
-                different = next(iter(layout.sizes.items() ^ saved.sizes.items()))[0]
-                raise ConfigError(
-                    f"--resume: {checkpoint.path} has other parameters of the {role} than this run, such as {different}"
-                )
+                name, _ = next(iter(layout.sizes.items() ^ saved.sizes.items()))
+                raise ConfigError(f"--resume: {checkpoint.path} has other parameters of the {role}, such as {name}")
             source = SavedRole(checkpoint.path / role, saved)
             broken: list[str] = []  # names of tensors
             network.load(checkpoint.state["updates"][role], partial(self._group, source, layout, broken))
             if found := next((names[0] for names in self._world.gather(broken) if names), None):
                 raise ConfigError(
                     f"--resume: {checkpoint.path} holds NaN or infinity in {found} of the {role}: move that folder away, and "
-                    "--resume goes on from the one before"
+                    "--resume takes the checkpoint before it"
                 )
 
     def _group(self, source: SavedRole, layout: Layout, broken: list[str], group: int) -> dict[str, Tensor]:
-        """This process's part; `broken` receives the names of tensors that are not finite."""
+        """This process's part of a group; adds the names of tensors that are not finite to `broken`."""
         tensors = source.group(layout, self._world.rank, group)
         broken.extend(name for name, tensor in tensors.items() if not is_finite(tensor))
         return tensors
 
 
 def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
-    """What is wrong with one file of a checkpoint, by its entry in the index."""
+    """What is wrong with the file of an entry in the index, or None."""
     file = folder / entry["path"]
     try:
         size = file.stat().st_size
@@ -526,12 +504,12 @@ def _damage(folder: Path, entry: dict[str, Any]) -> str | None:
 
 
 def _own(folder: Path) -> list[Path]:
-    """What has a name that a run gives in a checkpoint's folder, the index first; not the folders of the roles."""
+    """Files in a checkpoint's folder with names that a run writes, the index first."""
     return [path for pattern in OF_A_CHECKPOINT for path in matching(folder, pattern)]
 
 
 def _foreign(folder: Path) -> list[str]:
-    """What lies in a checkpoint's folder that no run wrote."""
+    """Paths in a checkpoint's folder that no run wrote."""
     if not folder.is_dir() or folder.is_symlink():
         return []
     ours = {*_own(folder), *(folder / role for role in TRAINED)}
@@ -539,7 +517,7 @@ def _foreign(folder: Path) -> list[str]:
 
 
 def _leave_out(path: Path) -> Path:
-    """Gives what lies under a checkpoint's name another one, under which no run takes it or deletes it."""
+    """Renames a folder or file with a checkpoint's name so that no run uses or deletes it."""
     kept = free_name(path.with_name(f"{path.name}.left_out"))
     with disk_errors(path):
         os.rename(path, kept)
@@ -556,7 +534,7 @@ def _digest(contents: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def _named(final: Path):
-    """An error of the disk that names the checkpoint beside the file."""
+    """Adds the checkpoint to the message of an OSError."""
     try:
         yield
     except OSError as error:
@@ -564,9 +542,9 @@ def _named(final: Path):
 
 
 def available_memory(groups: Path = Path("/sys/fs/cgroup"), place: str | None = None) -> float:
-    """Bytes of host memory that are free for this process: the machine's, or what the limit of its job leaves.
+    """Bytes of host memory that are free for this process: the machine's, or those below its job's limit.
 
-    place: of the process's control group below `groups`; None: as the kernel says.
+    place: path of the process's control group below `groups`; None: read from /proc.
     """
     free = float(psutil.virtual_memory().available)
     with contextlib.suppress(OSError):
@@ -581,22 +559,22 @@ def available_memory(groups: Path = Path("/sys/fs/cgroup"), place: str | None = 
 
 
 def _host_memory(tensor: Tensor) -> Tensor:
-    """Host memory of a tensor's shape and dtype, pinned where the tensor is on a GPU: copies run at PCIe's rate."""
+    """Host memory of a tensor's shape and dtype, pinned if the tensor is on a GPU, so that copies run at PCIe's rate."""
     buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
     if tensor.is_cuda and tensor.numel() > 0:
-        # Not torch's own allocator, which takes the next power of two.
-        buffer.view(-1).view(torch.uint8).fill_(0)  # all threads together: the pages are there before they are pinned
-        with contextlib.suppress(RuntimeError):  # without it copies are slower, and right
+        # Not pin_memory, whose allocator rounds up to a power of two.
+        buffer.view(-1).view(torch.uint8).fill_(0)  # touches the pages with all threads before they are pinned
+        with contextlib.suppress(RuntimeError):  # unpinned copies are slower, and right
             cudart: Any = torch.cuda.cudart()
             torch.cuda.check_error(int(cudart.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)))
     return buffer
 
 
 def _unpin(buffer: Tensor) -> None:
-    """What a tensor of `_host_memory` needs before its memory is free again."""
-    with contextlib.suppress(RuntimeError):  # of a GPU that has failed
+    """Unpins a tensor of `_host_memory`."""
+    with contextlib.suppress(RuntimeError):  # the GPU may have failed
         if buffer.is_pinned():
-            torch.cuda.synchronize()  # a copy to it may be under way
+            torch.cuda.synchronize()  # a copy to it may be running
             cudart: Any = torch.cuda.cudart()
             cudart.cudaHostUnregister(buffer.data_ptr())
 
@@ -610,23 +588,23 @@ def _difference(key: str, saved: Any, now: Any) -> str:
 
 
 def global_batch(config: Config, num_processes: int) -> int:
-    """Samples of one update, of all processes together."""
+    """Samples of one update on all processes together."""
     return config.engine.batch_size * config.engine.accumulation * num_processes
 
 
 def checkpoint_bytes(config: Config, num_parameters: int) -> int:
-    """Size of one checkpoint: float32 masters and two moments of student and critic; the student's average."""
+    """Size of one checkpoint: float32 masters and two moments of student and critic, and the student's average."""
     states = [config.student_optimizer.state, config.critic_optimizer.state]
     each = sum(4 + STATE_BYTES[state] for state in states) + 4 * (config.ema is not None)
     return math.ceil(num_parameters * each)
 
 
 def space_needed(config: Config, num_parameters: int, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Bytes of a checkpoint, how many there are at once at most, bytes of the exported student. num_parameters: the
-    student's, which computes in dtype."""
+    """(bytes of a checkpoint, largest number of them at once, bytes of the exported student) for a student of that many
+    parameters in dtype."""
     run = config.run
     made = 1 + (run.iterations // run.checkpoint_every if run.checkpoint_every else 0)
-    # Those that are kept, the one that is being written, and the last good one where it is older than those.
+    # The kept ones, the one that is being written, and an older last good one.
     at_once = min(made, run.keep_checkpoints + 2)
-    weight_bytes = 4 if config.lora else dtype.itemsize  # adapters are exported as their masters are
+    weight_bytes = 4 if config.lora else dtype.itemsize  # adapters are exported in float32
     return checkpoint_bytes(config, num_parameters), at_once, num_parameters * weight_bytes

@@ -1,11 +1,11 @@
-"""Embeddings: from prompts to the conditions that a network takes.
+"""Text embeddings: from prompts to the conditions of the networks.
 
-EmbeddingCache     text embeddings on disk, each prompt encoded once in the life of the folder
+EmbeddingCache     text embeddings on disk; each prompt is encoded only once
 Conditioner        prompts -> {"prompt_embeds": (B, L, D), ...}, from the cache or from the text encoders
-make_conditioner   brings the cache up to date, and frees the text encoders
+make_conditioner   brings the cache up to date, then frees the text encoders
 
-Text encoders are the largest thing that a distillation holds without training it (T5-XXL: 9.5 GB in bfloat16), so by
-default every prompt is encoded before the first iteration and the encoders are gone by then.
+Text encoders are large (T5-XXL: 9.5 GB in bfloat16), so by default every prompt is encoded, and the encoders are freed,
+before the first iteration.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import secrets
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +44,7 @@ logger = logging.getLogger(__name__)
 Encode = Callable[[list[str]], dict[str, Tensor]]
 Progress = Callable[[int, int, int], None]
 
-_SHARD_BYTES = 256 << 20  # also what a killed build loses at most; SD3's embedding of a prompt is 2.7 MB in bfloat16
+_SHARD_BYTES = 256 << 20  # a killed build loses at most this; SD3's embedding of a prompt is 2.7 MB in bfloat16
 _VERIFY_BYTES = 4 << 30  # 5 s: one core reads and hashes 0.8 GB/s (Xeon with SHA instructions, file in memory)
 _STALE_SECONDS = 3600.0
 _FORMAT = "2"
@@ -54,7 +55,7 @@ Layout = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def estimate_bytes(num_prompts: int, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """What the embeddings of num_prompts prompts take on disk; shapes are those of one prompt, without the batch."""
+    """Size on disk of the embeddings of num_prompts prompts; shapes: of one prompt, without the batch."""
     numbers = sum(math.prod(shape) for shape in shapes.values())
     return num_prompts * (numbers * dtype.itemsize + 2 * _DIGEST_BYTES)
 
@@ -62,25 +63,23 @@ def estimate_bytes(num_prompts: int, shapes: dict[str, tuple[int, ...]], dtype: 
 class EmbeddingCache:
     """Text embeddings in safetensors shards under folder/text_key, one row a prompt, keyed by the SHA-256 of its text.
 
-    text_key names everything else that an embedding depends on (encoders, length, dtype), so others never mix with
-    these. shapes, dtype: of one prompt's embeddings, without the batch; None: what the first shard or encoding has.
-    quiet: another process names the files that are left alone.
+    text_key names everything else that an embedding depends on (encoders, length, dtype). shapes, dtype: of one prompt's
+    embeddings, without the batch; None: those of the first shard or encoding. quiet: do not name files that are ignored.
 
-    A shard holds what `encode` returned, (n, ...) each, with `keys` and `digests` of its rows, (n, 32) uint8. A row's
-    digest is the SHA-256 of text_key, key, names, dtypes, shapes and every byte; the metadata have the format's number,
-    text_key, and the SHA-256 of them, the layout, keys and digests. A shard appears under its name, which no other ever
-    bears, when it is complete.
+    A shard holds the tensors that `encode` returned, (n, ...), and `keys` and `digests` of its rows, (n, 32) uint8. A
+    row's digest is the SHA-256 of text_key, key, names, dtypes, shapes and every byte. The metadata hold the format's
+    number, text_key, and the SHA-256 of them, the layout, keys and digests. Each shard gets a new name when it is complete.
 
     What is verified, and what that costs:
       opening  header, layout, keys and digests of every shard; reads 64 bytes a prompt
-      `get`    the digest of each row, every time that it is read and before anybody sees it; 1.5 to 3.5 ms for SD3's 2.7 MB
-      `verify` the same at the start of a run, for up to 4 GB of its rows a process; what lies beyond is verified by `get`
-    A shard that fails on opening is set aside as <name>.damaged, and its prompts are missing: they are encoded again. A
-    row that `verify` finds damaged is missing too, and encoded again into another shard. One that `get` finds, when the
-    encoders are gone, stops the run with one line; its shard is set aside, so that the next start encodes it. Files that
-    are no shard of this cache are named and left alone: another format's, another text_key's, folders.
+      `get`    the digest of each row, every time it is read; 1.5 to 3.5 ms for SD3's 2.7 MB
+      `verify` the same at the start of a run, for up to 4 GB a process; `get` verifies the rest
+    A shard that fails on opening is renamed to <name>.damaged, and its prompts are encoded again. So is a row that
+    `verify` finds damaged, into another shard. A damaged row that `get` finds, when the encoders are gone, stops the run
+    with one line and its shard is renamed, so that the next start encodes it. Files that are not shards of this cache
+    (another format or text_key, folders) are named and ignored.
 
-    Raises ConfigError where the folder or a shard in it cannot be read.
+    Raises ConfigError if the folder or a shard in it cannot be read.
     """
 
     def __init__(
@@ -101,12 +100,12 @@ class EmbeddingCache:
         self._verified: set[bytes] = set()
         self._left_to_verify = _VERIFY_BYTES
         self._lost: dict[bytes, str] = {}
-        self._lock = threading.RLock()  # `get` may run in a thread beside another
+        self._lock = threading.RLock()  # two threads may call `get`
         self._remove_leftovers()
         self.refresh()
 
     def refresh(self) -> None:
-        """Takes in the shards that other processes have written since."""
+        """Opens the shards that other processes have written since."""
         others: dict[str, list[str]] = {}
         with self._lock:
             for path in self._list():
@@ -115,9 +114,9 @@ class EmbeddingCache:
                         raise _NotOurs("not a file")
                     shard = _Shard(path, self._text_key)
                     if self._layout not in (None, shard.layout):
-                        raise DamagedFile(f"{path} is of no use: {_difference(shard.layout, self._layout)}")
+                        raise DamagedFile(f"{path} does not fit: {_difference(shard.layout, self._layout)}")
                     self._layout = shard.layout
-                except FileNotFoundError:  # another process has set it aside meanwhile
+                except FileNotFoundError:  # another process has just set it aside
                     continue
                 except _NotOurs as error:
                     others.setdefault(str(error), []).append(path.name)
@@ -126,8 +125,8 @@ class EmbeddingCache:
                         logger.warning("%s; %s, and its prompts are encoded anew", error, aside)
                 except OSError as error:
                     raise ConfigError(
-                        f"prompts.cache_dir: {path} cannot be read ({error.strerror}): have its owner allow it (chmod "
-                        "g+r), or take another folder"
+                        f"prompts.cache_dir: {path} cannot be read ({error.strerror}): ask its owner for chmod g+r, or take "
+                        "another folder"
                     ) from error
                 else:
                     for row, key in enumerate(shard.keys):
@@ -136,10 +135,10 @@ class EmbeddingCache:
         for reason, names in others.items():
             if not self._quiet:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                logger.warning("%s: %s%s: %s; not used, and left alone", self.folder, names[0], more, reason)
+                logger.warning("%s: %s%s: %s; ignored", self.folder, names[0], more, reason)
 
     def _list(self) -> list[Path]:
-        """The files that are new and bear a shard's name, oldest first."""
+        """New files with a shard's name, oldest first."""
         try:
             found = sorted(path for path in self.folder.iterdir() if path.suffix == ".safetensors")
         except FileNotFoundError:
@@ -149,37 +148,29 @@ class EmbeddingCache:
         return [path for path in found if path not in self._seen and not path.name.startswith(".")]
 
     def missing(self, prompts: Iterable[str], rank: int = 0, world_size: int = 1) -> list[str]:
-        """The different prompts of this rank's share that have no embedding yet.
-
-        The share depends on `prompts` alone and not on what others have written meanwhile: ranks that look at different
-        moments still leave no prompt to nobody.
-        """
+        """Prompts of this rank's share that have no embedding yet, without repeats. The share depends only on `prompts`, so
+        that every prompt is in one, whenever the ranks look."""
         return [prompt for prompt in _share(prompts, rank, world_size) if _key(prompt) not in self._places]
 
     def verify(self, prompts: Iterable[str], rank: int = 0, world_size: int = 1) -> None:
-        """Reads the embeddings of this rank's share of the prompts, those that it has not verified yet and up to 4 GB in
-        all; damaged ones are missing from then on, which one line a shard says."""
-        damaged: dict[Path, int] = {}
+        """Reads this rank's share of the embeddings, except those verified before, up to 4 GB in all. Damaged ones are
+        missing from then on; one log line a shard names them."""
+        damaged: Counter[Path] = Counter()
         for prompt in _share(prompts, rank, world_size):
             key = _key(prompt)
             if self._left_to_verify > 0 and key in self._places and key not in self._verified:
                 try:
                     row = self._row(key)
                 except _Unusable as error:
-                    damaged[error.path] = damaged.get(error.path, 0) + 1
+                    damaged[error.args[1]] += 1
                 else:
                     self._verified.add(key)
                     self._left_to_verify -= sum(tensor.nbytes for tensor in row.values())
         for path, count in damaged.items():
-            logger.warning(
-                "%s is damaged: %d of its embeddings, which are encoded anew, %s",
-                path,
-                count,
-                "is not what was written" if count == 1 else "are not what was written",
-            )
+            logger.warning("%s is damaged: %d of its embeddings must be encoded again", path, count)
 
     def check_space(self, num_bytes: int) -> None:
-        """Raises ConfigError when the disk has no room for num_bytes more, or the folder cannot be written to."""
+        """Raises ConfigError if the disk has no room for num_bytes more, or the folder cannot be written to."""
         free = free_bytes(self.folder)
         if num_bytes > free:
             raise ConfigError(
@@ -202,12 +193,12 @@ class EmbeddingCache:
         world_size: int = 1,
         progress: Progress | None = None,
     ) -> int:
-        """Encodes this rank's share of the prompts that are missing or damaged and returns how many those were.
+        """Encodes this rank's share of the prompts that are missing or damaged, and returns their number.
 
         encode: list of b prompts -> {name: (b, ...)}, on any device.
-        progress: called with (prompts done, prompts to do, bytes they take in all), first when the size is known.
-        Raises ConfigError where the disk is too small, before anything is written, and for an embedding that is not
-        finite, or of another shape or dtype; OSError when a shard cannot be written. What was encoded before stays.
+        progress: called with (prompts done, prompts to do, their bytes in all), first when the size is known.
+        Raises ConfigError if the disk is too small, before anything is written, and for an embedding that is not finite
+        or of another shape or dtype; OSError if a shard cannot be written. What was encoded before stays.
         """
         self.refresh()
         self.verify(prompts, rank, world_size)
@@ -225,12 +216,8 @@ class EmbeddingCache:
                 each = num_bytes // len(batch)
                 if start == 0:
                     self.check_space(len(everybody) * (each + 2 * _DIGEST_BYTES))
-                    logger.info(
-                        "encoding %d prompts, %s, into %s",
-                        len(everybody),
-                        readable_bytes(len(everybody) * each),
-                        self.folder,
-                    )
+                    size = readable_bytes(len(everybody) * each)
+                    logger.info("encoding %d prompts, %s, into %s", len(everybody), size, self.folder)
                     if progress:
                         progress(0, len(mine), len(mine) * each)
                 pending.append((batch, encoded))
@@ -240,16 +227,16 @@ class EmbeddingCache:
                     self._write(done)
                 if progress:
                     progress(min(start + batch_size, len(mine)), len(mine), len(mine) * each)
-        finally:  # after an error too: encoding these took its time
+        finally:  # after an error too: encoding took long
             if pending:
                 self._write(pending)
         self.refresh()
         return len(mine)
 
     def get(self, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """{name: (B, ...)} on the CPU, row i that of prompts[i]; only those rows are read.
+        """{name: (B, ...)} on the CPU; row i belongs to prompts[i]. Reads only those rows.
 
-        Raises LookupError for a prompt that has no embedding, DamagedFile for one whose embedding is not what was written.
+        Raises LookupError for a prompt without an embedding, DamagedFile for a damaged one.
         """
         with self._lock:
             absent = [prompt for prompt in prompts if _key(prompt) not in self._places]
@@ -257,9 +244,8 @@ class EmbeddingCache:
                 if _key(prompt) in self._lost:
                     raise DamagedFile(self._lost[_key(prompt)])
             if absent:
-                raise LookupError(
-                    f"no embedding of {absent[0]!r} in {self.folder} ({len(absent)} of {len(prompts)} prompts have none)"
-                )
+                share = f"{len(absent)} of {len(prompts)} prompts have none"
+                raise LookupError(f"no embedding of {absent[0]!r} in {self.folder} ({share})")
             rows = {prompt: self._sound_row(prompt) for prompt in dict.fromkeys(prompts)}
         layout = self._layout or {}
         found = {name: torch.empty(len(prompts), *shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
@@ -273,20 +259,21 @@ class EmbeddingCache:
         try:
             return self._row(key)
         except _Unusable as error:
-            self.refresh()  # another run may have encoded it anew
+            self.refresh()  # another run may have encoded it again
             with contextlib.suppress(_Unusable, KeyError):
                 return self._row(key)
-            aside = _set_aside(error.path) or "it has been set aside"
+            problem, path = error.args
+            aside = _set_aside(path) or "it has been set aside"
             message = (
-                f"{error.path} is damaged: the embedding of {_short(prompt)} {error}; {aside}, and the next start "
-                "(--resume) encodes its prompts anew"
+                f"{path} is damaged: the embedding of {_short(prompt)} {problem}; {aside}, and the next start (--resume) "
+                "encodes its prompts anew"
             )
             self._lost[key] = message
             raise DamagedFile(message) from error
 
     def _row(self, key: bytes) -> dict[str, Tensor]:
-        """{name: (1, ...)} from the first shard that holds what was written; the others are forgotten. Raises _Unusable
-        where none does, KeyError where none is known."""
+        """{name: (1, ...)} from the first shard whose row is undamaged; forgets those before it. Raises _Unusable if all
+        are damaged, KeyError if no shard holds the key."""
         problem: Exception = KeyError(key)
         for place in self._places[key]:
             shard, row = place
@@ -315,12 +302,11 @@ class EmbeddingCache:
             "text_key": self._text_key,
             "sha256": _index_digest(self._text_key, layout, keys, digests),
         }
-        # The older of two that hold a prompt comes first, and runs that build at once never meet under one name.
+        # Names sort by age, and runs that build at the same time never use one name.
         save_tensors(self.folder / f"{time.time_ns():016x}-{secrets.token_hex(8)}.safetensors", tensors, metadata)
 
     def _remove_leftovers(self) -> None:
-        # A killed process cannot clean up behind itself (*.tmp and .tmp*: earlier versions, safetensors' own); the age
-        # keeps off those that another process is writing just now.
+        # Of killed processes (*.tmp and .tmp*: of earlier versions). Younger files may be another process's, at work.
         for pattern in (f"{UNFINISHED}*", "*.tmp", ".tmp*"):
             for path in self.folder.glob(pattern):
                 with contextlib.suppress(OSError):
@@ -329,22 +315,16 @@ class EmbeddingCache:
 
 
 class _NotOurs(Exception):
-    """A file that is no shard of this cache; the message says what it is."""
+    """A file that is not a shard of this cache; the message says what it is."""
 
 
 class _Unusable(Exception):
-    """An embedding that cannot be used; the message says why. path: its shard's."""
-
-    def __init__(self, message: str, path: Path):
-        super().__init__(message)
-        self.path = path
+    """An embedding that cannot be used. args: why, the path of its shard."""
 
 
 class _Shard:
-    """An opened shard. keys, digests: of its rows. layout: of one row's tensors, without keys and digests.
-
-    Raises _NotOurs, DamagedFile, or OSError where it cannot be read.
-    """
+    """A shard. keys, digests: of its rows. layout: of a row's embeddings. Raises _NotOurs, DamagedFile, or OSError if it
+    cannot be read."""
 
     def __init__(self, path: Path, text_key: str):
         self._file = file = open_tensors(path)
@@ -369,9 +349,8 @@ class _Shard:
         self.keys, self.digests = _rows(file.read(_KEYS)), _rows(file.read(_DIGESTS))
         if _index_digest(text_key, file.layout, self.keys, self.digests) != file.metadata.get("sha256"):
             raise DamagedFile(f"{path} is damaged: its header, keys and digests are not what was written")
-        self.layout = {
-            name: (dtype, shape[1:]) for name, (dtype, shape) in file.layout.items() if name not in (_KEYS, _DIGESTS)
-        }
+        embeddings = {name: each for name, each in file.layout.items() if name not in (_KEYS, _DIGESTS)}
+        self.layout = {name: (dtype, shape[1:]) for name, (dtype, shape) in embeddings.items()}
 
     @property
     def path(self) -> Path:
@@ -382,7 +361,7 @@ class _Shard:
         try:
             return self._read(row)
         except FileNotFoundError:
-            # Another process has met a damaged row and set the shard aside; this one may be whole.
+            # Another process found a damaged row and set the shard aside; this row may be undamaged.
             if self.path.suffix == _ASIDE:
                 raise
             self._file.path = self.path.with_name(self.path.name + _ASIDE)
@@ -396,7 +375,7 @@ _ASIDE = ".damaged"
 
 
 def _set_aside(path: Path) -> str | None:
-    """Renames a shard so that nobody opens it again. What was done, in words; None where another process was first."""
+    """Renames a shard so that no run opens it again. Returns what was done, as text; None if another process was first."""
     if path.suffix == _ASIDE:
         return None
     try:
@@ -451,21 +430,19 @@ def _layout(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> Layout:
 
 
 def _difference(layout: Layout, expected: Layout) -> str:
-    """What distinguishes two layouts of a prompt's embeddings, in words."""
-    for name in sorted({*layout, *expected}):
-        if layout.get(name) != expected.get(name):
-            found, needed = (
-                "none" if name not in each else f"{str(each[name][0]).removeprefix('torch.')} {each[name][1]}"
-                for each in (layout, expected)
-            )
-            return f"{name} of a prompt is {found}, and {needed} is needed"
-    raise AssertionError("the layouts are the same")
+    """The first difference between two layouts, as text."""
+    name = min(name for name in {*layout, *expected} if layout.get(name) != expected.get(name))
+    found, needed = (
+        "none" if name not in each else f"{str(each[name][0]).removeprefix('torch.')} {each[name][1]}"
+        for each in (layout, expected)
+    )
+    return f"{name} of a prompt is {found}, and {needed} is needed"
 
 
 def _check_embeddings(prompts: list[str], encoded: dict[str, Tensor], expected: Layout | None) -> Layout:
-    """The layout of a prompt's embeddings. encoded: {name: (b, ...)} of b prompts, fresh from the text encoders.
+    """The layout of a prompt's embeddings. encoded: {name: (b, ...)} of b prompts, from the text encoders.
 
-    Raises ConfigError where the layout is not the expected one, or an embedding is not finite.
+    Raises ConfigError if the layout is not `expected`, or an embedding is not finite.
     """
     layout = {name: (tensor.dtype, tuple(tensor.shape[1:])) for name, tensor in encoded.items()}
     assert all(len(tensor) == len(prompts) for tensor in encoded.values()), (len(prompts), layout)
@@ -475,19 +452,19 @@ def _check_embeddings(prompts: list[str], encoded: dict[str, Tensor], expected: 
     for name, tensor in encoded.items():
         bad = (~torch.isfinite(tensor).flatten(1).all(dim=1)).nonzero()
         if len(bad):
+            dtype = str(tensor.dtype).removeprefix("torch.")
             raise ConfigError(
-                f"prompts: {name} of {_short(prompts[int(bad[0])])} is not finite in "
-                f"{str(tensor.dtype).removeprefix('torch.')}; a wider model.dtype (bfloat16) may help, or leave the prompt out"
+                f"prompts: {name} of {_short(prompts[int(bad[0])])} is not finite in {dtype}; a wider model.dtype "
+                "(bfloat16) may help, or leave the prompt out"
             )
     return layout
 
 
 class Conditioner:
-    """Prompts in, conditions of the network out, on `device`, wherever the embeddings come from.
+    """Maps prompts to the networks' conditions on `device`.
 
     lookup: list of B prompts -> {name: (B, ...)} (`EmbeddingCache.get`, or `encode` of the text encoders).
-    ahead: whether lookup may run in a thread of its own, for `prefetch`.
-    negative_prompt: prompt of the unconditional branch, None for none.
+    ahead: lookup may run in a thread, for `prefetch`. negative_prompt: of the unconditional pass; None for none.
     """
 
     def __init__(self, lookup: Encode, negative_prompt: str | None, device: torch.device | str, *, ahead: bool = False):
@@ -498,30 +475,30 @@ class Conditioner:
         self._negative = None if negative_prompt is None else self.cond([negative_prompt])
 
     def cond(self, prompts: list[str]) -> dict[str, Tensor]:
-        """{name: (B, ...)} of B prompts. Raises what lookup does, also where `prefetch` has met it."""
+        """{name: (B, ...)} of B prompts. Raises errors of lookup, also those that occurred in `prefetch`."""
         coming, self._coming = self._coming, None
         found = coming[1].result() if coming is not None and coming[0] == prompts else self._read(prompts)
         return {name: tensor.to(self._device, non_blocking=True) for name, tensor in found.items()}
 
     def close(self) -> None:
-        """Ends the thread that reads ahead, and forgets what it has read."""
+        """Ends the thread that reads ahead."""
         self._coming = None
         if self._reader is not None:
             self._reader.shutdown(cancel_futures=True)
 
     def prefetch(self, prompts: list[str]) -> None:
-        """Has the next `cond(prompts)` read from disk meanwhile, where embeddings come from there."""
+        """Starts to read the embeddings for the next `cond(prompts)`, if lookup may run in a thread."""
         if self._reader is not None:
             self._coming = (prompts, self._reader.submit(self._read, prompts))
 
     def _read(self, prompts: list[str]) -> dict[str, Tensor]:
         found = self._lookup(prompts)
-        if self._device.type == "cuda":  # from pinned memory the copy to the device takes no time of the host's
+        if self._device.type == "cuda":  # copies from pinned memory do not block the host
             found = {name: x if x.is_cuda else x.pin_memory() for name, x in found.items()}
         return found
 
     def uncond(self, batch_size: int) -> dict[str, Tensor] | None:
-        """{name: (batch_size, ...)} of the negative prompt, every row the same memory: not to be written to."""
+        """{name: (batch_size, ...)} of the negative prompt, as an expanded view: do not write to it."""
         if self._negative is None:
             return None
         return {name: tensor.expand(batch_size, *tensor.shape[1:]) for name, tensor in self._negative.items()}
@@ -539,21 +516,18 @@ def make_conditioner(
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
 ) -> Conditioner:
-    """The conditions of `prompts`, `extra_prompts` (those of sample grids) and config.negative_prompt.
+    """The Conditioner of `prompts`, `extra_prompts` (for sample grids) and config.negative_prompt.
 
-    encoding = stream keeps the text encoders on `device`. encoding = cache brings the cache up to date first, each rank
-    its share, then frees the encoders; where nothing is missing or damaged they are not loaded at all. `barrier` is called once,
-    by every rank, in cache mode. config.cache_dir must be set then, and be a folder that all ranks see.
+    encoding = stream keeps the text encoders on `device`. encoding = cache brings the cache up to date, each rank its
+    share, then frees the encoders; if nothing is missing or damaged they are not loaded. It needs config.cache_dir, a
+    folder that all ranks see, and every rank calls `barrier` once. Both give the same bits for batches of the same size;
+    with another size the encoders' matmuls may round differently.
 
     dtype: of the text encoders; None: bfloat16 on CUDA, else float32.
     backbone: has `load_text(device, dtype).encode(prompts)`, and for the cache `text_key` and `text_shapes`.
 
     Raises ConfigError for a folder that cannot be used, and for embeddings that are not finite or do not fit the model;
-    OSError where one cannot be written. So does `Conditioner.cond` later, and for a cached embedding that has been damaged
-    since.
-
-    Both give the same bits for the same batch. (A matrix product may round a row otherwise when the batch has another
-    size, so an encoder asked for batches of another size than the cache was built with can differ in the last bit.)
+    OSError if one cannot be written. `Conditioner.cond` raises the same, and DamagedFile for a damaged embedding.
     """
     if dtype is None:
         dtype = torch.bfloat16 if torch.device(device).type == "cuda" else torch.float32
@@ -568,16 +542,14 @@ def make_conditioner(
         return Conditioner(encode, config.negative_prompt, device)
 
     if config.cache_dir is None:
-        raise ConfigError(
-            "prompts.cache_dir is not set, and prompts.encoding = cache needs a folder for the embeddings"
-        )
+        raise ConfigError("prompts.cache_dir is not set, but prompts.encoding = cache needs it")
     negative = () if config.negative_prompt is None else (config.negative_prompt,)
     needed = [*prompts, *extra_prompts, *negative]
     text_key = f"{backbone.text_key}-{str(dtype).removeprefix('torch.')}"
     cache = EmbeddingCache(config.cache_dir, text_key, backbone.text_shapes, dtype, quiet=rank > 0)
     cache.verify(needed, rank, world_size)
     if cache.missing(needed, rank, world_size):
-        # Asked before the encoders are loaded, which takes minutes; build asks again with the sizes that it gets.
+        # Before the encoders are loaded, which takes minutes; build checks again with the real sizes.
         cache.check_space(estimate_bytes(len(cache.missing(needed)), backbone.text_shapes, dtype))
         text = backbone.load_text(device, dtype)
         cache.build(needed, text.encode, config.encode_batch_size, rank, world_size, progress)
@@ -587,10 +559,9 @@ def make_conditioner(
             torch.cuda.empty_cache()
     barrier()
     cache.refresh()
-    absent = cache.missing(needed)
-    if absent:
+    if absent := cache.missing(needed):
         raise ConfigError(
-            f"prompts.cache_dir {config.cache_dir}: {len(absent)} prompts have no embedding here though every process "
+            f"prompts.cache_dir {config.cache_dir}: {len(absent)} prompts have no embedding here, although every process "
             "has written its share: all processes must see the same folder"
         )
     return Conditioner(cache.get, config.negative_prompt, device, ahead=True)

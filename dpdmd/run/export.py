@@ -1,8 +1,7 @@
-"""The student that a run exports: whether it is one that anybody wants, and what others use of it.
+"""The student that a run exports, and the checks before.
 
-student/   the distilled transformer as a stock diffusers folder (safetensors), or under LoRA the adapter that a stock
-           pipeline's load_lora_weights takes, with its time grid (dpdmd.json) and the run's configuration (config.yaml)
-           beside it
+student/   the distilled transformer as a stock diffusers folder (safetensors), or with LoRA the adapter for a stock
+           pipeline's load_lora_weights; also its time grid (dpdmd.json) and the run's configuration (config.yaml)
 """
 
 from __future__ import annotations
@@ -30,14 +29,13 @@ STUDENT_FORMAT = 1
 
 def _known(family: str) -> str:
     if family not in backbones():
-        raise ValueError(
-            f"there is no such family; there are {', '.join(sorted(backbones()))} (of one's own: --family)"
-        )
+        known = ", ".join(sorted(backbones()))
+        raise ValueError(f"there is no such family; there are {known} (your own: --family)")
     return family
 
 
 class Description(pydantic.BaseModel):
-    """dpdmd.json: what sampling needs of it, and what else it is known to hold, which must be of its kind."""
+    """dpdmd.json. Fields with a default are not needed for sampling."""
 
     model_config = pydantic.ConfigDict(strict=True, frozen=True)
 
@@ -45,7 +43,7 @@ class Description(pydantic.BaseModel):
     iterations: pydantic.NonNegativeInt | None = None
     family: Annotated[str, pydantic.AfterValidator(_known)]
     adapter: bool = False
-    base: str | None = None  # the digest of the weights that an adapter is for
+    base: str | None = None  # digest of the weights that an adapter belongs to
     pipeline: str
     revision: str | None
     prediction: str | None = None
@@ -56,35 +54,29 @@ class Description(pydantic.BaseModel):
     guidance_scale: float = pydantic.Field(ge=0, allow_inf_nan=False)
     resolution: pydantic.PositiveInt
     max_sequence_length: pydantic.PositiveInt
-    pipeline_call: dict[str, Any] | None = None  # whatever a stock pipeline has to be called with beside the prompt
+    pipeline_call: dict[str, Any] | None = None  # arguments of a stock pipeline, beside the prompt
 
 
 def describe_student(backbone, distillation: Distillation, config: Config) -> Description:
-    diffusion, distill, pipeline = backbone.diffusion, config.distill, config.model.pipeline
-    sigmas = diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid)
-    side, length = config.model.resolution, config.model.max_sequence_length
+    model, distill, pipeline = config.model, config.distill, config.model.pipeline
+    sigmas = backbone.diffusion.pipeline_sigmas(distill.student_steps, distill.student_grid)
+    guidance, side, length = backbone.pipeline_guidance_scale, model.resolution, model.max_sequence_length
     if pipeline not in SHIPPED_WORLDS and Path(pipeline).is_dir():
         pipeline = str(Path(pipeline).resolve())
-    call = {
-        "sigmas": sigmas,
-        "guidance_scale": backbone.pipeline_guidance_scale,
-        "height": side,
-        "width": side,
-        "max_sequence_length": length,
-    }
+    call = {"sigmas": sigmas, "guidance_scale": guidance, "height": side, "width": side, "max_sequence_length": length}
     return Description(
         iterations=config.run.iterations,
         family=backbone.family.name,
         adapter=config.lora is not None,
         base=backbone.weights_fingerprint("transformer") if config.lora is not None else None,
         pipeline=pipeline,
-        revision=config.model.revision,
-        prediction=diffusion.prediction,
+        revision=model.revision,
+        prediction=backbone.diffusion.prediction,
         method=distill.method,
         num_steps=distill.student_steps,
         times=distillation.student_times.tolist(),
         pipeline_sigmas=sigmas,
-        guidance_scale=backbone.pipeline_guidance_scale,
+        guidance_scale=guidance,
         resolution=side,
         max_sequence_length=length,
         pipeline_call=call,
@@ -94,8 +86,7 @@ def describe_student(backbone, distillation: Distillation, config: Config) -> De
 def export_student(
     folder: Path, student: Trained, backbone, distillation: Distillation, config: Config, world: World
 ) -> None:
-    """Writes the student for others to use; all processes call. One that an earlier, shorter part of the run exported stays,
-    as student_step_<its iterations>."""
+    """Writes the student; all processes call. An earlier, different one is renamed to student_step_<its iterations>."""
     with student.averaged():
         state_dict = student.full_state_dict()
     if state_dict is not None:  # on the main process
@@ -114,7 +105,7 @@ def export_student(
 
 
 def _set_aside(folder: Path, new: Path) -> None:
-    """Gives a student that is not the same as the new one, or that holds more, a name of its own."""
+    """Renames an earlier student that differs from the new one or holds more files."""
     if not os.path.lexists(folder):
         return
     if folder.is_dir() and _names(folder) <= _names(new) and digests(folder) == digests(new):
@@ -133,10 +124,10 @@ def _names(folder: Path) -> set[Path]:
 
 
 def problem_of_student(path: Path) -> str | None:
-    """What is not as it was exported in the student of a finished run, or None."""
+    """What has changed in the student of a finished run since its export, or None."""
     try:
         summary = read_json(path / "finished.json")
-    except OSError as error:  # damaged, too
+    except OSError as error:  # including DamagedFile
         return str(error)
     exported = summary.get("student") if isinstance(summary, dict) else None
     if not isinstance(exported, dict) or STUDENT_FILE not in exported:
@@ -151,15 +142,22 @@ def problem_of_student(path: Path) -> str | None:
 
 
 def check_export(trainer) -> None:
-    """Raises RunStopped where the student is not one that anybody wants: still what it began as, or broken. All processes
-    call. trainer: trainer.py's, after the last update."""
+    """Raises RunStopped if the student is unchanged or broken after the last update. All processes call."""
     updates = trainer.networks["student"].updates
     if updates == 0:
-        raise RunStopped(
-            f"the student was never updated, so it is not exported: it is still the teacher. {trainer.describe_skipped()}"
-        )
+        skipped = trainer.describe_skipped()
+        raise RunStopped(f"the student was never updated, so it is not exported: it is still the teacher. {skipped}")
     if problem := _problem_of_export(trainer):
-        raise RunStopped(f"after {updates} updates {problem}, so it is not exported; {_describe_rate(trainer.config)}")
+        config = trainer.config
+        optimizer, average = (
+            config.student_optimizer,
+            "null" if config.ema is None else f"{{decay: {config.ema.decay}}}",
+        )
+        raise RunStopped(
+            f"after {updates} updates {problem}, so it is not exported; student_optimizer.lr = {optimizer.lr:g}, warmup = "
+            f"{optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = {config.engine.clip:g} and ema = {average} decide "
+            "how far it moves"
+        )
 
 
 def _problem_of_export(trainer) -> str | None:
@@ -170,48 +168,39 @@ def _problem_of_export(trainer) -> str | None:
     with torch.no_grad(), networks["student"].averaged():
         finite = networks["student"].is_finite()
         moved = networks["student"].bits() != trainer.initial_bits
-        made = trainer.distillation.sample(networks["student"], noise, cond)
-        if trainer.config.lora is not None:  # An adapter's bits change at once; what it adds may be lost in rounding.
-            moved = not torch.equal(made, trainer.distillation.sample(networks["teacher"], noise, cond))
-    size = float(made.double().square().mean().sqrt())
+        latents = trainer.distillation.sample(networks["student"], noise, cond)
+        if trainer.config.lora is not None:  # an adapter's bits always change, but rounding may hide its effect
+            moved = not torch.equal(latents, trainer.distillation.sample(networks["teacher"], noise, cond))
+    size = float(latents.double().square().mean().sqrt())
     finite, moved, sizes = zip(*world.gather((finite, moved, size)), strict=True)
     if not all(finite):
         return "the student's weights hold NaN or infinity"
-    if exploded := [size for size in sizes if not size < _LARGEST_LATENTS]:  # NaN is not, either
-        return f"the student makes latents of size {exploded[0]:.3g} (root mean square) of noise of size 1"
+    if exploded := [size for size in sizes if not size < _LARGEST_LATENTS]:  # also NaN
+        return f"the student turns noise of size 1 into latents of size {exploded[0]:.3g} (root mean square)"
     if any(moved):
         return None
     if trainer.config.lora is None:
-        return "the student's weights are to the bit those that it began with"
-    return "the adapter changes no bit of what the teacher makes in as many steps"
+        return "the student's weights have not changed in any bit"
+    return "the adapter does not change the teacher's latents in any bit"
 
 
 _LARGEST_LATENTS = 1000.0  # latents of pictures have a root mean square of about 1
 
 
-def _describe_rate(config: Config) -> str:
-    """What decides how far the exported student moves."""
-    optimizer, average = config.student_optimizer, "null" if config.ema is None else f"{{decay: {config.ema.decay}}}"
-    return (
-        f"student_optimizer.lr = {optimizer.lr:g}, warmup = {optimizer.warmup}, eps = {optimizer.eps:g}, engine.clip = "
-        f"{config.engine.clip:g} and ema = {average} decide how far it moves"
-    )
-
-
 def doubts(config: Config) -> list[str]:
-    """What is possible, and leaves a student that has hardly been trained."""
+    """Warnings about possible settings that hardly train the student."""
     found = []
     for role in TRAINED:
         optimizer, updates = config.optimizer(role), config.num_updates(role)
         if optimizer.warmup > updates:
             found.append(
                 f"{role}_optimizer.warmup = {optimizer.warmup} is longer than the run's {updates} updates of the {role}: the "
-                f"rate ends at {optimizer.lr * updates / optimizer.warmup:.2g} and never comes to lr = {optimizer.lr:g}"
+                f"rate ends at {optimizer.lr * updates / optimizer.warmup:.2g} and never reaches lr = {optimizer.lr:g}"
             )
     updates = config.num_updates("student")
-    if config.ema is not None and config.ema.decay**updates > 0.5:
+    if config.ema is not None and (initial := config.ema.decay**updates) > 0.5:
         found.append(
-            f"ema.decay = {config.ema.decay}: of the average, which is what is exported, {config.ema.decay**updates:.0%} is "
-            f"still the student's beginning after the run's {updates} updates; {0.5 ** (4 / updates):.4g} would leave 6 %"
+            f"ema.decay = {config.ema.decay}: after the run's {updates} updates {initial:.0%} of the exported average is "
+            f"still the initial student; {0.5 ** (4 / updates):.4g} would leave 6 %"
         )
     return found

@@ -1,4 +1,4 @@
-"""What index.json of a checkpoint holds: the schema that one read from a disk must fit."""
+"""The schema of a checkpoint's index.json."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dpdmd.engine.shards import Layout
 
 
 def problem_of_index(index: dict[str, Any]) -> str | None:
-    """What is wrong with an index, in words; None where nothing is."""
+    """What is wrong with an index, or None."""
     try:
         _Index.model_validate(index)
     except pydantic.ValidationError as error:
@@ -24,8 +24,6 @@ def problem_of_index(index: dict[str, Any]) -> str | None:
 
 _Count = Annotated[int, Field(ge=0, lt=2**53)]
 _Number = Annotated[int, Field(ge=1, lt=2**31)]
-
-
 _Value = TypeVar("_Value")
 
 
@@ -54,7 +52,7 @@ class _Roles(_Strict, Generic[_Value]):
 
 
 class _State(_Strict):
-    """What `Trainer.state` gives."""
+    """The result of `Trainer.state`."""
 
     updates: _Roles[_Count]
     skipped: _Roles[list[_Count]]
@@ -76,7 +74,7 @@ class _Index(_Strict):
 
     @pydantic.model_validator(mode="after")
     def _complete(self) -> _Index:
-        """A file for each role, process and group of parameters, and no other."""
+        """There is one file for each role, process and group of parameters, and no other."""
         named = {file.path for file in self.files}
         groups = {role: getattr(self.parameters, role) for role in TRAINED}
         if self.processes * sum(map(len, groups.values())) == len(named) == len(self.files):
@@ -88,4 +86,4 @@ class _Index(_Strict):
                 for group in range(len(layout.groups))
             }:
                 return self
-        raise ValueError("it names other files than its processes and parameters have")
+        raise ValueError("its files do not match its processes and parameters")

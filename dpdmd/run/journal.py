@@ -1,8 +1,7 @@
-"""What is written into a run's folder while it runs, and who else is told.
+"""The logs of a run: files in its folder, TensorBoard and Weights & Biases.
 
 config.yaml      the resolved configuration          metrics.jsonl   a line for each logged update and measurement
-samples/         grids of pictures                   tensorboard/    the same numbers, where tensorboard is installed
-finished.json    exists once the run is complete     checkpoints/, student/, embeddings/   see the files of these names
+finished.json    exists once the run is complete     tensorboard/    the same numbers, if tensorboard is installed
 """
 
 from __future__ import annotations
@@ -19,17 +18,16 @@ from dpdmd.files import disk_errors, write_json, write_text
 
 
 def check_writers(config: Config) -> None:
-    """Raises ConfigError where a log is asked for whose package is not installed."""
-    if config.run.wandb and importlib.util.find_spec("wandb") is None:
-        raise ConfigError(
-            f"run.wandb = {config.run.wandb!r}: wandb is not installed (pip install wandb, or run.wandb=null)"
-        )
+    """Raises ConfigError if run.wandb is set and wandb is not installed."""
+    name = config.run.wandb
+    if name and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(f"run.wandb = {name!r}: wandb is not installed (pip install wandb, or run.wandb=null)")
 
 
 class Journal:
-    """Writes metrics of the main process; the other processes have none. first: the iteration that comes next.
+    """Writes metrics, on the main process. first: the next iteration.
 
-    Numbers that are not finite become null, as JSON has no others. Raises OSError, naming the file, for a disk that is full.
+    Numbers that are not finite become null, as JSON has no others. Raises OSError, naming the file, if the disk is full.
     """
 
     def __init__(self, folder: Path, config: Config, first: int):
@@ -52,11 +50,11 @@ class Journal:
         return self
 
     def __exit__(self, *error: Any) -> None:
-        with contextlib.suppress(OSError):  # of a full disk, which was said already
+        with contextlib.suppress(OSError):  # a full disk, reported before
             self._opened.__exit__(*error)
 
     def _forget_from(self, first: int) -> None:
-        """Drops lines of updates that a resumed run makes anew."""
+        """Drops the lines of updates that a resumed run repeats."""
         if not self._path.exists():
             return
         lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -64,7 +62,7 @@ class Journal:
         write_text(self._path, "".join(line + "\n" for line in kept))
 
     def write(self, iteration: int, kind: str, values: dict[str, Any]) -> None:
-        """One line of numbers about `iteration`; kind: student, critic or evaluation."""
+        """Writes the numbers of `iteration`; kind: student, critic or evaluation."""
         entry = {"iteration": iteration, "kind": kind, **values}
         with disk_errors(self._path):
             self._metrics.write(json.dumps(without_infinities(entry), allow_nan=False) + "\n")
@@ -79,7 +77,7 @@ class Journal:
 
 
 def without_infinities(value: Any) -> Any:
-    """The value with null for every number in it that is not finite."""
+    """The value with None for every number in it that is not finite."""
     if isinstance(value, dict):
         return {key: without_infinities(each) for key, each in value.items()}
     if isinstance(value, (list, tuple)):
@@ -111,7 +109,7 @@ def _tensorboard(folder: Path, first: int, opened: contextlib.ExitStack):
 
 
 def _wandb(config: Config, folder: Path, opened: contextlib.ExitStack):
-    import wandb  # pyright: ignore[reportMissingImports] - few have it
+    import wandb  # pyright: ignore[reportMissingImports] - optional
 
     settings = config.model_dump(mode="json")
     run = opened.enter_context(wandb.init(project=config.run.wandb, dir=str(folder), config=settings, resume="allow"))

@@ -1,4 +1,4 @@
-"""The bars that show how far a run has come, and the run's timings."""
+"""Progress bars and timings of a run."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from tqdm import tqdm
 
 from dpdmd.config import TRAINED, Config
 from dpdmd.engine.world import World
+from dpdmd.run.checkpoint import global_batch
 
 
 class EncodingProgress:
-    """A bar for the prompts that this process encodes."""
+    """A progress bar of the prompts that this process encodes."""
 
     def __init__(self):
         self._bar = None
@@ -35,7 +36,7 @@ class Progress:
 
     def __init__(self, config: Config, first: int, world: World):
         self._world = world
-        self._samples = config.engine.batch_size * config.engine.accumulation * world.size
+        self._samples = global_batch(config, world.size)
         self._last = time.perf_counter()
         self._seconds = {role: [] for role in TRAINED}
         self._latest: dict[str, float] = {}
@@ -64,10 +65,9 @@ class Progress:
         return self._latest
 
     def summary(self, predicted_peak: float) -> dict[str, float]:
-        """Median seconds an update of each role, and the peak of device memory, as planned (in bytes) and as it was."""
-        summary = {
-            f"{role}_seconds": sorted(seconds)[len(seconds) // 2] for role, seconds in self._seconds.items() if seconds
-        }
+        """Median seconds an update of each role, and the peak of device memory in GiB, planned (given in bytes) and real."""
+        seconds = {role: sorted(each) for role, each in self._seconds.items() if each}
+        summary = {f"{role}_seconds": each[len(each) // 2] for role, each in seconds.items()}
         if self._world.device.type == "cuda":
             summary["predicted_peak_memory_gib"] = predicted_peak / 2**30
             summary["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30

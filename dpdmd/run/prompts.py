@@ -1,7 +1,8 @@
-"""Prompts: from a file to a list, and which of them an update takes.
+"""Prompts: reading them from a file, and which of them an update takes.
 
-read_prompts   a .txt, .jsonl or .csv file -> list of prompts. A new format is one function and its line in FORMATS
-PromptOrder    which prompts an iteration takes on a shard; counted, so there is no state to save
+read_prompts   a .txt, .jsonl or .csv file -> list of prompts. A new format is a function and its line in FORMATS; the
+               descriptions and messages of prompts.file in config.py, and the README, name the formats too
+PromptOrder    which prompts an iteration takes on a shard; computed from their numbers, so there is no state to save
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ from pathlib import Path
 import numpy as np
 
 from dpdmd.config import ConfigError, printable, read_file, shown
+from dpdmd.files import unique_keys
 
 _NUMBERED = re.compile(r"\s*\d+\s*---(.*)")
 
 
 def _read_txt(where: str, text: str, field: str) -> list[str]:
-    """One a line. Where every line has the form `12 --- a red ring`, number and dashes are cut; where one line has not,
-    the dashes are taken to be text and all lines stay as they are."""
+    """One prompt a line. If every line has the form `12 --- a red ring`, number and dashes are removed."""
     lines = [line for line in _lines(text) if line.strip()]
     numbered = [match[1] for line in lines if (match := _NUMBERED.fullmatch(line))]
     return numbered if len(numbered) == len(lines) else lines
 
 
 def _read_jsonl(where: str, text: str, field: str) -> Iterable[str]:
-    """A line holds a string, or an object whose `field` is one."""
+    """Each line is a JSON string, or an object whose `field` is one."""
     for number, line in enumerate(_lines(text), start=1):
         if not line.strip():
             continue
         here = f"{where}: line {number}"
         try:
-            prompt = json.loads(line, object_pairs_hook=_object)
+            prompt = json.loads(line, object_pairs_hook=unique_keys)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{here}: not JSON ({error.msg} at column {error.colno})") from error
         except ValueError as error:  # a key that stands twice, a number of thousands of digits
@@ -56,17 +57,9 @@ def _read_jsonl(where: str, text: str, field: str) -> Iterable[str]:
             raise ConfigError(f"{here}: holds a NUL, which is no character of a text")
         try:
             prompt.encode("utf-8")
-        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair, which no tokenizer takes
+        except UnicodeEncodeError as error:  # JSON can escape half of a surrogate pair; tokenizers refuse it
             raise ConfigError(f"{here}: holds an unpaired surrogate, which is no character") from error
         yield prompt
-
-
-def _object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {shown(next(key for key in keys if keys.count(key) > 1))} stands twice")
-    return found
 
 
 def _listed(names: Iterable[str], most: int = 12) -> str:
@@ -76,8 +69,8 @@ def _listed(names: Iterable[str], most: int = 12) -> str:
 
 
 def _read_csv(where: str, text: str, field: str) -> Iterable[str]:
-    """A header, one column of which is `field`."""
-    # strict: otherwise a quote that is never closed swallows the rest of the file without a word.
+    """A header line, then rows; `field` is the name of a column."""
+    # strict: otherwise an unclosed quote silently swallows the rest of the file.
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     try:
         header = next(rows, None)
@@ -104,7 +97,7 @@ def _read_csv(where: str, text: str, field: str) -> Iterable[str]:
         raise ConfigError(f"{where}: line {rows.line_num}: not CSV ({error})") from error
 
 
-# The end of a file's name -> (what begins every error message, the file's text, prompts.field) -> its prompts.
+# File name suffix -> reader(beginning of error messages, the file's text, prompts.field) -> prompts.
 FORMATS: dict[str, Callable[[str, str, str], Iterable[str]]] = {
     ".txt": _read_txt,
     ".jsonl": _read_jsonl,
@@ -113,11 +106,11 @@ FORMATS: dict[str, Callable[[str, str, str], Iterable[str]]] = {
 
 
 def read_prompts(path: str | Path, field: str = "prompt") -> list[str]:
-    """The prompts of a UTF-8 file (a byte order mark is tolerated) in one of the FORMATS, in its order, repeats kept,
-    surrounding space cut, blank lines and blank prompts skipped.
+    """The prompts of a UTF-8 file (also with a byte order mark) in one of the FORMATS, in its order and with repeats, but
+    without surrounding space and blank prompts.
 
-    Raises ConfigError for a file that is missing, no file (a folder, a pipe, a device), empty, of another kind or not UTF-8
-    (with line and byte offset), for a malformed line, and for a missing field (with the ones that are there).
+    Raises ConfigError for a file that is missing, a folder, pipe or device, without prompts, of another format or not
+    UTF-8 (with line and byte offset), for a malformed line, and for a missing field (with those that exist).
     """
     path = Path(path)
     where = f"prompts.file {printable(str(path))}"
@@ -132,7 +125,7 @@ def read_prompts(path: str | Path, field: str = "prompt") -> list[str]:
 
 
 def _read_text(path: Path, where: str) -> str:
-    data = read_file(path, where)
+    data = read_file(path, f"{where}: ")
     try:
         text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -153,16 +146,16 @@ def _lines(text: str) -> list[str]:
 
 
 def digest_of(prompts: list[str]) -> str:
-    """Tells lists of prompts apart."""
+    """A short digest that tells lists of prompts apart."""
     return hashlib.sha256("\n".join(prompts).encode()).hexdigest()[:12]
 
 
 class PromptOrder:
-    """Which prompts the batch of an iteration takes on a shard; a function of its arguments alone.
+    """Which prompts the batch of an iteration takes on a shard; a pure function.
 
-    Sample j of a batch is the g-th of the run, g = (iteration * num_shards + shard) * batch_size + j. It lies in epoch
-    g // num_prompts, and each epoch is a permutation of all prompts drawn from (seed, epoch). So an epoch shows every
-    prompt once, no two shards show the same sample, and a resumed run goes on with the prompts it would have taken.
+    Sample j of a batch is number g = (iteration * num_shards + shard) * batch_size + j of the run. It lies in epoch
+    g // num_prompts, and each epoch is a permutation of all prompts drawn from (seed, epoch). So each epoch takes every
+    prompt once, shards take different samples, and a resumed run takes the same prompts as an uninterrupted one.
     """
 
     def __init__(self, num_prompts: int, seed: int):
@@ -178,13 +171,13 @@ class PromptOrder:
         if iteration < 0 or batch_size < 0 or not 0 <= shard < num_shards:
             raise ValueError(
                 f"iteration = {iteration}, shard = {shard}, num_shards = {num_shards}, batch_size = {batch_size}: "
-                "iteration and batch_size cannot be negative, and shard counts from 0 below num_shards"
+                "iteration >= 0, batch_size >= 0 and 0 <= shard < num_shards are needed"
             )
         first = (iteration * num_shards + shard) * batch_size
         places = (divmod(sample, self.num_prompts) for sample in range(first, first + batch_size))
         return [int(self._permutation(epoch)[position]) for epoch, position in places]
 
     def _draw_permutation(self, epoch: int) -> np.ndarray:
-        # NumPy promises the raw stream of a bit generator across versions, but not Generator.permutation's.
+        # NumPy keeps the raw stream of a bit generator the same across versions, but not Generator.permutation.
         raw = np.random.PCG64(np.random.SeedSequence([self.seed, epoch])).random_raw(self.num_prompts)
         return np.argsort(raw, kind="stable")

@@ -1,4 +1,4 @@
-"""Where a measurement comes from: machine, versions, commit and command, for the JSON files that others should trust."""
+"""Where a measurement comes from: machine, versions, commit and command, for JSON files of results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "triton", "deepspeed", "diffusers", "transformers", "numpy
 
 
 def provenance(command: str) -> dict[str, Any]:
-    """command: what a reader types to measure again."""
+    """The record of this machine and process. command: what a reader types to measure again."""
     versions = {}
     for package in _PACKAGES:
         try:
@@ -43,17 +43,11 @@ def provenance(command: str) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit measured; DPDMD_COMMIT says it where a copy without history is measured."""
+    """The commit of this checkout; DPDMD_COMMIT gives it for a copy without history."""
     if "DPDMD_COMMIT" in os.environ:
         return os.environ["DPDMD_COMMIT"]
     try:
-        answer = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-    return answer.stdout.strip()

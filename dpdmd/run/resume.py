@@ -1,4 +1,4 @@
-"""Where a run goes on, or begins: whose checkpoint it may take, and what is said of it."""
+"""Where a run begins or resumes: which checkpoint it takes, and what it prints about that."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dpdmd.run.prompts import digest_of
 
 
 def identity(config: Config, backbone, world: World) -> dict:
-    """What a checkpoint and the run that resumes it must have in common."""
+    """What must be the same in a checkpoint and the run that resumes it."""
     return {
         "architecture": {role: backbone.transformer_config(role) for role in ROLES},
         "teacher": world.on_main(backbone.teacher_fingerprint),
@@ -33,8 +33,7 @@ def identity(config: Config, backbone, world: World) -> dict:
 
 @contextlib.contextmanager
 def run_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
-    """The run's folder, which the main process holds for all while the block runs. Raises ConfigError on all where it cannot
-    be had."""
+    """The run's folder, locked by the main process during the block. Raises ConfigError on all processes."""
     with contextlib.ExitStack() as opened:
         taken = [RunFolder.held_elsewhere(path)]
 
@@ -48,10 +47,10 @@ def run_folder(path: Path, world: World, *, resume: bool, overwrite: bool) -> It
 def starts(
     folder: RunFolder, config: Config, resumed: Checkpoint | None, *, resume: bool, overwrite: bool = False
 ) -> bool:
-    """Says from where the run goes on, or that it begins. False: it is finished already, and there is nothing to do.
+    """Prints where the run resumes or begins. Returns False if it is finished already.
 
-    Raises ConfigError where a finished student would have to be trained anew, and where the run is to end before the
-    checkpoint that it would go on from.
+    Raises ConfigError if a finished student would be replaced without `overwrite`, or if the checkpoint has more
+    iterations than run.iterations.
     """
     path, iterations = folder.path, config.run.iterations
     finished = (path / "finished.json").exists()
@@ -59,8 +58,8 @@ def starts(
         left = [name for name in ("finished.json", f"student/{STUDENT_FILE}") if (path / name).exists()]
         if left and not overwrite:
             raise ConfigError(
-                f"--resume: {path} holds {' and '.join(left)} of a run and no checkpoint to go on from. To train anew is to "
-                "replace that student: give --overwrite for it, or take another run.output_dir"
+                f"--resume: {path} holds {' and '.join(left)} of a run and no checkpoint to go on from: give --overwrite to "
+                "train again and replace that student, or take another run.output_dir"
             )
         why = f": --resume found no checkpoint in {path / 'checkpoints'}" if resume else ""
         if resume and folder.fresh:
@@ -75,19 +74,17 @@ def starts(
     if resumed.iteration == iterations and finished:
         problem = problem_of_student(path)
         if problem is None:
-            print(
-                f"finished: {path} has all its {iterations} iterations, and its student; a larger run.iterations trains on"
-            )
+            print(f"finished: {path} has all its {iterations} iterations, and its student; more iterations train on")
             if changed := changed_settings(resumed.index["config"], config):
-                print(f"other settings than the run's, which nothing is trained with: {', '.join(changed)}")
+                print(f"other settings than the run's, which have no effect: {', '.join(changed)}")
             return False
-        print(f"--resume: {problem}; the student is exported anew", file=sys.stderr, flush=True)
+        print(f"--resume: {problem}; the student is exported again", file=sys.stderr, flush=True)
     print(f"going on from iteration {resumed.iteration} ({resumed.path})", flush=True)
     return True
 
 
 def similar(path: Path) -> str:
-    """Runs beside the folder that may have been meant."""
+    """Runs with similar names beside the folder, as text."""
     runs = [mark.parent.name for mark in path.resolve().parent.glob(f"*/{MARK}") if mark.parent != path.resolve()]
     near = difflib.get_close_matches(path.name, runs, n=3, cutoff=0.5)
     return f" (there is {', '.join(near)} beside it)" if near else ""
@@ -96,13 +93,13 @@ def similar(path: Path) -> str:
 def continued(
     config: Config, resumed: Checkpoint, checkpoints: Checkpoints, prompts: list[str], text_key: str, world: World
 ) -> Config:
-    """`config` for updates of as many samples as the checkpoint's. What else is other than there is said, and the run goes
-    on with what is given. Raises ConfigError where the number of samples cannot be had."""
+    """`config` with the accumulation that keeps the checkpoint's number of samples an update. Prints other settings that
+    differ, which take effect. Raises ConfigError if that number of samples is impossible."""
     given = config.engine.accumulation
     config = with_global_batch(config, resumed.index["global_batch"], world.size)
     if world.main and (given != config.engine.accumulation or resumed.index["processes"] != world.size):
         print(
-            f"{world.size} processes for {resumed.index['processes']}, engine.accumulation = {given} given: "
+            f"processes: {world.size} (was {resumed.index['processes']}), engine.accumulation = {given} given: "
             f"engine.accumulation = {config.engine.accumulation}, so that an update stays one of "
             f"{resumed.index['global_batch']} samples",
             flush=True,
@@ -111,7 +108,7 @@ def continued(
     if resumed.state.get("prompts") not in (None, digest_of(prompts)):
         changed.append("the content of prompts.file")
     if resumed.state.get("text") not in (None, text_key):
-        changed.append("the text encoders' settings, tokenizers or length: prompts are encoded anew")
+        changed.append("the text encoders' settings, tokenizers or length: prompts are encoded again")
     if changed and world.main:
         print(f"other settings than the checkpoint's: {', '.join(changed)}", flush=True)
     if not all(each.startswith("run.") for each in changed):
@@ -120,8 +117,8 @@ def continued(
 
 
 def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
-    """A text for each setting that differs from `saved`, an index's config. Not for where the run lies, for what was chosen
-    for the machine then and now, and for settings that the program had not then."""
+    """A text for each setting that differs from `saved`, an index's config. Left out are the output folder, settings that
+    are chosen by the machine, and settings that did not exist then."""
     before = dict(flattened(saved))
     return [
         f"{name} = {value} (was {before[name]})"
@@ -130,18 +127,18 @@ def changed_settings(saved: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-# The planner chooses kept_passes; the accumulation follows the number of processes, which is said.
+# The planner chooses kept_passes; accumulation follows the number of processes, which `continued` prints.
 _FREE = ("run.output_dir", "engine.accumulation", "engine.kept_passes")
 
 
 def with_global_batch(config: Config, wanted: int, num_processes: int) -> Config:
-    """`config` with the accumulation that makes an update of `wanted` samples. Raises ConfigError where none does."""
+    """`config` with the accumulation that gives updates of `wanted` samples. Raises ConfigError if none does."""
     batch = config.engine.batch_size * num_processes
     if wanted % batch:
         fitting = [size for size in range(1, wanted + 1) if wanted % (size * num_processes) == 0]
         advice = f"engine.batch_size={fitting[-1]} would do" if fitting else f"{wanted} or fewer processes would do"
         raise ConfigError(
             f"--resume: the run's updates are of {wanted} samples, and {num_processes} process{'es' * (num_processes > 1)} with "
-            f"engine.batch_size = {config.engine.batch_size} take {batch} at a time, which do not add up to that: {advice}"
+            f"engine.batch_size = {config.engine.batch_size} take {batch} at a time, which does not divide {wanted}: {advice}"
         )
     return config.model_copy(update={"engine": config.engine.model_copy(update={"accumulation": wanted // batch})})

@@ -1,8 +1,8 @@
 """Ending a run from outside: SIGTERM, SIGINT (Ctrl-C) and SIGHUP.
 
-While it trains a run does not end at once: it finishes the update, saves a checkpoint and says how to go on. Before and after
-that it ends at once, as there is nothing to save. A second SIGINT always ends it at once. Output that nobody takes any more
-(`... | head -1`, a terminal that is gone) is as a signal.
+During training a signal lets the update finish, a checkpoint is saved, and a line says how to go on. Before and after
+training, and at a second SIGINT, the run ends at once. Output that cannot be written (`... | head -1`, a closed terminal)
+counts as a signal.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ from dpdmd import command
 from dpdmd.command import RunEnded
 from dpdmd.engine.world import Launcher
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Stop:
-    """Takes the signals of this process while the block of `with` runs."""
+    """Handles the signals of this process inside a `with` block."""
 
     def __init__(self):
         self._received: int | None = None
         self._unwritten = ""
         self._interrupts = 0
         self._deferring = False
-        self._alone = "RANK" not in os.environ  # as yet: later every process has it
+        self._alone = "RANK" not in os.environ  # read now: later every process has it
         self._launcher = Launcher()
 
     def __enter__(self) -> Stop:
         self._before, self._watch, self._streams = {}, None, (sys.stdout, sys.stderr)
         if threading.current_thread() is threading.main_thread():
-            # nohup has SIGHUP ignored, and a shell SIGINT for what it starts in the background: that stays so.
+            # Ignored signals stay ignored: SIGHUP under nohup, SIGINT in a shell's background jobs.
             taken = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             if signal.SIGINT in taken:
-                self._watch = _Interrupts()  # before SIGINT is taken: it counts each
+                self._watch = _Interrupts()  # before the handler is set, so that it counts every SIGINT
             for number in taken:
                 self._before[number] = signal.signal(number, self._take)
         return self
@@ -52,13 +52,13 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is RunEnded and signal.SIGTERM in self._before:
-            # The launcher ends the others as soon as the first process has ended, which would hide their status.
+            # When the first process ends, the launcher sends SIGTERM to the others, which would hide their status.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside the block a signal is only noted: `requested` says so, and who runs the block ends it. Output that cannot
-        be written is noted from here on, and lost."""
+        """In this block a signal only sets `requested`, and the caller ends the block. From here on, output that cannot be
+        written also sets it, and is lost."""
         sys.stdout, sys.stderr = (stream and _Lasting(stream, self._note) for stream in self._streams)
         self._deferring = True
         try:
@@ -68,12 +68,12 @@ class Stop:
 
     @property
     def requested(self) -> bool:
-        """A signal was received inside `deferred`, output could not be written, or the launcher has ended."""
+        """Whether a signal arrived inside `deferred`, output could not be written, or the launcher has ended."""
         return self._received is not None or bool(self._unwritten) or self._launcher.gone
 
     @property
     def reason(self) -> str:
-        """What to tell the user; another process may have received the signal."""
+        """The reason to print; another process may have received the signal."""
         if self._received is not None:
             return signal.Signals(self._received).name
         if self._unwritten:
@@ -84,13 +84,13 @@ class Stop:
         name = signal.Signals(number).name
         self._interrupts += number == signal.SIGINT
         if self._interrupts > 1 and self._watch is not None:
-            self._watch.thread.join()  # which ends the process
+            self._watch.thread.join()  # it ends the process
         if not self._deferring:
             raise RunEnded(f"{name}: ended; --resume goes on from the newest checkpoint, if there is one")
         first = self._received is None
-        self._received = self._received or number  # before anything else: the next signal may interrupt this
+        self._received = self._received or number  # first, as the next signal may interrupt this
         if first and os.environ.get("RANK", "0") == "0":
-            # A launcher takes the first Ctrl-C as its own end, and passes no second one on.
+            # A launcher ends at the first Ctrl-C and does not forward a second one.
             more = " (a second Ctrl-C ends at once)" if number == signal.SIGINT and self._alone else ""
             _say(f"{name}: finishing the update, then saving a checkpoint{more}")
 
@@ -99,8 +99,8 @@ class Stop:
 
 
 class _Interrupts:
-    """Ends the process at the second SIGINT, from a thread: Python's own handlers run between two of the main thread's
-    instructions, which never comes where that waits, in a library, for a process that has gone."""
+    """Ends the process at the second SIGINT, from a thread: Python's handlers never run while the main thread waits in a
+    library, for example for a process that has gone."""
 
     def __init__(self):
         self._read, self._write = os.pipe()
@@ -111,11 +111,11 @@ class _Interrupts:
 
     def _count(self) -> None:
         seen = 0
-        while numbers := os.read(self._read, 64):  # nothing where it is closed
+        while numbers := os.read(self._read, 64):  # empty when closed
             seen += numbers.count(signal.SIGINT)
             if seen > 1:
                 _say("second SIGINT: ended at once; --resume goes on from the newest checkpoint, if there is one")
-                os._exit(128 + signal.SIGINT)  # threads that write, and GPUs that compute, are not waited for
+                os._exit(128 + signal.SIGINT)  # does not wait for threads that write or GPUs that compute
         os.close(self._read)
 
     def close(self) -> None:
@@ -124,7 +124,7 @@ class _Interrupts:
 
 
 class _Lasting:
-    """A stream that loses what cannot be written, and calls `note` with what the matter was."""
+    """A stream that drops output that cannot be written, and calls `note` with the reason."""
 
     def __init__(self, stream: TextIO, note: Callable[[str], None]):
         self._stream, self._note = stream, note
@@ -147,6 +147,6 @@ class _Lasting:
 
 
 def _say(text: str) -> None:
-    # Straight to the file: the interrupted code may be in the middle of a print.
+    # Not print: the interrupted code may be in the middle of one.
     with contextlib.suppress(OSError):
         os.write(sys.stderr.fileno(), f"\n{text}\n".encode())

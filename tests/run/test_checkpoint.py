@@ -464,7 +464,8 @@ def test_what_cannot_be_read_is_not_in_the_way(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("background", [True, False])
-def test_a_disk_that_fills_up(tmp_path, monkeypatch, background):
+@pytest.mark.parametrize("where", ["critic/rank_00001.safetensors", "index.json"])
+def test_a_disk_that_fills_up(tmp_path, monkeypatch, background, where):
     """On one of two processes: both learn it, what was there is whole, nothing half is left."""
 
     def run(world):
@@ -474,14 +475,15 @@ def test_a_disk_that_fills_up(tmp_path, monkeypatch, background):
         checkpoints.wait()
         world.barrier()
         if world.main:
-            write = checkpoint.save_tensors
+            writer = "write_json" if where == "index.json" else "save_tensors"
+            write = getattr(checkpoint, writer)
 
             def full(path, *rest):
-                if path.name == "rank_00001.safetensors" and "critic" in str(path):
+                if str(path).endswith(where):
                     raise OSError(28, "No space left on device", str(path))
                 write(path, *rest)
 
-            monkeypatch.setattr(checkpoint, "save_tensors", full)
+            monkeypatch.setattr(checkpoint, writer, full)
         world.barrier()
         with pytest.raises(OSError, match=r"step_000006 could not be written: .*No space.*; the newest .*step_000003"):
             checkpoints.save(6, roles, state_of(roles))

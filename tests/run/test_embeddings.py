@@ -264,7 +264,7 @@ def test_one_damaged_row_costs_one_row(tmp_path, caplog):
     shard.write_bytes(data)
     assert_healed(tmp_path, most=1)
     assert [record.getMessage() for record in caplog.records] == [
-        f"{shard} is damaged: 1 of its embeddings, which are encoded anew, is not what was written"
+        f"{shard} is damaged: 1 of its embeddings must be encoded again"
     ]
 
 
@@ -393,7 +393,7 @@ def test_a_sound_shard_of_another_model(tmp_path, encoder, words, caplog):
     """Its digests are right."""
     shard = built(tmp_path, encoder=encoder)
     assert open_cache(tmp_path).missing(MANY) == MANY
-    assert f"{shard} is of no use: {words}; set aside" in caplog.text
+    assert f"{shard} does not fit: {words}; set aside" in caplog.text
     assert_healed(tmp_path)
 
 
@@ -405,7 +405,7 @@ def test_shards_of_two_shapes(tmp_path, caplog):
     (shard,) = second.folder.iterdir()
     shutil.copy(shard, tmp_path / "key")
     cache = EmbeddingCache(tmp_path, "key")
-    assert cache.missing(MANY) == MANY[4:] and "is of no use" in caplog.text
+    assert cache.missing(MANY) == MANY[4:] and "does not fit" in caplog.text
     with pytest.raises(
         ConfigError, match=r"do not fit the model: prompt_embeds .* \(6, 3\), and .* \(5, 3\) is needed"
     ):
@@ -451,7 +451,7 @@ def test_what_is_not_ours_is_named_and_left_alone(tmp_path, make, words, caplog)
     assert_healed(tmp_path)
     assert set(names) <= set(os.listdir(tmp_path / "key"))
     first, *_ = [record.getMessage() for record in caplog.records]
-    assert first == f"{tmp_path / 'key'}: a.safetensors and 1 more: {words}; not used, and left alone" or words in first
+    assert first == f"{tmp_path / 'key'}: a.safetensors and 1 more: {words}; ignored" or words in first
     assert len(caplog.records) == 2  # a line each time that the cache is opened
     caplog.clear()
     EmbeddingCache(tmp_path, "key", quiet=True)
