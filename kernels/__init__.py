@@ -1,4 +1,4 @@
-"""The operations of distribution matching distillation, on torch (and Triton where there is one) and nothing else."""
+"""The operations of distribution matching distillation. They need torch alone, and use Triton where it is installed."""
 
 from dpdmd.kernels.attention.attention import attention
 from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu

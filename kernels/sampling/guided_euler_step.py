@@ -32,7 +32,7 @@ from dpdmd.kernels.sampling.linear import linear
 
 
 class Step(NamedTuple):
-    """What moves x: `guided_euler_step` says what each is. v_uncond is None where guidance_scale is 1."""
+    """The arguments of `guided_euler_step` beside x. v_uncond is None where guidance_scale is 1."""
 
     v: Tensor
     v_uncond: Tensor | None
@@ -113,7 +113,7 @@ _guided_euler_step = register(
 
 
 def _with_gradients(run: Callable[..., Tensor], x: Tensor, step: Step, times: tuple) -> Tensor:
-    """run(x, v, v_uncond), whose gradients are made of `times`, (t_next, t) or what has the same difference."""
+    """run(x, v, v_uncond) with gradients. times: (t_next, t), or two times with the same difference."""
     if step.v_uncond is None:
         return linear(lambda x, v: run(x, v, None), (x, step.v), (None, (*times, 1.0)))
     scale = step.guidance_scale
@@ -158,13 +158,11 @@ def guided_euler_step(
     """x + (t_next - t) (v_uncond + guidance_scale (v - v_uncond)). The result has x's shape and dtype.
 
     x (B, ...): the sample at time t.  v (B, ...): the velocity there.  Both receive gradients.
-    v_uncond (B, ...): the unconditional velocity; it receives a gradient too. Not read, nor given one, where
-        guidance_scale is 1.
+    v_uncond (B, ...): the unconditional velocity. It receives a gradient; where guidance_scale is 1 it is not read.
     t, t_next: floats or (B,) float32, 1 for noise and 0 for data. They receive no gradient.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is. A rollout that keeps x in float32 and v in bfloat16 rounds nothing but
-    the network's output.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic is float32, or
+    float64 where any tensor is. A rollout with x in float32 and v in bfloat16 rounds only the network's output.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and guidance without v_uncond.
     """

@@ -1,4 +1,4 @@
-"""Gradients of fused operations that are linear in their tensors: coefficient times upstream, one pass for each."""
+"""Gradients of fused operations that are linear in their tensors: coefficient times upstream, one pass per gradient."""
 
 from collections.abc import Callable
 
@@ -13,16 +13,16 @@ from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.saved import Function
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store
 
-# (plus, minus, factor) stands for (plus - minus) factor, where plus and minus are floats or tensors (B,): what the
-# kernel can make of two times without a launch for their difference.
+# (plus, minus, factor) stands for (plus - minus) factor, where plus and minus are floats or tensors (B,), such as two
+# times: the kernel computes their difference without another launch.
 Coefficient = tuple[float | Tensor, float | Tensor, float]
 
 
 def linear(
     run: Callable[..., Tensor], inputs: tuple[Tensor, ...], coefficients: tuple[Coefficient | None, ...]
 ) -> Tensor:
-    """run(*inputs), whose gradient in each input is that input's coefficient times the upstream gradient; None for
-    the upstream gradient itself."""
+    """run(*inputs). Its gradient in each input is that input's coefficient times the upstream gradient; the coefficient
+    None stands for 1."""
     if torch.is_grad_enabled():
         for tensor in inputs:
             if tensor.requires_grad:
@@ -31,7 +31,7 @@ def linear(
 
 
 class _Linear(Function):
-    # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
+    # forward takes ctx: the newer form with setup_context binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, run, coefficients, *inputs):
         parts = [part for by in coefficients if by is not None for part in by[:2]]
@@ -43,17 +43,14 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx, upstream):
         _ = ctx.saved_tensors  # raises where a coefficient was written to since
-        gradients = []
-        for needed, by, dtype in zip(ctx.needs_input_grad[2:], ctx.coefficients, ctx.dtypes, strict=True):
-            if not needed:
-                gradients.append(None)
-            else:
-                gradients.append(upstream if by is None else multiplied(upstream, by, dtype))
-        return None, None, *gradients
+        each = zip(ctx.needs_input_grad[2:], ctx.coefficients, ctx.dtypes, strict=True)
+        return None, None, *[multiplied(upstream, by, dtype) if needed else None for needed, by, dtype in each]
 
 
-def multiplied(x: Tensor, by: Coefficient, dtype: torch.dtype) -> Tensor:
-    """`by` (B,) times x (B, ...), in float32, rounded once to `dtype`. Differentiable in x."""
+def multiplied(x: Tensor, by: Coefficient | None, dtype: torch.dtype) -> Tensor:
+    """`by` (B,) times x (B, ...), in float32, rounded once to `dtype`; x itself for None. Differentiable in x."""
+    if by is None:
+        return x
     plus, minus, factor = by
     run = choose("multiply", IMPLEMENTATIONS, x.device, torch.float32)
     return linear(lambda x: run(x, split(plus), split(minus), float(factor), dtype), (x,), (by,))
@@ -114,10 +111,6 @@ _multiply = register(
 )
 
 
-def _multiplied_triton(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype: torch.dtype) -> Tensor:
-    return _multiply(x, *plus, *minus, factor, dtype)
-
-
 def _multiplied_cuda(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype: torch.dtype) -> Tensor:
     (x,) = layout.align(x)
     return torch.ops.dpdmd.multiply.default(x, *minus, *plus, factor, dtype)
@@ -131,6 +124,6 @@ def _multiplied_reference(x: Tensor, plus: tuple, minus: tuple, factor: float, d
 
 IMPLEMENTATIONS = {
     "reference": _multiplied_reference,
-    "triton": _multiplied_triton,
+    "triton": lambda x, plus, minus, factor, dtype: _multiply(x, *plus, *minus, factor, dtype),
     "cuda": _multiplied_cuda,
 }

@@ -1,4 +1,4 @@
-"""Noise put back on a clean sample, to a chosen time.
+"""Adds noise to a clean sample, for a chosen time.
 
     x_t = alpha x + sigma noise;   a flow has alpha = 1 - t, sigma = t
 
@@ -24,8 +24,7 @@ def renoise_reference(
     """The definition; alpha is None for 1 - sigma. The result has x's dtype."""
     if isinstance(noise, Philox):
         noise = noise.normal(x.shape, device=x.device)
-    if alpha is None:
-        alpha = 1 - sigma
+    alpha = 1 - sigma if alpha is None else alpha
     wide_x, wide_noise = widen(arithmetic, x, noise)
     return (column(alpha, x) * wide_x + column(sigma, x) * wide_noise).to(x.dtype)
 
@@ -75,7 +74,7 @@ def _box_muller(first, second):
 
 @jit
 def _normal(key, counters):
-    """The normals (4 * counters' size,) of Philox(key): those of a counter follow one another."""
+    """The normals (4 * counters' size,) of Philox(key), four per counter, in order."""
     zero = tl.zeros_like(counters).to(tl.uint32)
     low = counters.to(tl.uint32)
     high = (counters >> 32).to(tl.uint32)
@@ -99,8 +98,7 @@ def _renoise_philox_kernel(
     DIVISIBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x contiguous. A sample may start within the four elements of a counter, so its tiles start at that counter's
-    first."""
+    """x is contiguous. A sample may start inside the four elements of a counter: its tiles start at the first of them."""
     sample, tile = program(tiles)
     size = multiple(size, DIVISIBLE)
     sigma = coefficient(sigma, sigma_stride, sample)
@@ -192,16 +190,15 @@ IMPLEMENTATIONS = {"reference": renoise_reference, "triton": renoise_triton, "cu
 
 
 def renoise(x: Tensor, noise: Tensor | Philox, t: float | Tensor | tuple[float | Tensor, float | Tensor]) -> Tensor:
-    """(1 - t) x + t noise, or alpha x + sigma noise where t is a tuple (alpha, sigma). The result has x's shape and
-    dtype.
+    """(1 - t) x + t noise, or alpha x + sigma noise for t = (alpha, sigma). The result has x's shape and dtype.
 
     x, noise (B, ...): both receive gradients. A `Philox` for noise stands for noise.normal(x.shape): fused kernels
-        make it as they go, without a tensor for it.
-    t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient;
-        its range is the caller's.
+        compute it as they go, without a tensor for it.
+    t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient,
+        and its range is not checked.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic is float32, or
+    float64 where any tensor is.
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """
