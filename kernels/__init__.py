@@ -1,4 +1,4 @@
-"""The operations of distribution matching distillation. They need torch alone, and use Triton where it is installed."""
+"""The operations of distribution matching distillation. They import torch, Triton where it is installed, and nothing else."""
 
 from dpdmd.kernels.attention.attention import attention
 from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu

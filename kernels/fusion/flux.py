@@ -163,8 +163,7 @@ def part(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
 def join(text: Tensor, image: Tensor) -> Tensor:
     """[text; image] (B, T + S, C): the tensor that `part` split, also after writes to its parts; else a copy.
 
-    Diffusers passes the two parts from single block to single block; to copy them in each block would read and write
-    2 (T + S) C elements.
+    Diffusers passes both parts from single block to single block: a copy in each reads and writes 2 (T + S) C elements.
     """
     joint = None if torch.compiler.is_compiling() else _joint_of(text, image)
     return torch.cat((text, image), dim=1) if joint is None else joint

@@ -11,8 +11,7 @@ from dpdmd.kernels.runtime.registration import plain
 
 
 class Fp8Weights:
-    """FP8 copies of weights, made when a pass without gradient first needs them. A copied or pickled object starts without
-    any. names: the layers, in the block.
+    """FP8 copies of a block's layers `names`, made when first needed. A copied or pickled object starts without any.
 
     The copies are made again where a weight's address or version counter changes. Some optimizers move no counter (apex's,
     DeepSpeed's), and ZeRO-3 gathers weights into new memory each time. So after a pass with gradients of trained weights

@@ -44,8 +44,7 @@ class FusionReport:
 
 
 def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool = True) -> FusionReport:
-    """Give the blocks of a diffusers transformer, and its last norm, fused forwards, in place. Returns a report on each
-    module, and prints it unless verbose is False.
+    """Give the blocks of a diffusers transformer, and its last norm, fused forwards, in place. verbose prints the report.
 
     model: of a class among FAMILIES (SD3Transformer2DModel, ...), before it is wrapped (DeepSpeed, DDP, torch.compile).
     fp8: "no_grad" runs the large matrix products of the image tokens in FP8 in passes without gradient: neither inputs
@@ -62,14 +61,14 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     stock forward also runs for calls with attention arguments (IP-Adapter, masks) and inside torch.func. The fused forward
     calls linear layers of other classes (quantised ones) or with hooks. peft's LoRA layers, added before or after, are
     fused: an adapter's product is added to the base product in place. LoRA layers with dropout, DoRA, several active
-    adapters, an adapter in another dtype than the base, or traced by torch.compile are called. Gradients are first-order
-    and reverse-mode.
+    adapters, an adapter in another dtype than the base, or under torch.compile are called. Gradients are first-order and
+    reverse-mode.
 
     Under ZeRO-3 make the blocks leaves (deepspeed.utils.set_z3_leaf_modules): they are gathered as a whole either way.
     A model may be fused again, with another `fp8`. A deepcopy and a pickled copy of a fused model are fused.
 
-    Raises TypeError for another model, ValueError for another fp8 and for layer sizes that are no multiples of 16 with
-    FP8, RuntimeError for a GPU without FP8.
+    Raises TypeError for another model, ValueError for another fp8 and for FP8 layers of sizes that are no multiples of 16,
+    RuntimeError for a GPU without FP8.
     """
     modules = _modules(model)
     checks.one_of("fp8", fp8, (None, "no_grad"))

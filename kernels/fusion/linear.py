@@ -29,8 +29,7 @@ except ImportError:
 
 
 def plain(*layers: nn.Module) -> bool:
-    """Whether each layer computes x W^T + b and nothing else: no quantisation, no hooks, no active LoRA adapter. W and b
-    are those of `base(layer)`."""
+    """Whether each layer only computes x W^T + b of `base(layer)`: no quantisation, no hooks, no active LoRA adapter."""
     for layer in layers:
         if type(layer) is not nn.Linear:
             if not _lora(layer) or _active(layer):
@@ -173,8 +172,7 @@ class _RowsLinear(Function):
 def split_products(
     joint: Tensor, length: int, first: Any, second: Any, fp8: tuple[Fp8Pass | None, Fp8Pass | None]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """`product` of the first `length` rows of joint (B, S, C) with `first`, and of the others with `second`; fp8: for
-    each."""
+    """`product` of the first `length` rows of joint (B, S, C) with `first`, of the others with `second`; fp8: one for each."""
     if fp8 == (None, None) and plain(first, second):
         first, second = base(first), base(second)
         y1, y2 = _SplitProducts.apply(*as_autocast(joint, first.weight, second.weight), length)

@@ -55,8 +55,7 @@ CUDA_NORMALIZERS = ("velocity", *NORMALIZERS)  # as csrc/ops.h numbers them
 
 
 class Scores(NamedTuple):
-    """The arguments of `dmd_loss` beside x, in the order of the registered operation. a and b take two fields each, as
-    `tile.split` makes them.
+    """The arguments of `dmd_loss` beside x, in the registered operation's order; a and b as `tile.split` returns them.
 
     uncond is None where guidance_scale is 1. x_t is None for flow velocities: then a is 1 and b is -1, as t cancels.
     """
@@ -199,9 +198,8 @@ def _dmd_loss_kernel(
         squares += g * g
     tl.store(sums_ptr + tl.program_id(0), tl.sum(squares, 0))
 
-    # The last program of a sample (of all, where the loss is one number) finds every sum written and adds them in one
-    # order, whichever program it is. The barrier puts one thread's store before the count, which may be another thread's;
-    # acquire and release do the rest.
+    # The last program of a sample (of all, where the loss is one number) finds every sum written and adds them in a fixed
+    # order. The barrier puts one thread's store before another's count; acquire and release do the rest.
     tl.debug_barrier()
     if PER_SAMPLE:
         group = sample
@@ -223,8 +221,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
     batch, size = x.shape[0], x.shape[1:].numel()
     x, teacher, critic, uncond, x_t = layout.align(x, *scores.tensors)
-    guidance_scale, normalizer = scores.guidance_scale, scores.normalizer
-    converted = x_t is not None
+    converted, normalizer = x_t is not None, scores.normalizer
     tiles, blocks = tile.tiles_and_blocks(size)
     programs = batch * tiles
     a, b = joined(scores.a, scores.a_value), joined(scores.b, scores.b_value)
@@ -238,7 +235,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
             programs,
             *(teacher, uncond, x_t, origin, normalizer_sums, counters),
             *(stride(teacher), stride(uncond), stride(x_t), stride(origin)),
-            *(guidance_scale, *a, *b),
+            *(scores.guidance_scale, *a, *b),
             *(size, tiles, blocks),
             *(converted, tile.divisible(size, teacher, uncond, x_t, origin), BLOCK),
         )
@@ -246,7 +243,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
         programs,
         *(teacher, critic, uncond, normalizer_sums, gradient, sums, counters, loss),
         *(stride(teacher), stride(critic), stride(uncond)),
-        *(guidance_scale, *b),
+        *(scores.guidance_scale, *b),
         *(factor_now(x, reduction)[0], 0.5 * factor(x, reduction)),
         *(size, tiles, blocks),
         *(reduction == "none", tile.divisible(size, teacher, critic, uncond), MAX_TILES, BLOCK),
@@ -296,8 +293,7 @@ def dmd_loss(
 ) -> Tensor:
     """L = 0.5 mean |x - stopgrad(x - g)|^2 with g = (x_fake - x_real) / w, so that dL/dx = g / numel.
 
-    x (B, ...): the student's sample, the only input that receives a gradient. Only the normalizer "sample" reads its
-        values.
+    x (B, ...): the student's sample, the only input that receives a gradient. Only normalizer "sample" reads its values.
     teacher, critic (B, ...): raw network outputs at x_t.
     teacher_uncond (B, ...): the teacher's unconditional output, for v = teacher_uncond + guidance_scale (teacher -
         teacher_uncond). Not read where guidance_scale is 1.
@@ -311,7 +307,7 @@ def dmd_loss(
     float32, or float64 where any tensor is. The gradient has x's dtype. An empty batch's mean is 0.
 
     Entries of g that are not finite become 0 in gradient and loss: a NaN in the critic's output loses that entry; a NaN
-    in the teacher's output, or w = 0, loses the sample. In the paper's code NaN becomes 0, but +inf and -inf do not.
+    in the teacher's output, or w = 0, loses the sample. In the paper's code only NaN becomes 0: +inf and -inf stay.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown word, guidance without
     teacher_uncond, to_x0 without x_t, and a normalizer that needs to_x0.

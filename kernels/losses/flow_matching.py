@@ -41,7 +41,7 @@ def flow_matching_loss_triton(v: Tensor, noise: Tensor, x: Tensor, arithmetic: t
 
 
 def flow_matching_loss_cuda(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:
-    return squared.velocity_loss_cuda(v, noise, x, 0.0, reduction)
+    return squared.velocity_loss_cuda(v, noise, x, 0.0, arithmetic, reduction=reduction)
 
 
 IMPLEMENTATIONS = {

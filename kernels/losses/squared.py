@@ -88,7 +88,9 @@ def squared_loss(
     return loss, gradient
 
 
-def velocity_loss_cuda(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, reduction: str) -> Loss:
+def velocity_loss_cuda(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
     """The sum of |v - (noise - z) / (1 - t)|^2, reduced."""
     v, noise, z = layout.align(v, noise, z)
     noise, z = csrc.same_dtype(noise, z)

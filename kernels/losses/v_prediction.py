@@ -57,16 +57,10 @@ def v_prediction_loss_triton(
     return run_triton(_v_prediction_loss, v, noise, z, *times, reduction=reduction)
 
 
-def v_prediction_loss_cuda(
-    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
-) -> Loss:
-    return squared.velocity_loss_cuda(v, noise, z, t, reduction)
-
-
 IMPLEMENTATIONS = {
     "reference": from_reference(v_prediction_loss_reference),
     "triton": v_prediction_loss_triton,
-    "cuda": v_prediction_loss_cuda,
+    "cuda": squared.velocity_loss_cuda,
 }
 
 
@@ -83,8 +77,7 @@ def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *,
 
     v (B, ...): the student's velocity at time 1, the only input that receives a gradient.
     noise (B, ...): the initial noise.  z (B, ...): the teacher's sample at time t of its rollout from that noise.
-    t: a float or (B,) float32, in [0, 1). A tensor on a GPU is not checked, as that would wait for the GPU: t = 1 gives a
-        loss that is not finite.
+    t: a float or (B,) float32, in [0, 1). On a GPU a tensor is not checked, as that waits: t = 1 gives a non-finite loss.
     reduction: "mean"; "sum" of the squares; "none", the samples' means (B,).
 
     Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are

@@ -84,8 +84,7 @@ def x_prediction_loss(
     Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are
     float32, or float64 where any tensor is. The gradient has prediction's dtype. An empty batch's mean is 0.
 
-    Raises TypeError for a dtype or type (also of to_x0), ValueError for a shape, a device, an unknown reduction and a
-    to_x0 of another length than 2.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a to_x0 of length != 2.
     """
     arithmetic = checks.tensors(prediction=prediction, x_t=x_t, x0_target=x0_target)
     checks.pair("to_x0", to_x0, ("a", "b"), prediction, arithmetic)

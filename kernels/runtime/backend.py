@@ -26,8 +26,7 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the block's operations with implementation `name`: "auto", "reference", "triton" or "cuda". It holds for all
-    threads of the process.
+    """Run the operations inside the block, in all threads, with "auto", "reference", "triton" or "cuda".
 
     Raises ValueError for another name. An operation that lacks the implementation raises RuntimeError when called.
     """
@@ -54,8 +53,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def requested() -> str:
-    """The requested implementation: "reference" in a transform of torch.func, else that of `use_backend`, else that of
-    DPDMD_KERNELS, else "auto"."""
+    """The requested one: "reference" in a transform of torch.func, else `use_backend`'s, DPDMD_KERNELS's or "auto"."""
     if registration.transformed():
         return "reference"
     if _forced is not None:

@@ -1,5 +1,4 @@
-"""Finds the library that csrc/ compiles to, builds it at first use where it is missing, loads it, and registers its
-operations' fakes for torch.compile."""
+"""Finds or builds the library that csrc/ compiles to, loads it, and registers its operations' fakes."""
 
 import fcntl
 import functools

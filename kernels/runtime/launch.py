@@ -114,8 +114,7 @@ class Kernel:
 
 
 def descriptor(tensor: Tensor, block_shape: list[int]):
-    """A tensor descriptor of a tensor whose rows are known to be dense and 16-byte aligned. Triton's constructor would
-    check that: 8 us on an H100's host."""
+    """A tensor descriptor of a tensor with dense, 16-byte aligned rows, without Triton's check: 8 us on an H100's host."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tensor, list(tensor.shape), list(tensor.stride())
     made.block_shape, made.padding = block_shape, "zero"

@@ -17,8 +17,7 @@ def address(x: Tensor) -> int | torch.SymInt:
 
 
 def align(first: Tensor, *others: Tensor | None) -> list:
-    """The same values, with each sample dense and in the memory order of `first` (contiguous where first's samples are not
-    dense). None stays None."""
+    """The tensors with dense samples, in first's memory order (contiguous if its samples have gaps). None stays None."""
     tensors: list = [first, *others]
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():

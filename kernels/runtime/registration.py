@@ -1,5 +1,4 @@
-"""Registers operations with torch.library, as dpdmd::<name>, and calls them without the dispatcher where nothing observes
-it."""
+"""Registers operations with torch.library, and calls them without the dispatcher where nothing observes the call."""
 
 import functools
 import itertools
@@ -48,8 +47,7 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
     LIBRARY.impl(name, function, "CPU")
     register_traced(name, fake)
     operation = getattr(torch.ops.dpdmd, name).default
-    parameters = enumerate(operation._schema.arguments)
-    lists = [i for i, parameter in parameters if isinstance(parameter.type, torch.ListType)]
+    lists = [i for i, each in enumerate(operation._schema.arguments) if isinstance(each.type, torch.ListType)]
 
     @functools.wraps(function)
     def call(*arguments):

@@ -11,24 +11,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpdmd.kernels.runtime import checks, csrc, layout, tile
+from dpdmd.kernels.runtime import checks, csrc, layout
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, guided, widen
 from dpdmd.kernels.runtime.launch import kernel, tl
 from dpdmd.kernels.runtime.registration import register
-from dpdmd.kernels.runtime.tile import (
-    BLOCK,
-    NUM_WARPS,
-    coefficient,
-    joined,
-    load,
-    multiple,
-    program,
-    split,
-    store,
-    stride,
-)
-from dpdmd.kernels.sampling.linear import linear
+from dpdmd.kernels.runtime.tile import NUM_WARPS, coefficient, joined, load, multiple, program, split, store
+from dpdmd.kernels.sampling.linear import launch_elementwise, linear
 
 
 class Step(NamedTuple):
@@ -79,35 +68,15 @@ def _guided_euler_step_kernel(
     store(out_ptr, size, sample, offsets, x + step * v, mask, DIVISIBLE)
 
 
-def _launch(
-    x: Tensor,
-    v: Tensor,
-    uncond: Tensor | None,
-    t: Tensor | None,
-    t_value: float,
-    t_next: Tensor | None,
-    t_next_value: float,
-    guidance_scale: float,
-) -> Tensor:
-    out = layout.empty_like(x, x.dtype)
-    if x.numel() == 0:
-        return out
-    x, v, uncond = layout.align(x, v, uncond)
-    size = x.shape[1:].numel()
-    tiles = tile.tiles(size)
-    _guided_euler_step_kernel(
-        x.shape[0] * tiles,
-        *(x, v, uncond, out, stride(x), stride(v), stride(uncond)),
-        *(*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
-        *(size, tiles, tile.divisible(size, x, v, uncond), BLOCK),
-    )
-    return out
-
-
 _guided_euler_step = register(
     "guided_euler_step_triton(Tensor x, Tensor v, Tensor? uncond, Tensor? t, float t_value, Tensor? t_next, "
     "float t_next_value, float guidance_scale) -> Tensor",
-    _launch,
+    lambda x, v, uncond, t, t_value, t_next, t_next_value, guidance_scale: launch_elementwise(
+        _guided_euler_step_kernel,
+        (x, v, uncond),
+        (*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
+        x.dtype,
+    ),
     lambda x, *arguments: layout.empty_like(x, x.dtype),
 )
 

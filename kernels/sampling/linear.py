@@ -1,6 +1,7 @@
-"""Gradients of fused operations that are linear in their tensors: coefficient times upstream, one pass per gradient."""
+"""The launch and the gradients of operations that are linear in their tensors: coefficient times upstream."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,7 @@ Coefficient = tuple[float | Tensor, float | Tensor, float]
 def linear(
     run: Callable[..., Tensor], inputs: tuple[Tensor, ...], coefficients: tuple[Coefficient | None, ...]
 ) -> Tensor:
-    """run(*inputs). Its gradient in each input is that input's coefficient times the upstream gradient; the coefficient
-    None stands for 1."""
+    """run(*inputs). Its gradient in an input is that input's coefficient (None: 1) times the upstream gradient."""
     if torch.is_grad_enabled():
         for tensor in inputs:
             if tensor.requires_grad:
@@ -79,34 +79,27 @@ def _multiply_kernel(
     store(out_ptr, size, sample, offsets, scale * x, mask, DIVISIBLE)
 
 
-def _launch(
-    x: Tensor,
-    plus: Tensor | None,
-    plus_value: float,
-    minus: Tensor | None,
-    minus_value: float,
-    factor: float,
-    dtype: torch.dtype,
-) -> Tensor:
-    out = layout.empty_like(x, dtype)
-    if x.numel() == 0:
+def launch_elementwise(run: Any, tensors: tuple[Tensor | None, ...], coefficients: tuple, dtype: torch.dtype) -> Tensor:
+    """The result of a Triton kernel, in `dtype` and in the first tensor's shape and memory order. The kernel takes the
+    tensors, the result, the tensors' strides, the coefficients, and size, tiles, DIVISIBLE, BLOCK."""
+    out = layout.empty_like(tensors[0], dtype)
+    if out.numel() == 0:
         return out
-    (x,) = layout.align(x)
-    size = x.shape[1:].numel()
+    aligned = layout.align(*tensors)
+    size = out.shape[1:].numel()
     tiles = tile.tiles(size)
-    _multiply_kernel(
-        x.shape[0] * tiles,
-        *(x, out, x.stride(0)),
-        *(*joined(plus, plus_value), *joined(minus, minus_value), factor),
-        *(size, tiles, tile.divisible(size, x), BLOCK),
-    )
+    strides = [tile.stride(tensor) for tensor in aligned]
+    programs = out.shape[0] * tiles
+    run(programs, *aligned, out, *strides, *coefficients, size, tiles, tile.multiples(size, *strides), BLOCK)
     return out
 
 
 _multiply = register(
     "multiply_triton(Tensor x, Tensor? plus, float plus_value, Tensor? minus, float minus_value, float factor, "
     "ScalarType dtype) -> Tensor",
-    _launch,
+    lambda x, plus, plus_value, minus, minus_value, factor, dtype: launch_elementwise(
+        _multiply_kernel, (x,), (*joined(plus, plus_value), *joined(minus, minus_value), factor), dtype
+    ),
     lambda x, plus, plus_value, minus, minus_value, factor, dtype: layout.empty_like(x, dtype),
 )
 

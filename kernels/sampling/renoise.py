@@ -15,7 +15,7 @@ from dpdmd.kernels.runtime.launch import jit, kernel, tl
 from dpdmd.kernels.runtime.philox import Philox
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store
-from dpdmd.kernels.sampling.linear import linear
+from dpdmd.kernels.sampling.linear import launch_elementwise, linear
 
 
 def renoise_reference(
@@ -111,24 +111,6 @@ def _renoise_philox_kernel(
     tl.store(out_ptr + offsets, (alpha * x + sigma * noise).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def _launch(
-    x: Tensor, noise: Tensor, alpha: Tensor | None, alpha_value: float | None, sigma: Tensor | None, sigma_value: float
-) -> Tensor:
-    out = layout.empty_like(x, x.dtype)
-    if x.numel() == 0:
-        return out
-    x, noise = layout.align(x, noise)
-    size = x.shape[1:].numel()
-    tiles = tile.tiles(size)
-    _renoise_kernel(
-        x.shape[0] * tiles,
-        *(x, noise, out, x.stride(0), noise.stride(0)),
-        *(*joined(alpha, alpha_value), *joined(sigma, sigma_value)),
-        *(size, tiles, tile.divisible(size, x, noise), BLOCK),
-    )
-    return out
-
-
 def _launch_philox(
     x: Tensor, key: int, alpha: Tensor | None, alpha_value: float | None, sigma: Tensor | None, sigma_value: float
 ) -> Tensor:
@@ -150,7 +132,9 @@ def _launch_philox(
 _COEFFICIENTS = "Tensor? alpha, float? alpha_value, Tensor? sigma, float sigma_value"
 _renoise = register(
     f"renoise_triton(Tensor x, Tensor noise, {_COEFFICIENTS}) -> Tensor",
-    _launch,
+    lambda x, noise, alpha, alpha_value, sigma, sigma_value: launch_elementwise(
+        _renoise_kernel, (x, noise), (*joined(alpha, alpha_value), *joined(sigma, sigma_value)), x.dtype
+    ),
     lambda x, *arguments: layout.empty_like(x, x.dtype),
 )
 _renoise_philox = register(
@@ -192,8 +176,7 @@ IMPLEMENTATIONS = {"reference": renoise_reference, "triton": renoise_triton, "cu
 def renoise(x: Tensor, noise: Tensor | Philox, t: float | Tensor | tuple[float | Tensor, float | Tensor]) -> Tensor:
     """(1 - t) x + t noise, or alpha x + sigma noise for t = (alpha, sigma). The result has x's shape and dtype.
 
-    x, noise (B, ...): both receive gradients. A `Philox` for noise stands for noise.normal(x.shape): fused kernels
-        compute it as they go, without a tensor for it.
+    x, noise (B, ...): both receive gradients. A `Philox` stands for noise.normal(x.shape), without a tensor in kernels.
     t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient,
         and its range is not checked.
 
