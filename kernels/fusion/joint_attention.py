@@ -16,13 +16,14 @@ from dpdmd.kernels.fusion.linear import adapter, as_autocast, base, plain, produ
 
 def image_stream(attn: Any, x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None) -> TokenStream:
     """The projections of x (B, S, C) by to_q, to_k and to_v."""
-    return _stream((attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k), x, head_dim, fp8)
+    qkv, bias = _projections((attn.to_q, attn.to_k, attn.to_v), x, head_dim, fp8)
+    return TokenStream(qkv, *_norm_weights(attn.norm_q, attn.norm_k), bias)
 
 
 def text_stream(attn: Any, x: Tensor, head_dim: int) -> TokenStream:
     """The projections of x by add_q_proj, add_k_proj and add_v_proj."""
-    layers = attn.add_q_proj, attn.add_k_proj, attn.add_v_proj
-    return _stream(layers, (attn.norm_added_q, attn.norm_added_k), x, head_dim, None)
+    qkv, bias = _projections((attn.add_q_proj, attn.add_k_proj, attn.add_v_proj), x, head_dim)
+    return TokenStream(qkv, *_norm_weights(attn.norm_added_q, attn.norm_added_k), bias)
 
 
 def attend(attn: Any, *streams: TokenStream, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
@@ -35,16 +36,19 @@ def attend(attn: Any, *streams: TokenStream, rope: tuple[Tensor, Tensor] | None 
     return attention(q, k, v).flatten(2)
 
 
-def _stream(
-    layers: tuple[Any, ...], norms: tuple[Any, Any], x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None
-) -> TokenStream:
-    """The stream of x: one product (B, S, 3, H, D) for all layers, or three (B, S, H, D) where a layer must be called."""
-    weights = [None if norm is None else norm.weight for norm in norms]
+def _norm_weights(norm_q: Any, norm_k: Any) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if norm_q is None else (norm_q.weight, norm_k.weight)
+
+
+def _projections(
+    layers: tuple[Any, ...], x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None
+) -> tuple[Any, Any]:
+    """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D), or three (B, S, H, D) where a layer must be called."""
     if isinstance(x, Tensor) and not plain(*layers):
         added = [adapter(layer) for layer in layers]
         if not all(each or plain(layer) for each, layer in zip(added, layers, strict=True)):
-            ys, biases = zip(*[product(layer, x, fp8) for layer in layers], strict=True)
-            return TokenStream(tuple(y.unflatten(-1, (-1, head_dim)) for y in ys), *weights, biases)
+            each = [product(layer, x, fp8) for layer in layers]
+            return tuple(y.unflatten(-1, (-1, head_dim)) for y, _ in each), tuple(bias for _, bias in each)
         layers = tuple(map(base, layers))
         ends = itertools.accumulate([layer.out_features for layer in layers], initial=0)
         added = [each._replace(column=start) for each, start in zip(added, ends, strict=False) if each]
@@ -53,7 +57,7 @@ def _stream(
     else:
         layers = tuple(map(base, layers))
         qkv = _packed(layers, x, fp8)
-    return TokenStream(qkv.unflatten(-1, (3, -1, head_dim)), *weights, tuple(layer.bias for layer in layers))
+    return qkv.unflatten(-1, (3, -1, head_dim)), tuple(layer.bias for layer in layers)
 
 
 def _packed(layers: tuple[Any, ...], x: Tensor | Quantized, fp8: Fp8Pass | Any) -> Tensor:

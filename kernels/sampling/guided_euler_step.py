@@ -73,7 +73,8 @@ _guided_euler_step = register(
     "float t_next_value, float guidance_scale) -> Tensor",
     lambda x, v, uncond, t, t_value, t_next, t_next_value, guidance_scale: launch_elementwise(
         _guided_euler_step_kernel,
-        (x, v, uncond),
+        x,
+        (v, uncond),
         (*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
         x.dtype,
     ),

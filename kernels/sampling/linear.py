@@ -79,13 +79,15 @@ def _multiply_kernel(
     store(out_ptr, size, sample, offsets, scale * x, mask, DIVISIBLE)
 
 
-def launch_elementwise(run: Any, tensors: tuple[Tensor | None, ...], coefficients: tuple, dtype: torch.dtype) -> Tensor:
-    """The result of a Triton kernel, in `dtype` and in the first tensor's shape and memory order. The kernel takes the
-    tensors, the result, the tensors' strides, the coefficients, and size, tiles, DIVISIBLE, BLOCK."""
-    out = layout.empty_like(tensors[0], dtype)
+def launch_elementwise(
+    run: Any, x: Tensor, others: tuple[Tensor | None, ...], coefficients: tuple, dtype: torch.dtype
+) -> Tensor:
+    """The result of a Triton kernel, in `dtype` and in x's shape and memory order. The kernel takes x, the others, the
+    result, the strides of x and of the others, the coefficients, and size, tiles, DIVISIBLE, BLOCK."""
+    out = layout.empty_like(x, dtype)
     if out.numel() == 0:
         return out
-    aligned = layout.align(*tensors)
+    aligned = layout.align(x, *others)
     size = out.shape[1:].numel()
     tiles = tile.tiles(size)
     strides = [tile.stride(tensor) for tensor in aligned]
@@ -98,7 +100,7 @@ _multiply = register(
     "multiply_triton(Tensor x, Tensor? plus, float plus_value, Tensor? minus, float minus_value, float factor, "
     "ScalarType dtype) -> Tensor",
     lambda x, plus, plus_value, minus, minus_value, factor, dtype: launch_elementwise(
-        _multiply_kernel, (x,), (*joined(plus, plus_value), *joined(minus, minus_value), factor), dtype
+        _multiply_kernel, x, (), (*joined(plus, plus_value), *joined(minus, minus_value), factor), dtype
     ),
     lambda x, plus, plus_value, minus, minus_value, factor, dtype: layout.empty_like(x, dtype),
 )

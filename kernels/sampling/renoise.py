@@ -133,7 +133,7 @@ _COEFFICIENTS = "Tensor? alpha, float? alpha_value, Tensor? sigma, float sigma_v
 _renoise = register(
     f"renoise_triton(Tensor x, Tensor noise, {_COEFFICIENTS}) -> Tensor",
     lambda x, noise, alpha, alpha_value, sigma, sigma_value: launch_elementwise(
-        _renoise_kernel, (x, noise), (*joined(alpha, alpha_value), *joined(sigma, sigma_value)), x.dtype
+        _renoise_kernel, x, (noise,), (*joined(alpha, alpha_value), *joined(sigma, sigma_value)), x.dtype
     ),
     lambda x, *arguments: layout.empty_like(x, x.dtype),
 )
