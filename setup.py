@@ -1,8 +1,7 @@
-"""Build script: all metadata is in pyproject.toml. This file compiles csrc/ into the package where that is possible.
+"""Compiles csrc/ into the package where that is possible. All metadata is in pyproject.toml.
 
-It needs nvcc, ninja and torch's headers, so an environment with torch in it: pip install --no-build-isolation. Without
-them the installation is pure Python, says so, and the kernels are compiled at their first use on a GPU instead.
-DPDMD_BUILD_CUDA=0 leaves them out.
+This needs nvcc, ninja and torch (pip install --no-build-isolation). Without them, or with DPDMD_BUILD_CUDA=0, the
+installation is pure Python, says so, and the kernels are compiled at their first use on a GPU.
 """
 
 import importlib.util
@@ -16,15 +15,9 @@ from setuptools.command.build_py import build_py
 
 RUNTIME = Path(__file__).resolve().parent / "dpdmd" / "kernels" / "runtime"
 
-
-def _load_build():
-    spec = importlib.util.spec_from_file_location("build", RUNTIME / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-BUILD = _load_build()
+_spec = importlib.util.spec_from_file_location("build", RUNTIME / "build.py")
+BUILD = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(BUILD)
 REASON = "DPDMD_BUILD_CUDA=0" if os.environ.get("DPDMD_BUILD_CUDA") == "0" else BUILD.unable()
 
 

@@ -25,7 +25,6 @@ struct Device {
 };
 
 // The current device.
-
 inline const Device& device() {
   static Device known[kMostDevices] = {};  // benign race: every thread writes the same
   int index = 0;
@@ -67,7 +66,7 @@ template <> struct Pair<__nv_bfloat16> {
   }
 };
 
-// V elements as they lie in memory: words that are moved four at a time, or one element.
+// V elements as in memory: words that are moved four at a time, or one element.
 template <typename T, int V> struct Pack {
   static constexpr int kWords = V * sizeof(T) / 4;
   static_assert(kWords % 4 == 0);
@@ -99,8 +98,8 @@ template <typename T> struct Pack<T, 1> {
   __device__ void narrow(const float (&y)[1]) { value = T(y[0]); }
 };
 
-// Where and how something is read. Passing: as the first to leave the L2 cache, so that something else stays; a tenth
-// slower over large tensors. Written: by another block of this kernel.
+// From where something is read. passing: it leaves the L2 cache first, so that other data stays; a tenth slower on large
+// tensors. written: another block of this kernel has written it.
 enum class From { memory, passing, written, shared };
 
 // Elements [V i, V i + V) of a sample.
@@ -145,7 +144,7 @@ template <typename T> __device__ T* sample_of(const Rows& rows, int64_t sample) 
   return static_cast<T*>(rows.data) + sample * rows.stride;
 }
 
-// The same with the dtype known at run time only: for tensors whose dtype seldom differs, and for stores.
+// The same with a dtype known only at run time: for tensors whose dtype seldom differs from the others', and for stores.
 template <int V> __device__ void load_any(float (&y)[V], const Rows& rows, int64_t sample, int64_t i) {
   switch (rows.dtype) {
     case Dtype::float32: load<float, V>(sample_of<float>(rows, sample), i).widen(y); break;
@@ -188,7 +187,7 @@ template <typename T, int Threads> __device__ T block_sum(T y, T* scratch) {
   return total;
 }
 
-// loss[i] = factor * sum of partials[i * count, (i + 1) * count), for `losses` of them.
+// loss[i] = factor * sum of partials[i * count, (i + 1) * count), for i < losses.
 void launch_finish(float* loss, const float* partials, int64_t losses, int64_t count, double factor, cudaStream_t);
 
 constexpr int kWidth = 8;  // elements of a vector: 16 bytes of a 16-bit dtype
@@ -198,7 +197,7 @@ template <typename T, int V> struct Type {
   static constexpr int width = V;
 };
 
-// Calls f(Type<T, V>{}) for a dtype, with V = 1 where vectors do not fit.
+// Calls f(Type<T, V>{}) for a dtype, with V = 1 where `vectors` is false.
 template <typename F> void for_dtype(Dtype dtype, bool vectors, F&& f) {
   switch (dtype) {
     case Dtype::float32: return vectors ? f(Type<float, kWidth>{}) : f(Type<float, 1>{});

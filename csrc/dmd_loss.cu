@@ -4,14 +4,14 @@
 //
 // w is known only when the whole sample has been read, so the blocks that share a sample keep their d in shared memory,
 // meet once, and write g. They meet in a thread block cluster on Hopper where a sample fits in one, else at a counter in
-// memory that the resident blocks of a group wait at (a cooperative launch).
+// global memory on which the resident blocks of a group wait (a cooperative launch).
 //
-// What shared memory does not hold of a sample is in pieces that warps take as they come, since some multiprocessors are
-// nearer to the memory than others. Its d goes to the gradient's own memory and comes back from the L2 cache, or is
-// computed again where the gradient's dtype cannot hold it. Sums are taken over pieces whoever took them, and added in one
-// order: the same bits each time.
+// The part of a sample that shared memory does not hold is cut into pieces. A warp takes the next piece when it is free,
+// since some multiprocessors are nearer to the memory than others. A piece's d is stored in the gradient and read back from
+// the L2 cache, or computed again where the gradient's dtype cannot hold it. Each piece has its own sum, and the sums are
+// added in one order: the same bits each time, whichever warp takes a piece.
 //
-// Two launches: this and the sum of the samples' losses.
+// Two launches: this kernel, and the sum of the samples' losses.
 
 #include <cooperative_groups.h>
 
@@ -27,8 +27,8 @@ constexpr int kThreads = 512;
 constexpr int kBatch = 4;  // vectors that a thread asks for before it uses the first
 constexpr int kStaticShared = 1024;  // bytes of shared memory left for sums
 
-// How the blocks are dealt out: `groups` of `blocks`; group i takes the samples i, i + groups, ... A row is kThreads
-// vectors, one a thread. Each block keeps `rows` rows of a sample; what is left is in `pieces` of 32 kBatch vectors.
+// How blocks share the samples: `groups` of `blocks` each; group i takes the samples i, i + groups, ... A row is kThreads
+// vectors, one a thread. Each block keeps `rows` rows of a sample; the rest is `pieces` of 32 kBatch vectors.
 struct Plan {
   int groups = 1, blocks = 1, rows = 0;
   int64_t pieces = 0;
@@ -44,11 +44,11 @@ struct Sums {
   }
 };
 
-// What blocks tell one another, without a cluster.
+// What blocks share without a cluster.
 struct Meeting {
-  float2* partials;   // (groups, blocks + pieces), of the sample at hand, by turns for odd and even rounds
-  unsigned* arrived;  // (groups,)
-  unsigned* taken;    // (batch,), pieces of a sample that warps have taken
+  float2* partials;   // (groups, 2, blocks + pieces), of the current sample; even and odd rounds alternate
+  unsigned* arrived;  // (groups,), number of blocks that have arrived, over all rounds
+  unsigned* taken;    // (batch,), number of pieces of a sample that warps have taken
 };
 
 // The formula, for one sample.
@@ -66,7 +66,7 @@ template <typename T, int V, bool Velocity> struct Formula {
 
   __device__ bool x_t_at_hand() const { return p.x_t.data && p.x_t.dtype == p.teacher.dtype; }
 
-  // The L2 cache is for d.
+  // Inputs leave the L2 cache first, so that d stays in it.
   __device__ void read(Inputs& in, int64_t i) const {
     in.teacher = load<T, V, From::passing>(sample_of<T>(p.teacher, sample), i);
     in.critic = load<T, V, From::passing>(sample_of<T>(p.critic, sample), i);
@@ -112,7 +112,8 @@ template <typename T, int V, bool Velocity> struct Formula {
     for (int j = 0; j < V; ++j) sums.of_loss += isfinite(d[j]) ? d[j] * d[j] : 0.0f;
   }
 
-  // The gradient at vector i, given 1 / w: divisions would take as long as the memory does.
+  // The gradient at vector i, from 1 / w: a division of each element would take as long as the memory accesses. w has no
+  // smallest value: where w is 0, entries that are not finite become 0.
   template <typename Kept> __device__ void write(int64_t i, const float (&d)[V], float inverse) const {
     float g[V];
 #pragma unroll
@@ -127,7 +128,7 @@ template <typename T, int V, bool Velocity> struct Formula {
   }
 };
 
-// What this thread's block wrote is there for whoever sees the counter afterwards.
+// Whoever reads the counter afterwards also sees what this thread's block has written.
 __device__ inline void arrive(unsigned* counter) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
 }
@@ -138,7 +139,7 @@ __device__ inline void wait_for(const unsigned* counter, unsigned count) {
   while (arrived < count);
 }
 
-// Where the blocks of a group learn the two sums over all of them, and over the pieces.
+// The blocks of a group wait for one another. Returns the two sums over all blocks and pieces.
 template <bool Cluster> __device__ Sums meet(const Sums& sums, int64_t round, const Plan& plan, const Meeting& meeting) {
   __shared__ Sums warps[2][kThreads / 32], total;
   const Sums of_block = block_sum<Sums, kThreads>(sums, warps[0]);
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads, 1)
                     const Meeting meeting) {
   extern __shared__ uint4 shared[];
   Kept* kept = reinterpret_cast<Kept*>(shared);
-  // In Kept, that is. (Unnormalised, it may be beyond float16.)
+  // As Kept. Not in float16: before the division by w, d may exceed its range.
   const bool gradient_holds_d = sizeof(Kept) == 2 || p.gradient.dtype == Dtype::float32;
   const int lane = threadIdx.x % 32;
   const int64_t step = int64_t(plan.blocks) * kThreads;
@@ -267,7 +268,7 @@ __global__ void __launch_bounds__(kThreads, 1)
       }
   }
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if constexpr (Cluster) cooperative_groups::this_cluster().sync();  // others may still read this block's sums
+  if constexpr (Cluster) cooperative_groups::this_cluster().sync();  // other blocks may still read this block's sums
 #endif
 }
 
@@ -277,13 +278,13 @@ Plan plan_of(const DmdLoss& p) {
   const int64_t vectors = p.shape.size / width, rows = ceil_div(vectors, kThreads);
   auto fit = [&](int kept) { return (gpu.shared_memory - kStaticShared) / (kThreads * width * kept); };
 
-  // Blocks that a sample would take in a cluster: no more than fit beside those of the other samples.
+  // Number of blocks for a sample in a cluster: beyond what holds the sample, no more than run beside the other samples'.
   const int most = gpu.capability / 10 == 9 || gpu.capability / 10 == 10 ? 16 : 8;
   int blocks = 1;
   while (blocks < most && blocks < rows &&
          (blocks * fit(4) < rows || 2 * blocks * p.shape.batch <= gpu.multiprocessors))
     blocks *= 2;
-  // Clusters need their multiprocessors side by side: above three quarters of the chip they wait for one another.
+  // A cluster needs neighbouring multiprocessors: beyond three quarters of the chip, clusters wait for one another.
   const bool side_by_side = blocks == 1 || 4 * blocks * p.shape.batch <= 3 * gpu.multiprocessors;
 
   Plan plan;
@@ -295,7 +296,7 @@ Plan plan_of(const DmdLoss& p) {
   } else {
     plan.narrow = p.gradient.dtype == Dtype::bfloat16 && p.shape.vectors;
     const int64_t kept_rows = fit(plan.narrow ? 2 : 4);
-    // A quarter of a sample may be left over: more samples at a time are worth more.
+    // A quarter of a sample may be left for pieces: more samples at a time gain more.
     const int64_t needed = std::min<int64_t>(ceil_div(rows * 3 / 4, kept_rows), gpu.multiprocessors);
     plan.groups = int(std::min<int64_t>(p.shape.batch, gpu.multiprocessors / std::max<int64_t>(1, needed)));
     plan.blocks = gpu.multiprocessors / plan.groups;
@@ -310,7 +311,7 @@ template <typename T, int V, bool Velocity, bool Cluster, typename Kept>
 void launch_planned(const DmdLoss& p, const Plan& plan, float* losses, const Meeting& meeting, cudaStream_t stream) {
   auto* kernel = &dmd_loss_kernel<T, V, Velocity, Cluster, Kept>;
   const size_t shared = size_t(plan.rows) * kThreads * V * sizeof(Kept);
-  static bool allowed[kMostDevices] = {};  // once a device: each of the two takes a microsecond
+  static bool allowed[kMostDevices] = {};  // once per device: each of the two calls takes a microsecond
   if (!allowed[device().index]) {
     const int most = device().shared_memory - kStaticShared;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory");

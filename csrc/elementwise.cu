@@ -1,5 +1,5 @@
-// The operations that give one element for one: renoise (with noise read, or drawn in the kernel), the guided Euler
-// step, and the products of their and the losses' backward passes.
+// The elementwise operations: renoise (with noise read or drawn in the kernel), the guided Euler step, and the products of
+// their and the losses' backward passes.
 
 #include <algorithm>
 
@@ -25,17 +25,17 @@ __device__ uint4 philox(uint64_t counter, uint64_t key) {
   return c;
 }
 
-// Two standard normal numbers of two words (Box and Muller, 1958).
+// Two standard normal numbers from two words (Box and Muller, 1958).
 __device__ float2 normal(uint32_t first, uint32_t second) {
-  // The hardware's sine and cosine, right to 4e-7 on [-pi, pi], so the angle is turned by pi: the exact ones would make
-  // drawing the noise slower than reading it.
+  // The hardware's sine and cosine are right to 4e-7 on [-pi, pi], so the angle is shifted by pi. With the exact ones,
+  // drawing the noise would be slower than reading it.
   const float radius = sqrtf(-2 * logf((float(first) + 0.5f) * 0x1p-32f));
   float sine, cosine;
   __sincosf(float(M_PI) * (float(second) * 0x1p-31f - 1), &sine, &cosine);
   return {-radius * cosine, -radius * sine};
 }
 
-// Elements [first, first + V) of the noise that `key` names.
+// Elements [first, first + V) of the noise of `key`.
 template <int V> __device__ void draw(float (&y)[V], uint64_t first, uint64_t key) {
   if constexpr (V % 4 == 0) {
 #pragma unroll
@@ -52,8 +52,8 @@ template <int V> __device__ void draw(float (&y)[V], uint64_t first, uint64_t ke
   }
 }
 
-// Each operation: what it reads at vector i of a sample, and what it makes of it. T: its first tensor's dtype, which
-// the result has; U: that of the others.
+// Each operation says what it reads and what it writes at vector i of a sample. T: the dtype of its first tensor and of
+// the result; U: that of the others.
 template <typename T, typename U, int V> struct RenoiseOp {
   using Arguments = Renoise;
   struct Inputs {
@@ -116,7 +116,7 @@ template <typename T, typename U, int V> struct GuidedEulerStepOp {
   }
 };
 
-// T: the result's dtype; U: that of what is multiplied.
+// T: the result's dtype; U: the input's.
 template <typename T, typename U, int V> struct MultiplyOp {
   using Arguments = Multiply;
   using Inputs = Pack<U, V>;
@@ -176,7 +176,7 @@ void launch_elementwise(const Arguments& p, Dtype first, Dtype others, void* str
   check(cudaGetLastError(), "launch of an elementwise operation");
 }
 
-// As many blocks as are resident, so that a scale of 1 costs a launch and nothing else.
+// Launches no more blocks than are resident, so that a scale of 1 costs only the launch.
 template <typename T, int V>
 __global__ void __launch_bounds__(kThreads) scale_kernel(const __grid_constant__ Scale p, int64_t tiles) {
   for (int64_t block = blockIdx.x; block < p.shape.batch * tiles; block += gridDim.x) {

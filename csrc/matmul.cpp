@@ -1,7 +1,7 @@
 // Matrix products by cuBLASLt whose epilogue is GELU (in its tanh form) or the product with its derivative.
 //
-// cuBLASLt is the one that torch has loaded, found through torch's own library: its header says how its functions are
-// called, and nothing is linked.
+// The functions are those of the cuBLASLt that torch has loaded, found through torch's own library. Only its header is
+// needed; nothing is linked.
 
 #include "ops.h"
 
@@ -56,7 +56,7 @@ const Library& library() {
   return functions;
 }
 
-// What a kind of product needs, made once. cuBLASLt's matrices are stored by columns: a row-major (M, N) is its (N, M).
+// What each kind of product needs, made once. cuBLASLt stores matrices by columns: a row-major (M, N) is its (N, M).
 struct Plan {
   cublasLtMatmulDesc_t descriptor;
   cublasLtMatrixLayout_t a, b, out;

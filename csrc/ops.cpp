@@ -1,5 +1,5 @@
-// The registered operations: schemas, what each asks of its tensors, outputs. Python (kernels/) checks what users give
-// and arranges strides; the checks here keep a kernel from reading what is not its own.
+// The registered operations: schemas, requirements on tensors, outputs. Python (kernels/) checks what users pass and
+// arranges strides; the checks here keep a kernel from reading other memory.
 //
 // Only LibTorch's stable ABI is used, so one library serves torch 2.11 and newer, and every Python.
 
@@ -27,8 +27,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 
-// torch's current stream. Its CPU build lacks the function, and nothing exports it to libraries loaded later: it is
-// looked up at the first call, so that this library loads everywhere.
+// torch's current stream. A CPU build of torch lacks the function, and torch does not export it to libraries loaded later:
+// it is looked up at the first call, so that this library loads everywhere.
 void* current_stream(int32_t device) {
   using Function = AOTITorchError (*)(int32_t, void**);
   static const Function function = [] {
@@ -41,7 +41,7 @@ void* current_stream(int32_t device) {
   return stream;
 }
 
-// The device of the tensors is current as long as this lives.
+// Makes the tensor's device current during its lifetime.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : device_(tensor.get_device_index()) {
@@ -75,7 +75,7 @@ int32_t code_of(ScalarType dtype) {
   }
 }
 
-// The tensors (B, ...) of a call, whose samples lie in memory in one order, each without gaps.
+// The tensors (B, ...) of a call. Their samples have one order in memory, without gaps inside a sample.
 class Samples {
  public:
   explicit Samples(const Tensor& first) : first_(first) {
@@ -125,7 +125,7 @@ class Samples {
   const Tensor& first_;
 };
 
-// Allocates without the dispatcher in between, which costs as much as the rest of the call.
+// Allocates without the dispatcher, which costs as much as the rest of the call.
 Tensor allocate(int64_t dims, const int64_t* sizes, const int64_t* strides, ScalarType dtype, const Tensor& beside) {
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dims, sizes, strides, code_of(dtype), aoti_torch_device_type_cuda(),
@@ -140,7 +140,7 @@ Tensor floats(int64_t count, const Tensor& beside) {
 
 Tensor number(const Tensor& beside) { return allocate(0, nullptr, nullptr, ScalarType::Float, beside); }
 
-// A tensor of another's shape whose samples lie as its do, one behind the other.
+// A tensor of another's shape and memory order, without gaps between samples.
 Tensor alike(const Tensor& tensor, int64_t size, ScalarType dtype) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -149,7 +149,7 @@ Tensor alike(const Tensor& tensor, int64_t size, ScalarType dtype) {
   return allocate(tensor.dim(), sizes.data(), dense.data(), dtype, tensor);
 }
 
-// Fills in where the loss goes and what the kernel may scribble on, launches, and returns loss and gradient.
+// Allocates loss, gradient and scratch memory, launches, and returns loss and gradient.
 template <typename Loss>
 std::tuple<Tensor, Tensor> run(Loss& loss, Samples& samples, const Tensor& x, double loss_factor,
                                double gradient_factor, bool per_sample, int64_t (*scratch_of)(const Loss&)) {
@@ -218,7 +218,7 @@ std::tuple<Tensor, Tensor> x_prediction_loss(Tensor prediction, Tensor x_t, Tens
   return squared_loss(loss, samples, prediction, x_t, x0_target, loss_factor, gradient_factor, per_sample);
 }
 
-// Launches an elementwise operation whose result lies in memory as x does.
+// Launches an elementwise operation whose result has x's memory order.
 template <typename Operation> Tensor run(Operation& operation, Samples& samples, const Tensor& x, ScalarType dtype) {
   Tensor result = alike(x, samples.shape.size, dtype);
   if (samples.empty()) return result;
@@ -259,7 +259,7 @@ Tensor guided_euler_step(Tensor x, Tensor v, MaybeTensor v_uncond, double guidan
   return run(operation, samples, x, x.scalar_type());
 }
 
-// (to - from) factor y, a sample each.
+// (to - from) factor y, for each sample.
 Tensor multiply(Tensor y, MaybeTensor from, double from_value, MaybeTensor to, double to_value, double factor,
                 ScalarType dtype) {
   Samples samples(y);
@@ -288,7 +288,7 @@ void scale_(Tensor gradient, Tensor upstream, double rest) {
   dpdmd::launch(operation, device.stream());
 }
 
-// A row-major matrix, as a product with an epilogue takes it.
+// Checks a row-major matrix of a product with an epilogue.
 void check_matrix(const Tensor& matrix, int64_t rows, int64_t columns, const Tensor& like) {
   STD_TORCH_CHECK(matrix.is_cuda() && matrix.get_device_index() == like.get_device_index() &&
                       matrix.scalar_type() == like.scalar_type(),

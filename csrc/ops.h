@@ -1,4 +1,4 @@
-// What ops.cpp hands to the kernels: plain structs and one launch function an operation. No torch, no CUDA headers.
+// What ops.cpp passes to the kernels: plain structs, and a launch function per operation. No torch, no CUDA headers.
 #pragma once
 
 #include <cstdint>
@@ -9,29 +9,29 @@ enum class Dtype : int { float32, float16, bfloat16 };
 
 inline int64_t bytes(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
-// A tensor as (B, N): the N elements of a sample dense in memory, samples `stride` elements apart (0: the same one).
+// A tensor as (B, N): the N elements of a sample are dense in memory, samples `stride` elements apart (0: one for all).
 struct Rows {
   void* data = nullptr;
   int64_t stride = 0;
   Dtype dtype = Dtype::float32;
 };
 
-// A number for each sample, (B,) float32 at `values`, or one for all.
+// A number per sample, (B,) float32 at `values`, or one for all.
 struct Coefficient {
   const float* values = nullptr;
   int64_t stride = 0;
   float value = 0;
 };
 
-// Whole 16-byte vectors can be read and written: sizes, strides and addresses allow it.
+// vectors: sizes, strides and addresses allow reading and writing 16-byte vectors.
 struct Shape {
   int64_t batch = 0;
   int64_t size = 0;  // elements of a sample
   bool vectors = false;
 };
 
-// The losses write the gradient times `gradient_factor` and the sum of the losses times `loss_factor`: one sum, or one
-// a sample. `scratch` holds what `..._scratch` says, in floats.
+// The losses write the gradient times `gradient_factor` and the sum of the losses times `loss_factor`: one sum, or one per
+// sample. `scratch` has as many floats as `..._scratch` returns.
 struct Reduction {
   float gradient_factor = 1;
   double loss_factor = 1;
@@ -110,7 +110,7 @@ constexpr int64_t matmul_workspace = 32 << 20;  // bytes: what cuBLAS itself tak
 int64_t dmd_loss_scratch(const DmdLoss&);
 int64_t squared_loss_scratch(const SquaredLoss&);
 
-// All launch on `stream`, a cudaStream_t of the current device, and throw std::runtime_error where CUDA refuses.
+// All launch on `stream`, a cudaStream_t of the current device, and throw std::runtime_error for an error of CUDA.
 void launch(const DmdLoss&, void* stream);
 void launch(const SquaredLoss&, void* stream);
 void launch(const Renoise&, void* stream);

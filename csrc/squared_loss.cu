@@ -1,4 +1,4 @@
-// The losses that are a mean of squared residuals: residual, loss and gradient in one pass; a second, tiny launch adds
+// The losses that are a mean of squared residuals: one pass for residual, loss and gradient; a second, small launch adds
 // the blocks' sums in a fixed order.
 //
 //   velocity     r = p - (y - z) / (1 - t),   dL/dp = 2 r        v-prediction; flow matching where t = 0

@@ -1,4 +1,4 @@
-"""The operations of distribution matching distillation, on torch (and Triton where there is one) and nothing else."""
+"""The operations of distribution matching distillation. They import torch, Triton where it is installed, and nothing else."""
 
 from dpdmd.kernels.attention.attention import attention
 from dpdmd.kernels.blocks.activation import gelu_tanh, swiglu

@@ -1,6 +1,6 @@
 """The fused forwards of diffusers' FluxTransformerBlock and FluxSingleTransformerBlock (FLUX.1).
 
-    double: as SD3's, the text's tokens first in the joint attention, q and k rotated by their positions
+    double: as SD3's, with the text's tokens first in the joint attention, and q and k rotated by their positions
     single: x = [text; image];   n = modulated norm of x
             x += gate (W [attention(n); gelu(W_mlp n + b_mlp)] + b)
 
@@ -8,6 +8,8 @@
 
 Source: diffusers' models/transformers/transformer_flux.py.
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
@@ -72,12 +74,8 @@ _SINGLE = {
 }
 
 
-def why_not_double(block: nn.Module) -> str:
-    return why_not_like(block, FluxTransformerBlock, _DOUBLE)
-
-
-def why_not_single(block: nn.Module) -> str:
-    return why_not_like(block, FluxSingleTransformerBlock, _SINGLE)
+why_not_double = functools.partial(why_not_like, cls=FluxTransformerBlock, parts=_DOUBLE)
+why_not_single = functools.partial(why_not_like, cls=FluxSingleTransformerBlock, parts=_SINGLE)
 
 
 @or_stock(why_not_double)
@@ -105,12 +103,8 @@ def forward_double(
     shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
     text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
-    o = attend(
-        attn,
-        text_stream(attn, c, attn.head_dim),
-        image_stream(attn, x, attn.head_dim, fp8),
-        rope=image_rotary_emb,
-    )
+    streams = text_stream(attn, c, attn.head_dim), image_stream(attn, x, attn.head_dim, fp8)
+    o = attend(attn, *streams, rope=image_rotary_emb)
     layers = attn.to_add_out, attn.to_out[0]
     (y_text, bias_text), (y, bias) = split_products(o, text.shape[1], *layers, (None, fp8))
 
@@ -144,8 +138,8 @@ def forward_single(
     x = join(encoder_hidden_states, hidden_states)
     fp8 = fp8_pass(block, x, temb)
     shift, scale, gate = block.norm.linear(F.silu(temb)).chunk(3, dim=1)
-    # One product for q, k, v and the MLP would make its backward pass gather their gradients in a buffer of width 7 C:
-    # more bytes than a second reading of n and the addition of its two gradients.
+    # One product for q, k, v and the MLP would gather their gradients in a buffer of width 7 C in the backward pass: more
+    # bytes than reading n twice and adding its two gradients.
     quantize = serves(fp8, attn.to_q, attn.to_k, attn.to_v, block.proj_mlp)
     x, n = adaln_modulate(x, scale, shift, eps=block.norm.norm.eps, quantize=quantize, fork=True)
     o = attend(attn, image_stream(attn, n, attn.head_dim, fp8), rope=image_rotary_emb)
@@ -161,23 +155,22 @@ def _finite(x: Tensor) -> Tensor:
     return x.clip(-LARGEST_FLOAT16, LARGEST_FLOAT16) if x.dtype == torch.float16 else x
 
 
-# Diffusers hands the two parts of the joint tokens from single block to single block, and each block would join them
-# again: 2 (T + S) C elements read and written a block. Parts that still lie side by side are taken as one tensor.
-
-
 def part(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
     """(text, image): views of joint (B, T + S, C), which `join` finds again."""
     return joint[:, :length], joint[:, length:]
 
 
 def join(text: Tensor, image: Tensor) -> Tensor:
-    """[text; image] (B, T + S, C): the tensor that `part` made them of, also after writing into them; else a copy."""
+    """[text; image] (B, T + S, C): the tensor that `part` split, also after writes to its parts; else a copy.
+
+    Diffusers passes both parts from single block to single block: a copy in each reads and writes 2 (T + S) C elements.
+    """
     joint = None if torch.compiler.is_compiling() else _joint_of(text, image)
     return torch.cat((text, image), dim=1) if joint is None else joint
 
 
 def _joint_of(text: Tensor, image: Tensor) -> Tensor | None:
-    """The tensor that both are parts of, if their memory and their gradients are its own."""
+    """The tensor that both are parts of, if they share its memory and their gradients go to it."""
     batch, length, channels = text.shape
     shape, stride, offset = (batch, length + image.shape[1], channels), text.stride(), text.storage_offset()
     if not plain((text, image)) or not _is_alias_of(text, image) or text.dtype != image.dtype:
@@ -192,13 +185,13 @@ def _joint_of(text: Tensor, image: Tensor) -> Tensor | None:
         return None
     if (joint.shape, joint.stride(), joint.storage_offset()) != (shape, stride, offset):
         return None
-    # What a part's gradient goes through on its way to the joint tensor would be passed over: another view, such as the
-    # one that a module's hooks make, hooks, and the outputs of a reentrant checkpoint, whose joint tensor has no graph.
+    # The joint tensor skips what a part's gradient passes on its way to it: another view, such as a module's hooks make,
+    # hooks, and the outputs of a reentrant checkpoint, whose joint tensor has no graph.
     return joint if all(_leads_to(each, joint) for each in (text, image)) else None
 
 
 def _leads_to(part: Tensor, joint: Tensor) -> bool:
-    """Whether the gradient of a part becomes that of the joint tensor and nothing else sees it."""
+    """Whether the gradient of a part goes to the joint tensor directly."""
     if part.grad_fn is None or joint.grad_fn is None or part._backward_hooks or part.retains_grad:
         return False
     return part.grad_fn.next_functions[0][0] is joint.grad_fn

@@ -1,5 +1,4 @@
-"""A block's large weights in FP8, for its passes without gradient: which passes those are, and when the weights have
-changed."""
+"""A block's large weights in FP8 for its passes without gradient: which passes use them, and when they are made again."""
 
 from typing import Any, NamedTuple
 
@@ -12,35 +11,32 @@ from dpdmd.kernels.runtime.registration import plain
 
 
 class Fp8Weights:
-    """Copies of weights in FP8, made when a pass without gradient first wants them. Copies of the object, also pickled
-    ones, start without any.
+    """FP8 copies of a block's layers `names`, made when first needed. A copied or pickled object starts without any.
 
-    They are made anew where a weight's memory or its version counter tells of a change. Some optimizers write past the
-    counters (apex's, DeepSpeed's), and ZeRO-3 gathers weights into new memory each time. So after a pass with gradients of
-    trained weights copies serve one pass only, until a counter moves or `outdate` is called: then the update is done.
-
-    names: the layers, in the block.
+    The copies are made again where a weight's address or version counter changes. Some optimizers move no counter (apex's,
+    DeepSpeed's), and ZeRO-3 gathers weights into new memory each time. So after a pass with gradients of trained weights
+    copies serve one pass only, until a counter moves or `outdate` is called, which shows that the update is done.
     """
 
     def __init__(self, names: tuple[str, ...]):
         self._names = names
         self._trained = False
         self._passes = 0  # with gradients of trained weights
-        self._told = 0  # how many of them there were when `outdate` was last called
-        # (layers, columns) -> the weights' versions, the passes that the last known update came after, the copies
+        self._told = 0  # self._passes at the last call of `outdate`
+        # (layers, columns) -> the weights' versions, self._passes at the last known update, the copies
         self._copies: dict[tuple, tuple[list | None, int, Quantized]] = {}
 
     def __reduce__(self):
         return Fp8Weights, (self._names,)
 
     def outdate(self) -> None:
-        """They are made anew when they are next wanted: the weights have changed."""
+        """Have the copies made again when they are next needed: the weights have changed."""
         self._told = self._passes
         self._copies = {key: (None, passes, copies) for key, (_, passes, copies) in self._copies.items()}
 
     def note_gradients(self, block: nn.Module) -> None:
-        """In a pass with gradients. The weights count as trained from then on where one of them requires gradients,
-        though it may do so only now and then. Adapters on frozen weights do not change these."""
+        """Count a pass with gradients. The weights count as trained from the first pass on in which one of them requires a
+        gradient. Adapters on frozen weights do not change the weights."""
         if not self._trained:
             layers = [block.get_submodule(name) for name in self._names]
             layers = [layer._modules.get("base_layer", layer) for layer in layers]  # peft's LoRA layers have one
@@ -48,7 +44,7 @@ class Fp8Weights:
         self._passes += self._trained
 
     def of(self, *layers: nn.Linear, columns: tuple[int, int] | None = None) -> Quantized:
-        """The layers' weights, stacked, or some columns of them."""
+        """The FP8 copies of the layers' weights, stacked, or of some columns of them."""
         weights = [layer.weight for layer in layers]
         versions = [_version(weight) for weight in weights]
         known, passes, copies = self._copies.get((layers, columns), (versions, self._told, None))
@@ -56,9 +52,10 @@ class Fp8Weights:
             return copies
         stacked = torch.cat(weights).detach() if len(weights) > 1 else weights[0].detach()
         made = quantize_rows(stacked if columns is None else stacked[:, slice(*columns)])
-        if not plain(made):  # of a FakeTensorMode
+        if not plain(made):  # made in a FakeTensorMode
             return made
-        if copies is not None and all(map(_alike, made, copies)):  # a CUDA graph finds them where they were
+        if copies and all(a.shape == b.shape and a.device == b.device for a, b in zip(made, copies, strict=True)):
+            # In the same memory, for CUDA graphs.
             torch._foreach_copy_(list(copies), list(made))  # pyright: ignore[reportPrivateImportUsage]
         else:
             copies = made
@@ -67,13 +64,9 @@ class Fp8Weights:
 
 
 def _version(weight: Tensor) -> tuple:
-    """What tells of a change."""
+    """What changes with the weight; () where nothing reliable does: under ZeRO-3 and for inference tensors."""
     unknown = hasattr(weight, "ds_id") or weight.is_inference()
     return () if unknown else (weight.data_ptr(), weight._version)
-
-
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.device == b.device
 
 
 class Fp8Pass(NamedTuple):
@@ -87,8 +80,8 @@ class Fp8Pass(NamedTuple):
 
 
 def fp8_pass(block: Any, *inputs: Tensor) -> Fp8Pass | None:
-    """None where the block has no FP8, where torch.compile traces it, and in a pass that has gradients: also in the
-    first one of a checkpoint, in no_grad mode but on inputs that require them, or in `selective_checkpoint`."""
+    """None where the block has no FP8, where torch.compile traces it, and in a pass with gradients. A checkpoint's first
+    pass counts as one: it runs in no_grad mode, but its inputs require gradients or `selective_checkpoint` is active."""
     weights = block._fp8_weights
     if weights is None or torch.compiler.is_compiling():
         return None

@@ -1,9 +1,8 @@
-"""The fused operations put into a diffusers transformer, in place: one whose class is among FAMILIES.
+"""Puts the fused operations into a diffusers transformer whose class is among FAMILIES, in place.
 
-Each block that is understood gets a forward of its own, an attribute of the instance, which computes what the stock one
-does with the operations of this package. Classes, submodules, parameters and state_dict stay as they are, so whatever
-finds blocks by class or weights by name works as before: DeepSpeed, peft, save_pretrained, torch.compile of each block.
-What is not understood keeps the stock forward and is named, with the reason.
+Each block gets a fused forward as an attribute of the instance. Classes, submodules, parameters and state_dict stay, so
+what finds blocks by class or weights by name still works: DeepSpeed, peft, save_pretrained, torch.compile of each block.
+A block that is not as diffusers makes it keeps the stock forward, and is reported with the reason.
 """
 
 from __future__ import annotations
@@ -22,20 +21,19 @@ from dpdmd.kernels.runtime import checks
 if TYPE_CHECKING:
     from dpdmd.kernels.fusion.conditions import Fused  # with diffusers
 
-# A transformer's class in diffusers, and the file of this folder whose MODULES names its parts that there are fused
-# forwards for: lists of blocks in the order in which they run, and single modules.
+# A transformer's class in diffusers -> the file of this folder whose MODULES lists the parts that have a fused forward:
+# lists of blocks in the order in which they run, and single modules.
 FAMILIES = {"SD3Transformer2DModel": "sd3", "FluxTransformer2DModel": "flux"}
-# What a fused module has beside its forward: its weights in FP8, or None where it has none.
-MARK = "_fp8_weights"
+MARK = "_fp8_weights"  # the attribute that marks a fused module: its Fp8Weights, or None where it runs without FP8
 
 
 @dataclass
 class FusionReport:
-    """What `fuse_transformer` did; str() says it in words."""
+    """What `fuse_transformer` did; str() gives a text."""
 
     model: str  # the model's class
-    replaced: dict[str, int] = field(default_factory=dict)  # class: how many of its modules are fused
-    num_fp8: int = 0  # of them, those whose large products run in FP8 where there is no gradient
+    replaced: dict[str, int] = field(default_factory=dict)  # class: number of fused modules
+    num_fp8: int = 0  # number of them whose large products run in FP8 where there is no gradient
     left: list[tuple[str, str]] = field(default_factory=list)  # (name, reason) of the modules that are not fused
 
     def __str__(self) -> str:
@@ -46,34 +44,31 @@ class FusionReport:
 
 
 def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool = True) -> FusionReport:
-    """Gives the blocks of a diffusers transformer, and its last norm, fused forwards, in place. Returns what became of
-    each, and prints it unless verbose is False.
+    """Give the blocks of a diffusers transformer, and its last norm, fused forwards, in place. verbose prints the report.
 
     model: of a class among FAMILIES (SD3Transformer2DModel, ...), before it is wrapped (DeepSpeed, DDP, torch.compile).
-    fp8: "no_grad" runs the large matrix products of the image tokens in FP8 in passes without gradient, that is where
-        neither inputs nor parameters require one or torch.no_grad() holds. First and last block, modulation and text
-        stay as they are. The weights' FP8 copies take half of their bfloat16 size, in every process also under ZeRO-3;
-        they are made anew where torch's version counters tell of a change. Where an optimizer moves no counters (apex's,
-        DeepSpeed's, ZeRO's), that is in each such pass after one with gradients; `requantize` after its step makes it
-        once. After other changes that counters do not show (weight.data written to, as fuse_lora does; weights loaded
-        under ZeRO-3; an optimizer in a CUDA graph; a step of such an optimizer where torch.compile traced the pass
-        with gradients) call `requantize`, too. A block that torch.compile traces runs without FP8.
+    fp8: "no_grad" runs the large matrix products of the image tokens in FP8 in passes without gradient: neither inputs
+        nor parameters require one, or torch.no_grad() holds. First and last block, modulation, text, and blocks that
+        torch.compile traces run without FP8. The weights' FP8 copies take half of their bfloat16 size, in every process
+        also under ZeRO-3. They are made again where torch's version counters show a change. Some optimizers move no
+        counters (apex's, DeepSpeed's, ZeRO's): then the copies are made in each such pass after one with gradients, or
+        once if `requantize` is called after the step. Call `requantize` also after other changes that counters do not
+        show: writes to weight.data, as by fuse_lora; weights loaded under ZeRO-3; an optimizer in a CUDA graph; a step
+        of such an optimizer where torch.compile traced the pass with gradients.
 
-    A block is left as it was, and named, where it is not what diffusers makes: other norms, activations or attention
-    processors, dropout in training, chunked feed-forwards, hooks inside it. Blocks check at every call: where such a
-    thing comes later, or a call brings attention arguments (IP-Adapter, masks), the stock forward runs. Linear layers
-    of other classes (quantised ones) or with hooks are called, in the fused forward too. peft's LoRA layers, added before
-    or after, are fused: the base product runs as without them, what an adapter adds follows in place, and a layer of
-    which no adapter is active is its base layer. Called, as peft has them, are those with dropout, DoRA, several active
-    adapters, an adapter in another dtype than the base, and those that torch.compile traces. Gradients are first-order
-    and reverse-mode: no gradient of a gradient. Inside torch.func the stock forward runs.
+    A block keeps its stock forward, and is reported, where it is not as diffusers makes it: other norms, activations or
+    attention processors, dropout in training, chunked feed-forwards, hooks inside it. Blocks check this at every call; the
+    stock forward also runs for calls with attention arguments (IP-Adapter, masks) and inside torch.func. The fused forward
+    calls linear layers of other classes (quantised ones) or with hooks. peft's LoRA layers, added before or after, are
+    fused: an adapter's product is added to the base product in place. LoRA layers with dropout, DoRA, several active
+    adapters, an adapter in another dtype than the base, or under torch.compile are called. Gradients are first-order and
+    reverse-mode.
 
     Under ZeRO-3 make the blocks leaves (deepspeed.utils.set_z3_leaf_modules): they are gathered as a whole either way.
+    A model may be fused again, with another `fp8`. A deepcopy and a pickled copy of a fused model are fused.
 
-    Fusing again is harmless, and takes the new `fp8`. A deepcopy and a pickled copy of a fused model are fused.
-
-    Raises TypeError for another model, ValueError for another fp8 and for sizes that FP8 products cannot have (multiples
-    of 16), RuntimeError for a GPU without FP8.
+    Raises TypeError for another model, ValueError for another fp8 and for FP8 layers of sizes that are no multiples of 16,
+    RuntimeError for a GPU without FP8.
     """
     modules = _modules(model)
     checks.one_of("fp8", fp8, (None, "no_grad"))
@@ -81,11 +76,11 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
     report = FusionReport(type(model).__name__)
     fused = []
     for name, module, kind in modules:
-        reason = _replaced(module) or kind.why_not(module)
-        if reason:
+        own = "forward" in module.__dict__ and MARK not in module.__dict__
+        if reason := "it has a forward of its own already" if own else kind.why_not(module):
             report.left.append((name, reason))
             continue
-        # The first block and the last are the ones that rounding hurts most.
+        # Rounding hurts most in the first block and in the last.
         in_fp8 = fp8 == "no_grad" and name in blocks[1:-1]
         fused.append((module, kind, _fp8_layers(name, module, kind.fp8_layers) if in_fp8 else None))
     from dpdmd.kernels.fusion.fp8_weights import Fp8Weights
@@ -103,34 +98,31 @@ def fuse_transformer(model: nn.Module, *, fp8: str | None = None, verbose: bool 
 
 
 def unfuse_transformer(model: nn.Module) -> None:
-    """Undoes `fuse_transformer`, in place; harmless where nothing is fused.
+    """Undo `fuse_transformer`, in place. Does nothing where nothing is fused.
 
-    Raises TypeError for another model, RuntimeError where something else has wrapped a fused forward since.
+    Raises TypeError for another model, RuntimeError where something has wrapped or removed a fused forward.
     """
     fused = [(name, module, kind) for name, module, kind in _modules(model) if MARK in module.__dict__]
     for name, module, kind in fused:
         if getattr(module.__dict__.get("forward"), "func", None) is not kind.forward:
-            raise RuntimeError(f"{name} has had its fused forward wrapped or taken away since; undo that first")
+            raise RuntimeError(f"{name} has had its fused forward wrapped or removed; undo that first")
     for _, module, _ in fused:
         del module.forward
         delattr(module, MARK)
 
 
 def requantize(model: nn.Module) -> None:
-    """Has a model fused with fp8="no_grad" make the FP8 copies of its weights anew when it next needs them. For changes
-    of weights that it cannot see, which `fuse_transformer` lists, such as a step of an optimizer that moves no version
-    counters: optimizer.register_step_post_hook(lambda *_: requantize(model)).
-
-    Raises TypeError for another model.
+    """Have a model fused with fp8="no_grad" make the FP8 copies of its weights again when it next needs them. For the
+    changes of weights that `fuse_transformer` lists, such as a step of an optimizer that moves no version counters:
+    optimizer.register_step_post_hook(lambda *_: requantize(model)). Raises TypeError for another model.
     """
     for _, module, _ in _modules(model):
-        weights = module.__dict__.get(MARK)
-        if weights is not None:
+        if weights := module.__dict__.get(MARK):
             weights.outdate()
 
 
 def _modules(model: nn.Module) -> list[tuple[str, nn.Module, Fused]]:
-    """Name, module and kind of all that might be fused. Raises TypeError for a model that is not supported."""
+    """Name, module and kind of all modules that have a fused forward. Raises TypeError for an unsupported model."""
     classes = [cls.__name__ for cls in type(model).__mro__ if cls.__module__.startswith("diffusers.")]
     file = next((FAMILIES[name] for name in classes if name in FAMILIES), None)
     if file is None:
@@ -148,14 +140,8 @@ def _modules(model: nn.Module) -> list[tuple[str, nn.Module, Fused]]:
     return modules
 
 
-def _replaced(module: nn.Module) -> str:
-    replaced = "forward" in module.__dict__ and MARK not in module.__dict__
-    return "it has a forward of its own already" if replaced else ""
-
-
 def _fp8_layers(name: str, block: nn.Module, layers: tuple[str, ...]) -> tuple[str, ...]:
-    """Those of the named layers that are there and linear, or LoRA's around a linear one. Raises as `fuse_transformer`
-    says."""
+    """The named layers that exist and are linear, or LoRA's around a linear one. Raises as `fuse_transformer` says."""
     from dpdmd.kernels.fusion.linear import LoraLinear, base
 
     found = []

@@ -1,5 +1,4 @@
-"""Attention of a transformer block's image tokens, or of its image and text tokens together: projections, per-head norms,
-rotation, attention."""
+"""Attention of a block's image tokens, or of its image and text tokens: projections, per-head norms, rotation, attention."""
 
 import itertools
 from typing import Any
@@ -28,7 +27,7 @@ def text_stream(attn: Any, x: Tensor, head_dim: int) -> TokenStream:
 
 
 def attend(attn: Any, *streams: TokenStream, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
-    """(B, S_1 + ..., C), with the norms' eps. rope: cosines and sines of all tokens."""
+    """Attention over the tokens of all streams, (B, S_1 + ..., C). rope: cosines and sines of all tokens."""
     eps = None if attn.norm_q is None else attn.norm_q.eps
     if rope is None:
         q, k, v = qk_norm(*streams, eps=eps)
@@ -44,7 +43,7 @@ def _norm_weights(norm_q: Any, norm_k: Any) -> tuple[Tensor | None, Tensor | Non
 def _projections(
     layers: tuple[Any, ...], x: Tensor | Quantized, head_dim: int, fp8: Fp8Pass | None = None
 ) -> tuple[Any, Any]:
-    """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D) where all layers are plain, else three (B, S, H, D)."""
+    """(qkv, bias) of a TokenStream: one product (B, S, 3, H, D), or three (B, S, H, D) where a layer must be called."""
     if isinstance(x, Tensor) and not plain(*layers):
         added = [adapter(layer) for layer in layers]
         if not all(each or plain(layer) for each, layer in zip(added, layers, strict=True)):

@@ -1,9 +1,8 @@
-"""The matrix products of a fused block's linear layers, which leave the bias to the operation after them, with what LoRA
-adapters add to them; and the feed-forward. An input is quantised in a pass in FP8 alone: what follows of
-that is Any to a checker.
+"""The matrix products of a fused block's linear layers, with their LoRA adapters, and the feed-forward.
 
-A bias that the next operation adds costs nothing there, and its gradient falls out of that operation's; added by the
-matrix product, its gradient is a pass of its own over the product's.
+They leave the bias to the next operation: it adds the bias at no cost and computes the bias's gradient with its own; a
+matrix product would need another pass over its gradient. Only FP8 passes quantise inputs, which a checker cannot see:
+what depends on it is Any.
 """
 
 from typing import Any
@@ -24,14 +23,13 @@ from dpdmd.kernels.runtime.rows import rows_product, rows_weight_gradient
 from dpdmd.kernels.runtime.saved import Function, save, saved
 
 try:
-    from peft.tuners.lora.layer import Linear as LoraLinear  # diffusers has imported it already
+    from peft.tuners.lora.layer import Linear as LoraLinear  # at no cost: diffusers imports it too
 except ImportError:
     LoraLinear = None
 
 
 def plain(*layers: nn.Module) -> bool:
-    """Whether each layer is x W^T + b and nothing else: no quantisation, no hooks, no LoRA at work. A LoRA layer of which
-    no adapter is active is plain; W and b are those of `base(layer)`."""
+    """Whether each layer only computes x W^T + b of `base(layer)`: no quantisation, no hooks, no active LoRA adapter."""
     for layer in layers:
         if type(layer) is not nn.Linear:
             if not _lora(layer) or _active(layer):
@@ -39,7 +37,7 @@ def plain(*layers: nn.Module) -> bool:
             layer = base(layer)
             if type(layer) is not nn.Linear:
                 return False
-        # torchao's quantisation leaves the layer its class and changes its weight's.
+        # torchao's quantisation changes the weight's class, not the layer's.
         if type(layer._parameters.get("weight")) is not nn.Parameter:
             return False
         hooks = layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks
@@ -54,9 +52,8 @@ def base(layer: nn.Module) -> Any:
 
 
 def adapter(layer: Any) -> Adapter | None:
-    """What peft's LoRA layer adds to a plain base layer, where it is one adapter's scale (x A^T) B^T in the base's dtype
-    and nothing else. None for what is to be called: several adapters at once, dropout, DoRA, and whatever torch.compile
-    traces."""
+    """The adapter of peft's LoRA layer, where it adds scale (x A^T) B^T in the base's dtype to a plain base layer and
+    nothing else. None for layers to call: with several active adapters, dropout or DoRA, or traced by torch.compile."""
     if type(layer) is nn.Linear or not _lora(layer) or torch.compiler.is_compiling():
         return None
     names = _active(layer)
@@ -73,12 +70,12 @@ def adapter(layer: Any) -> Adapter | None:
 
 
 def _lora(layer: nn.Module) -> bool:
-    """Whether it is peft's LoRA layer, which adds its adapters' products to its base layer's."""
+    """Whether it is peft's LoRA layer, with no merged adapters and no hooks."""
     return type(layer) is LoraLinear and not layer.merged_adapters and not hooked(layer)
 
 
 def _active(layer: Any) -> list[str]:
-    """Those of its adapters that peft would apply now."""
+    """The adapters that peft would apply now."""
     if layer._disable_adapters:
         return []
     active = layer._active_adapter
@@ -87,12 +84,12 @@ def _active(layer: Any) -> list[str]:
 
 
 def serves(fp8: Fp8Pass | None, *layers: Any) -> bool:
-    """Whether the products with these layers run in FP8, so that their input is quantised where it is made."""
+    """Whether the products with these layers run in FP8, so that the operation before them quantises their input."""
     return fp8 is not None and plain(*layers)
 
 
 def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | Any = None) -> tuple[Tensor, Tensor | None]:
-    """(x W^T, b): the bias is still to be added. A layer that is not plain is called, and leaves none."""
+    """(x W^T, b): the caller adds the bias. A layer that must be called adds its bias itself: (y, None)."""
     if isinstance(x, Tensor) and serves(fp8, layer):
         x = quantize_rows(x)
     if isinstance(x, Quantized):
@@ -112,7 +109,7 @@ def product(layer: nn.Module, x: Tensor | Quantized, fp8: Fp8Pass | Any = None) 
 def product_of_two(
     layer: nn.Module, a: Tensor, b: Tensor | Quantized, fp8: Fp8Pass | Any = None
 ) -> tuple[Tensor | tuple[Tensor, Tensor], Tensor | tuple[Tensor | None, None] | None]:
-    """`product` with a and b side by side, where they are not put; in FP8 a pair of products, still to be added up."""
+    """`product` of [a, b] without the concatenation. In FP8 a pair of products, which the caller adds."""
     width = a.shape[-1]
     if isinstance(b, Quantized):
         linear = base(layer)
@@ -131,7 +128,7 @@ def product_of_two(
 
 
 def feed_forward(ff: Any, x: Tensor | Any, fp8: Fp8Pass | None = None) -> tuple[Tensor, Tensor | None]:
-    """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias still to be added."""
+    """(y, bias): gelu(x W_1^T + b_1) W_2^T, and the bias that the caller adds."""
     activation, _, out = ff.net
     proj = activation.proj
     if fp8 is None and plain(proj, out):
@@ -151,14 +148,14 @@ def activated(layer: nn.Module, x: Tensor | Any, fp8: Fp8Pass | None, quantize: 
 
 
 def _rows_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x (B, S, K) times weight (N, K) transposed; the samples of x may be apart in memory."""
+    """x (B, S, K) times weight (N, K) transposed. The samples of x may have gaps between them in memory."""
     if x.is_contiguous():
         return F.linear(x, weight)
     return _RowsLinear.apply(*as_autocast(x, weight))
 
 
 class _RowsLinear(Function):
-    # F.linear would copy x to make one matrix of it. A batched product reads the samples where they are.
+    # F.linear would copy x into one matrix. A batched product reads the samples in place.
     @staticmethod
     def forward(ctx, x, weight):
         save(ctx, x if ctx.needs_input_grad[1] else None, weight)
@@ -175,8 +172,7 @@ class _RowsLinear(Function):
 def split_products(
     joint: Tensor, length: int, first: Any, second: Any, fp8: tuple[Fp8Pass | None, Fp8Pass | None]
 ) -> tuple[tuple[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]:
-    """`product` of the first `length` rows of joint (B, S, C) with one layer, and of the others with another; fp8 of
-    each."""
+    """`product` of the first `length` rows of joint (B, S, C) with `first`, of the others with `second`; fp8: one for each."""
     if fp8 == (None, None) and plain(first, second):
         first, second = base(first), base(second)
         y1, y2 = _SplitProducts.apply(*as_autocast(joint, first.weight, second.weight), length)
@@ -186,7 +182,7 @@ def split_products(
 
 
 class _SplitProducts(Function):
-    # Reads both parts where they are, and writes their gradients side by side: no copies, no concatenation.
+    # Reads both parts in place and writes their gradients into one tensor: no copies, no concatenation.
     @staticmethod
     def forward(ctx, joint, weight1, weight2, length):
         save(ctx, joint if any(ctx.needs_input_grad[1:3]) else None, weight1, weight2)
@@ -200,7 +196,7 @@ class _SplitProducts(Function):
         for_joint, *for_weights, _ = ctx.needs_input_grad
         parts = slice(None, ctx.length), slice(ctx.length, None)
         djoint = None
-        if for_joint and torch.compiler.is_compiling():  # it takes no slice for `out`
+        if for_joint and torch.compiler.is_compiling():  # torch.compile takes no slice for `out`
             djoint = torch.cat((rows_product(dy1, weight1), rows_product(dy2, weight2)), dim=1)
         elif for_joint:
             djoint = dy1.new_empty(ctx.shape)
@@ -214,13 +210,13 @@ class _SplitProducts(Function):
 
 
 class _LinearOfTwo(Function):
-    # A concatenation would be written, read and kept for the backward pass; slices of the weight would fill two weights
-    # with zeros there and add them up. The price is that the first product is rounded before the second is added.
+    # A concatenation would be written, read and saved for the backward pass, and the backward pass of two weight slices
+    # adds two zero-filled weights. The price: the first product is rounded before the second is added.
     @staticmethod
     def forward(ctx, a, b, weight):
         save(ctx, *((a, b) if ctx.needs_input_grad[2] else (None, None)), weight)
         ctx.width = width = a.shape[-1]
-        y = F.linear(a, weight[:, :width])  # returned as it is, and not a view of it: adapters add to it in place
+        y = F.linear(a, weight[:, :width])  # no view of it is returned: adapters add to it in place
         y.view(-1, len(weight)).addmm_(b.flatten(0, -2), weight[:, width:].t())
         return y
 
@@ -234,7 +230,7 @@ class _LinearOfTwo(Function):
         dweight = None
         if ctx.needs_input_grad[2]:
             rows, a, b = dy.flatten(0, -2).t(), a.flatten(0, -2), b.flatten(0, -2)
-            if torch.compiler.is_compiling():  # it takes no slice for `out`
+            if torch.compiler.is_compiling():  # torch.compile takes no slice for `out`
                 dweight = torch.cat((rows @ a, rows @ b), dim=1)
             else:
                 dweight = torch.empty_like(weight)
@@ -244,9 +240,9 @@ class _LinearOfTwo(Function):
 
 
 def as_autocast(*tensors: Tensor) -> list[Tensor]:
-    """As F.linear takes them under autocast, which does not reach into autograd functions."""
+    """The tensors in autocast's dtype, as F.linear casts them: autocast does not reach into autograd functions."""
     device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which knows no meta tensors
+    if device == "meta" or not torch.is_autocast_enabled(device):  # autocast does not know meta tensors
         return list(tensors)
     return [tensor.to(torch.get_autocast_dtype(device)) for tensor in tensors]
 
@@ -257,7 +253,7 @@ def split_rows(joint: Tensor, length: int) -> tuple[Tensor, Tensor]:
 
 
 class _SplitRows(Function):
-    # The backward passes of two slices fill two joint buffers and add them up; this one writes one, once.
+    # The backward passes of two slices fill two joint buffers and add them; this one writes one buffer, once.
     @staticmethod
     def forward(ctx, joint, length):
         return joint[:, :length], joint[:, length:]

@@ -1,4 +1,4 @@
-"""The fused forward of diffusers' AdaLayerNormContinuous: a transformer's norm after its last block."""
+"""The fused forward of diffusers' AdaLayerNormContinuous, a transformer's norm after its last block."""
 
 from typing import Any
 

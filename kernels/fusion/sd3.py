@@ -10,7 +10,7 @@
 Source: arXiv 2403.03206, figure 2; diffusers' models/attention.py and JointAttnProcessor2_0.
 """
 
-# What a block is made of decides what is set, and whether it is read.
+# Variables are set and read under the same condition on a block's parts.
 # pyright: reportPossiblyUnboundVariable=false
 
 import itertools
@@ -48,8 +48,9 @@ FP8_LAYERS = (
 
 
 def _parts(dual: bool, last: bool, normed: bool) -> dict[str, Like]:
-    """What a block is made of."""
-    norm = Like(RMSNorm, demand=_bias) if normed else Like(type(None))
+    norm = Like(type(None))
+    if normed:
+        norm = Like(RMSNorm, demand=lambda norm: "" if norm.bias is None else " has a bias")
     parts = {
         "norm1": Like(SD35AdaLayerNormZeroX if dual else AdaLayerNormZero, ADAPTIVE_NORM),
         "norm1_context": Like(AdaLayerNormContinuous if last else AdaLayerNormZero, ADAPTIVE_NORM),
@@ -64,15 +65,9 @@ def _parts(dual: bool, last: bool, normed: bool) -> dict[str, Like]:
     return parts
 
 
-def _bias(norm: RMSNorm) -> str:
-    return "" if norm.bias is None else " has a bias"
-
-
 def _processor(attn: Attention) -> str:
-    name = type(attn.processor).__name__
-    return (
-        "" if type(attn.processor) is JointAttnProcessor2_0 else f".processor is a {name}, not a JointAttnProcessor2_0"
-    )
+    kind = type(attn.processor)
+    return "" if kind is JointAttnProcessor2_0 else f".processor is a {kind.__name__}, not a JointAttnProcessor2_0"
 
 
 _PARTS = {flags: _parts(*flags) for flags in itertools.product((False, True), repeat=3)}

@@ -1,8 +1,8 @@
-"""Gradient checkpointing that keeps what attention gives; everything else of a block is computed again.
+"""Gradient checkpointing that keeps attention's outputs and recomputes everything else of a block.
 
-Of a checkpointed block only the inputs stay until the backward pass, which runs the block again (arXiv 1604.06174). At
-image lengths attention is most of that second run, while its output is no larger than the block's input: kept, it need
-not run. (Selective recomputation as in arXiv 2205.05198, where it is attention that is computed again.)
+A checkpointed block keeps its inputs only, and the backward pass runs the block again (arXiv 1604.06174). At image lengths
+attention takes most of that second run, while its output is no larger than the block's input. (arXiv 2205.05198, selective
+recomputation, recomputes attention instead.)
 """
 
 from __future__ import annotations
@@ -28,28 +28,28 @@ from dpdmd.kernels.runtime.saved import Function
 def selective_checkpoint(
     function: Callable, *args: Any, parameters: Iterable[nn.Parameter] | None = None, **kwargs: Any
 ) -> Any:
-    """function(*args, **kwargs) without its graph, which the backward pass makes by running function again; attention's
-    Triton kernels do not run again: their outputs are kept, (B, S, H, D) and a float32 per query and head each.
+    """function(*args, **kwargs) without its graph, which the backward pass makes by running function again. The outputs of
+    attention's Triton kernels are kept, (B, S, H, D) and a float32 per query and head each, so that these do not run again.
 
         transformer.enable_gradient_checkpointing(selective_checkpoint)  # diffusers
 
     function: an nn.Module, or another callable with the `parameters` that it reads. It runs first under no_grad, then
         with a graph, with the same random numbers and autocast: gradients are those without a checkpoint, bit for bit
         where function repeats.
-    args, kwargs: tensors are found inside tuples, lists and dictionaries too. function does not write to them.
-    Returns what function returns, likewise.
+    args, kwargs: tensors are found inside tuples, lists and dictionaries too, also in what function returns. function
+        must not write to its arguments.
 
-    Beside torch.utils.checkpoint: one node of the graph and no hooks on saved tensors, so that the host does less;
-    gradients are first-order. Left to torch's (use_reentrant=False), with nothing kept, are torch.compile's traces and
-    functions that compute with other tensors than the parameters that they have when called: a module that FSDP or
-    ZeRO-3 shards inside the call, DTensors, FSDP1's flat parameters and views of them, other tensor subclasses. Where
-    hooks around the call have gathered the weights, as DeepSpeed's in this trainer and FSDP2's, attention is kept. In
-    torch.nn.utils.parametrize.cached() function is called without a checkpoint.
+    Unlike torch.utils.checkpoint it makes one node of the graph and no hooks on saved tensors, so that the host does less;
+    gradients are first-order. torch's checkpoint (use_reentrant=False) runs instead, with nothing kept, under
+    torch.compile and for functions that compute with other tensors than the parameters that they have when called: a
+    module that FSDP or ZeRO-3 shards inside the call, DTensors, FSDP1's flat parameters and views of them, other tensor
+    subclasses. Attention is kept where hooks around the call have gathered the weights, as DeepSpeed's in this trainer and
+    FSDP2's do. In torch.nn.utils.parametrize.cached() function is called without a checkpoint.
 
-    Raises TypeError for a function that is no callable, or is no module and comes without parameters; ValueError for
-    one that writes to an argument. The backward pass raises RuntimeError where function depends on another tensor that
-    requires a gradient than args, kwargs and parameters. (It looks at each pass of a function, and of a module at the
-    first with these parameters and every 32nd: 0.1 ms for a block of 230 operations.)
+    Raises TypeError for a function that is not callable, or is no module and comes without parameters; ValueError for one
+    that writes to an argument. The backward pass raises RuntimeError where function depends on a tensor that requires a
+    gradient and is not in args, kwargs or parameters. (Checked at each pass of a function, and for a module at the first
+    with these parameters and every 32nd: 0.1 ms for a block of 230 operations.)
     """
     if not callable(function):
         raise TypeError(f"function is a {type(function).__name__}; it needs to be an nn.Module or another callable")
@@ -58,9 +58,8 @@ def selective_checkpoint(
             f"function is a {type(function).__name__}, not an nn.Module; it needs to come with parameters=: "
             f"those that it reads, which would get no gradient otherwise"
         )
-    # Inside an outer checkpoint, which runs this one's function again too, it is a plain call. So it is where weights
-    # that are computed are cached: what the first run caches has no graph, and the second would take it. Inside a
-    # transform of torch.func there is no second run.
+    # A plain call: inside an outer checkpoint, which runs function again too; where computed weights are cached, as the
+    # second run would take what the first one cached without a graph; in a transform of torch.func, without a second run.
     if not torch.is_grad_enabled() or kept.keeping() or parametrize._cache_enabled or transformed():
         return function(*args, **kwargs)
     if torch.compiler.is_compiling():
@@ -83,12 +82,12 @@ def selective_checkpoint(
 
 
 def _parameters_of(module: nn.Module) -> tuple[list[Tensor], bool]:
-    """Its parameters, with buffers that require a gradient, and whether hooks of a wrapper inside it swap them while it
-    runs. (Module.parameters() alone takes longer.)"""
+    """The module's parameters and its buffers that require a gradient, and whether hooks of a wrapper inside it swap them
+    while it runs. (Module.parameters() alone takes longer.)"""
     found: dict[int, Tensor] = {}
     swapped = hooked = False
     seen, modules = {module}, [module]
-    for each in modules:  # which grows
+    for each in modules:  # the list grows in the loop
         # FSDP1 notes in the modules themselves that it takes their parameters away.
         swapped = swapped or _swaps(type(each)) or each.__dict__.get("_fsdp_use_orig_params") is False
         hooked = hooked or bool(each._forward_pre_hooks)
@@ -103,7 +102,7 @@ def _parameters_of(module: nn.Module) -> tuple[list[Tensor], bool]:
                 seen.add(child)
                 modules.append(child)
     parameters = list(found.values())
-    # ZeRO-3's hooks give weights back after each module, and weights that are whole now need not be so in the replay.
+    # ZeRO-3's hooks release weights after each module: weights that are whole now may not be whole in the replay.
     return parameters, swapped or (hooked and any("ds_id" in parameter.__dict__ for parameter in parameters))
 
 
@@ -113,8 +112,11 @@ def _swaps(kind: type) -> bool:
     return any(base.__module__.startswith("torch.distributed.fsdp") for base in kind.__mro__)
 
 
+_PLAIN = (nn.Parameter, Tensor)
+
+
 def _replaced(parameters: Iterable[Tensor]) -> bool:
-    """Whether a function that is called now may compute with other tensors in the place of some."""
+    """Whether a function that is called now may compute with other tensors in the place of some parameters."""
     for parameter in parameters:
         if type(parameter) not in _PLAIN or not parameter.is_leaf:  # FSDP2's; FSDP1's inside its hooks
             return True
@@ -126,12 +128,9 @@ def _replaced(parameters: Iterable[Tensor]) -> bool:
     return False
 
 
-_PLAIN = (nn.Parameter, Tensor)
-
-
 @dataclass
 class _Run:
-    """A function, its arguments that are no tensors, and how arguments and outputs go together."""
+    """A function, its arguments that are no tensors, and the structure of arguments and outputs."""
 
     function: Callable
     values: list[Any]  # None for a tensor
@@ -173,7 +172,7 @@ class _Checkpoint(Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, *upstream):
         saved = iter(ctx.saved_tensors)
-        inputs = _leaves([next(saved) for _ in ctx.differentiable], ctx.differentiable)
+        inputs = [next(saved).detach().requires_grad_(wanted) for wanted in ctx.differentiable]
         recorded = [tuple(next(saved) for _ in range(size)) for size in ctx.sizes]
         with torch.enable_grad(), kept.replaying(recorded), ctx.surroundings.again():
             outputs = ctx.run(inputs)
@@ -189,21 +188,17 @@ class _Checkpoint(Function):
         return None, None, *[next(gradients) if tensor.requires_grad else None for tensor in tensors]
 
 
-# Of a module, the graph is looked through at the first of so many passes: what is left of it is 3 us a pass.
-PERIOD = 32
+PERIOD = 32  # a module's graph is searched in the first of so many passes: 3 us a pass on average
 _passes: WeakKeyDictionary[nn.Module, dict[int, int]] = WeakKeyDictionary()
 
 
 def _refuse_others(ctx, outputs: Iterable[Tensor], known: list[Tensor]) -> None:
-    """Raises RuntimeError where the outputs' graph ends in a tensor that is none of the known ones: its gradient would
-    be lost."""
+    """Raise RuntimeError where the outputs' graph ends in an unknown tensor, whose gradient would be lost."""
     module = _module_of(ctx.run.function)
-    if module is None:  # another function may read other tensors each time
+    if module is None:  # a function may read other tensors each time
         _look_through(outputs, known)
         return
-    passes = _passes.get(module)
-    if passes is None:
-        passes = _passes[module] = {}
+    passes = _passes.setdefault(module, {})
     key = hash((ctx.differentiable, *map(id, ctx.parameters)))
     count = passes.get(key, 0)
     if count % PERIOD == 0:
@@ -214,7 +209,7 @@ def _refuse_others(ctx, outputs: Iterable[Tensor], known: list[Tensor]) -> None:
 
 
 def _module_of(function: Callable) -> nn.Module | None:
-    """The module that is called, or whose method is, wrapped or not."""
+    """The module that is called, or whose method is called, wrapped or not."""
     if isinstance(function, nn.Module):
         return function
     function = getattr(function, "__wrapped__", function)
@@ -248,12 +243,8 @@ def _look_through(outputs: Iterable[Tensor], known: Iterable[Tensor]) -> None:
 _Leaf = torch._C._functions.AccumulateGrad  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def _leaves(tensors: Iterable[Tensor], differentiable: Iterable[bool]) -> list[Tensor]:
-    return [x.detach().requires_grad_(wanted) for x, wanted in zip(tensors, differentiable, strict=True)]
-
-
 class _Surroundings:
-    """Autocast and the random generators' states as they are now."""
+    """Autocast and the states of the random generators, at the time of its creation."""
 
     def __init__(self, devices: set[torch.device]):
         self._devices = [device for device in devices if device.type not in ("cpu", "meta")]
@@ -269,13 +260,13 @@ class _Surroundings:
         return [torch.get_rng_state(), *others]
 
     def drop_unused(self) -> None:
-        """Forgets the generators where no number was drawn since."""
+        """Forget the generators' states where no number was drawn since."""
         if all(torch.equal(then, now) for then, now in zip(self._random_states, self._states(), strict=True)):
             self._random_states = []
 
     @contextlib.contextmanager
     def again(self) -> Iterator[None]:
-        """Everything as it was then, inside the block."""
+        """Restore them inside the block."""
         with contextlib.ExitStack() as stack:
             for kind, dtype, enabled, cache_enabled in self._autocast:
                 stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled))

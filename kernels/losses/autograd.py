@@ -1,9 +1,9 @@
-"""A loss whose gradient was computed along with it.
+"""Losses whose gradient is computed in the forward pass.
 
-Every implementation of a loss takes `reduction` last and returns three things: the reduced loss; a tensor of the
-input's shape and dtype; and `rest`, a float, so that the tensor times `rest` is the loss's gradient. One that folds
-the reduction's factor into its kernel returns 1, so that a backward pass whose upstream gradient is 1 has nothing to
-do; float16 keeps the factor for later, as 1 / numel would push its gradients below its smallest number.
+An implementation of a loss takes `reduction` last and returns the reduced loss, a tensor of the input's shape and dtype,
+and a float `rest`; tensor times `rest` is the gradient. Fused kernels apply the reduction's factor themselves and return
+rest = 1, so that a backward pass with upstream gradient 1 does nothing. In float16 the factor, 1 / numel, would push
+gradients below the smallest number, and stays in `rest`.
 """
 
 import functools
@@ -24,7 +24,7 @@ Loss = tuple[Tensor, Tensor, float]
 
 
 def factor(x: Tensor, reduction: str) -> float:
-    """What the sum of the elements' losses is multiplied by. An empty batch's mean is 0."""
+    """The factor from the sum of the elements' losses to the reduced loss. An empty batch's mean is 0."""
     if reduction == "mean":
         return 1 / max(x.numel(), 1)
     return 1 / sample_size(x) if reduction == "none" else 1.0
@@ -37,13 +37,13 @@ def factor_now(x: Tensor, reduction: str) -> tuple[float, float]:
 
 
 def empty_results(x: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    """Uninitialised: the reduced loss, float32, () or (B,) for "none", and the gradient, as `layout.empty_like` of x."""
+    """Uninitialised loss, float32, () or (B,) for "none", and gradient, `layout.empty_like` x."""
     loss = torch.empty(x.shape[:1] if reduction == "none" else (), dtype=torch.float32, device=x.device)
     return loss, layout.empty_like(x, x.dtype)
 
 
 def fake(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """What a registered operation of a loss returns, by shape, dtype and strides. Its last argument is the reduction."""
+    """The fake of a loss's registered operation, whose last argument is the reduction."""
     return empty_results(x, arguments[-1])
 
 
@@ -52,14 +52,14 @@ def run_triton(operation: Callable, x: Tensor, *arguments, reduction: str) -> Lo
 
 
 def run_cuda(operation: Callable, x: Tensor, *arguments, reduction: str) -> Loss:
-    """An operation of csrc/, which takes its factors and whether the loss is one for each sample, last."""
+    """Run an operation of csrc/. Its last arguments are both factors and whether the loss is one per sample."""
     now, rest = factor_now(x, reduction)
     return *operation(x, *arguments, factor(x, reduction), now, reduction == "none"), rest
 
 
 def from_reference(reference: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Loss]:
-    """Makes an implementation of a definition, which returns `sums` (B,), each sample's sum of the elements' losses,
-    and `direction` (B, ...), the gradient of `sums.sum()`, both in the arithmetic's dtype."""
+    """Make an implementation of a reference. It returns `sums` (B,), each sample's sum of the elements' losses, and
+    `direction` (B, ...), the gradient of `sums.sum()`, both in the arithmetic's dtype."""
 
     @functools.wraps(reference)
     def implementation(x: Tensor, *arguments, reduction: str) -> Loss:
@@ -73,7 +73,7 @@ def from_reference(reference: Callable[..., tuple[Tensor, Tensor]]) -> Callable[
 
 
 def attach(x: Tensor, computed: Loss) -> Tensor:
-    """The loss, (), or (B,) for "none", whose gradient goes to `x`."""
+    """The loss, () or (B,) for "none", with its gradient attached to `x`."""
     if transformed():
         return _AttachTransformed.apply(x, *computed)[0]
     if not (x.requires_grad and torch.is_grad_enabled()):
@@ -82,8 +82,8 @@ def attach(x: Tensor, computed: Loss) -> Tensor:
 
 
 class _Attach(Function):
-    # `computed` is a tuple so that autograd sees no input but x. The older form of forward, with ctx: the newer one
-    # binds its arguments by inspection, 20 us a call.
+    # `computed` is a tuple so that autograd sees x as the only input. forward takes ctx: the newer form with
+    # setup_context binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, x, computed):
         loss, gradient, ctx.rest = computed
@@ -95,26 +95,26 @@ class _Attach(Function):
         if torch.is_grad_enabled():  # create_graph=True
             return _constant_gradient(ctx, upstream), None
         (gradient,) = ctx.saved_tensors
-        if torch.compiler.is_compiling() or not _graph_ends_here():
+        # A backward pass that keeps the graph may read the saved gradient again.
+        if torch.compiler.is_compiling() or _get_current_graph_task_keep_graph():
             return scaled(gradient, upstream, ctx.rest), None
         return scaled_in_place(gradient, upstream, ctx.rest), None
 
 
-@once_differentiable  # the gradient is a constant: a second derivative would be silently wrong
+@once_differentiable  # the gradient is a constant: a second derivative would be wrong without an error
 def _constant_gradient(ctx, upstream: Tensor) -> Tensor:
     (gradient,) = ctx.saved_tensors
     return scaled(gradient, upstream, ctx.rest)
 
 
 class _AttachTransformed(Function):
-    """`_Attach` in the form that torch.func takes. It returns the gradient too, so that a derivative of it is refused:
-    the gradient is a constant."""
+    """`_Attach` in the form that torch.func takes. It returns the gradient, a constant, too: its derivative is refused."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, loss, gradient, rest):
-        # Made of x, so that vmap has a loss for each of its batch where the values do not depend on x, as dmd_loss's.
+        # From x, so that vmap gives each entry of its batch a loss even where the values do not depend on x (dmd_loss).
         return x.new_empty(loss.shape, dtype=loss.dtype).copy_(loss), torch.empty_like(x).copy_(gradient)
 
     @staticmethod
@@ -126,13 +126,6 @@ class _AttachTransformed(Function):
     @staticmethod
     def backward(ctx, upstream, of_gradient):
         if of_gradient is not None:
-            raise RuntimeError(
-                "the losses have no second derivatives: torch.func can take one gradient of them, no more"
-            )
+            raise RuntimeError("the losses have no second derivatives: torch.func can take one gradient of them only")
         (gradient,) = ctx.saved_tensors
         return None if upstream is None else scaled(gradient, upstream, ctx.rest), None, None, None
-
-
-def _graph_ends_here() -> bool:
-    """Whether this backward pass frees the graph, so that what it saved is nobody's afterwards."""
-    return not _get_current_graph_task_keep_graph()

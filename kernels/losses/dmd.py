@@ -5,15 +5,13 @@
     g      = (x_fake - x_real) / w = b (critic - v) / w                 w = mean |x_t - x_real| over a sample
     L      = 0.5 mean |x - stopgrad(x - g)|^2 = 0.5 mean g^2,           so dL/dx = g / numel
 
-In a flow w = t mean |v|, and t cancels: g = (v - critic) / mean |v|. Neither form subtracts x_fake and x_real, which
-share their leading digits: in bfloat16 that gives a gradient 96 % wrong at t = 0.03 where teacher and critic differ by
-5 %.
+In a flow w = t mean |v|, and t cancels: g = (v - critic) / mean |v|. Neither form subtracts x_real from x_fake, which
+share their leading digits: in bfloat16 such a gradient is 96 % wrong at t = 0.03 where teacher and critic differ by 5 %.
 
-Source: arXiv 2602.03139, the student's update from the renoised sample on (its score difference and its normaliser),
-after DMD2 (arXiv 2405.14867).
+Source: arXiv 2602.03139, the student's update: score difference and normaliser, after DMD2 (arXiv 2405.14867).
 """
 
-# Kernels set and read a variable under one condition on constants.
+# Kernels set and read a variable under the same condition on constants.
 # pyright: reportPossiblyUnboundVariable=false
 
 from typing import NamedTuple
@@ -57,10 +55,9 @@ CUDA_NORMALIZERS = ("velocity", *NORMALIZERS)  # as csrc/ops.h numbers them
 
 
 class Scores(NamedTuple):
-    """All that the loss is made of beside x, in the order of the registered operation; `dmd_loss` says what each is.
+    """The arguments of `dmd_loss` beside x, in the registered operation's order; a and b as `tile.split` returns them.
 
     uncond is None where guidance_scale is 1. x_t is None for flow velocities: then a is 1 and b is -1, as t cancels.
-    A coefficient takes two fields, as `tile.split` makes them: a tensor (B,), or None and a float.
     """
 
     teacher: Tensor
@@ -78,24 +75,21 @@ class Scores(NamedTuple):
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.teacher, self.critic, self.uncond, self.x_t
 
-    @property
-    def coefficients(self) -> tuple[Tensor | None, float, Tensor | None, float]:
-        return self.a, self.a_value, self.b, self.b_value
-
 
 def dmd_loss_reference(x: Tensor, scores: Scores, arithmetic: torch.dtype) -> tuple[Tensor, Tensor]:
     """The definition: 0.5 sum g^2 a sample, (B,), and g (B, ...)."""
     x, teacher, critic, uncond, x_t = widen(arithmetic, x, *scores.tensors)
     v = guided(teacher, uncond, scores.guidance_scale)
+    # The normaliser w has no smallest value: entries divided by a w of 0 become 0 (nan_to_num below). The same division
+    # stands in `_dmd_loss_kernel` and in csrc/dmd_loss.cu, and `_usable` in dpdmd/distill.py tests for a flow's w of 0.
     if x_t is None:
         g = (v - critic) / column(sample_mean(v.abs()), v)
     else:
-        a, b = (column(joined(*each)[0], v) for each in (scores.coefficients[:2], scores.coefficients[2:]))
+        a, b = column(joined(scores.a, scores.a_value)[0], v), column(joined(scores.b, scores.b_value)[0], v)
         g = b * (critic - v)
         if scores.normalizer != "none":
-            x_real = a * x_t + b * v
             origin = x_t if scores.normalizer == "teacher" else x
-            g = g / column(sample_mean((origin - x_real).abs()), v)
+            g = g / column(sample_mean((origin - (a * x_t + b * v)).abs()), v)
     g = g.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
     return 0.5 * sample_sum(g * g), g
 
@@ -135,7 +129,7 @@ def _normalizer_kernel(
     DIVISIBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Partial sums of |v|, or of |origin - x_real|; and the counters of the next pass set to 0."""
+    """Partial sums of |v|, or of |origin - x_real|. Sets the counters of the next pass to 0."""
     sample, tile = program(tiles)
     size = multiple(size, DIVISIBLE)
     a = coefficient(a, a_stride, sample)
@@ -199,14 +193,13 @@ def _dmd_loss_kernel(
         g = b * (load(critic_ptr, critic_stride, sample, offsets, mask, DIVISIBLE) - v)
         if normalizer_sums_ptr is not None:
             g = tl.div_rn(g, w)
-        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # NaN is not less either
+        g = tl.where(tl.abs(g) < float("inf"), g, 0.0)  # false for NaN too
         store(gradient_ptr, size, sample, offsets, g * gradient_factor, mask, DIVISIBLE)
         squares += g * g
     tl.store(sums_ptr + tl.program_id(0), tl.sum(squares, 0))
 
-    # The last program of a sample (of all, where the loss is one number) finds every sum written, and adds them up
-    # in the same order whichever program it is. The barrier puts the store, one thread's, before the count, which
-    # may be another's; acquire and release do the rest.
+    # The last program of a sample (of all, where the loss is one number) finds every sum written and adds them in a fixed
+    # order. The barrier puts one thread's store before another's count; acquire and release do the rest.
     tl.debug_barrier()
     if PER_SAMPLE:
         group = sample
@@ -228,8 +221,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
 
     batch, size = x.shape[0], x.shape[1:].numel()
     x, teacher, critic, uncond, x_t = layout.align(x, *scores.tensors)
-    guidance_scale, normalizer = scores.guidance_scale, scores.normalizer
-    converted = x_t is not None
+    converted, normalizer = x_t is not None, scores.normalizer
     tiles, blocks = tile.tiles_and_blocks(size)
     programs = batch * tiles
     a, b = joined(scores.a, scores.a_value), joined(scores.b, scores.b_value)
@@ -243,7 +235,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
             programs,
             *(teacher, uncond, x_t, origin, normalizer_sums, counters),
             *(stride(teacher), stride(uncond), stride(x_t), stride(origin)),
-            *(guidance_scale, *a, *b),
+            *(scores.guidance_scale, *a, *b),
             *(size, tiles, blocks),
             *(converted, tile.divisible(size, teacher, uncond, x_t, origin), BLOCK),
         )
@@ -251,7 +243,7 @@ def _launch(x: Tensor, *arguments) -> tuple[Tensor, Tensor]:
         programs,
         *(teacher, critic, uncond, normalizer_sums, gradient, sums, counters, loss),
         *(stride(teacher), stride(critic), stride(uncond)),
-        *(guidance_scale, *b),
+        *(scores.guidance_scale, *b),
         *(factor_now(x, reduction)[0], 0.5 * factor(x, reduction)),
         *(size, tiles, blocks),
         *(reduction == "none", tile.divisible(size, teacher, critic, uncond), MAX_TILES, BLOCK),
@@ -275,7 +267,8 @@ def dmd_loss_cuda(x: Tensor, scores: Scores, arithmetic: torch.dtype, *, reducti
     x, teacher, critic, uncond, x_t = layout.align(x, *scores.tensors)
     teacher, critic, uncond = csrc.same_dtype(teacher, critic, uncond)
     normalizer = CUDA_NORMALIZERS.index("velocity" if x_t is None else scores.normalizer)
-    arguments = x, teacher, critic, uncond, scores.guidance_scale, x_t, *scores.coefficients, normalizer
+    coefficients = scores.a, scores.a_value, scores.b, scores.b_value
+    arguments = x, teacher, critic, uncond, scores.guidance_scale, x_t, *coefficients, normalizer
     return run_cuda(torch.ops.dpdmd.dmd_loss.default, *arguments, reduction=reduction)
 
 
@@ -300,24 +293,21 @@ def dmd_loss(
 ) -> Tensor:
     """L = 0.5 mean |x - stopgrad(x - g)|^2 with g = (x_fake - x_real) / w, so that dL/dx = g / numel.
 
-    x (B, ...): the student's sample, the only input that receives a gradient (others get none, even where they
-        require one). Only the normalizer "sample" reads its values.
+    x (B, ...): the student's sample, the only input that receives a gradient. Only normalizer "sample" reads its values.
     teacher, critic (B, ...): raw network outputs at x_t.
     teacher_uncond (B, ...): the teacher's unconditional output, for v = teacher_uncond + guidance_scale (teacher -
         teacher_uncond). Not read where guidance_scale is 1.
-    to_x0: None for flow velocities, where t cancels and x_t is not read; or (a, b), each a float or (B,) float32, so
-        that x0 = a x_t + b prediction. Then x_t (B, ...) is needed.
+    to_x0: None for flow velocities, where t cancels and x_t is not read; or (a, b), each a float or (B,) float32, with
+        x0 = a x_t + b prediction. Then x_t (B, ...) is needed.
     normalizer: w, for each sample: "teacher" = mean |x_t - x_real| (the paper's code), "sample" = mean |x - x_real|
         (DMD2), "none" = 1. Without to_x0 only "teacher" is defined.
-    reduction: "mean"; "sum" (0.5 sum g^2, dL/dx = g); "none", the (B,) means of the samples, whose mean is the
-        "mean".
+    reduction: "mean"; "sum" (0.5 sum g^2, dL/dx = g); "none", the samples' means (B,).
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
-    are float32, or float64 where any tensor is. The gradient has x's dtype. An empty batch's mean is 0.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are
+    float32, or float64 where any tensor is. The gradient has x's dtype. An empty batch's mean is 0.
 
-    Entries of g that are not finite become 0 in gradient and loss: a NaN in the critic's output loses that entry, a NaN
-    in the teacher's its sample, and so does a w of 0. The paper's code differs: NaN alone becomes 0 there, +inf and
-    -inf do not.
+    Entries of g that are not finite become 0 in gradient and loss: a NaN in the critic's output loses that entry; a NaN
+    in the teacher's output, or w = 0, loses the sample. In the paper's code only NaN becomes 0: +inf and -inf stay.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown word, guidance without
     teacher_uncond, to_x0 without x_t, and a normalizer that needs to_x0.

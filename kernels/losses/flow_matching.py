@@ -2,8 +2,7 @@
 
     L = mean |v - (noise - x)|^2
 
-Source: arXiv 2602.03139, the critic's update; flow matching along z_t = (1 - t) x + t noise, whose velocity is noise
-- x.
+Source: arXiv 2602.03139, the critic's update; flow matching along z_t = (1 - t) x + t noise, of velocity noise - x.
 """
 
 import torch
@@ -30,13 +29,9 @@ def _residual(v, noise, x, p, q):
     return v - (noise - x), 1.0
 
 
-def _launch(v: Tensor, noise: Tensor, x: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
-    return squared.squared_loss(_residual, v, noise, x, (0.0, 0), (0.0, 0), reduction)
-
-
 _flow_matching_loss = register(
     "flow_matching_loss_triton(Tensor v, Tensor noise, Tensor x, str reduction) -> (Tensor, Tensor)",
-    _launch,
+    lambda v, noise, x, reduction: squared.squared_loss(_residual, v, noise, x, (0.0, 0), (0.0, 0), reduction),
     fake,
 )
 
@@ -46,7 +41,7 @@ def flow_matching_loss_triton(v: Tensor, noise: Tensor, x: Tensor, arithmetic: t
 
 
 def flow_matching_loss_cuda(v: Tensor, noise: Tensor, x: Tensor, arithmetic: torch.dtype, *, reduction: str) -> Loss:
-    return squared.velocity_loss_cuda(v, noise, x, 0.0, reduction)
+    return squared.velocity_loss_cuda(v, noise, x, 0.0, arithmetic, reduction=reduction)
 
 
 IMPLEMENTATIONS = {
@@ -61,10 +56,10 @@ def flow_matching_loss(v: Tensor, noise: Tensor, x: Tensor, *, reduction: str = 
 
     v (B, ...): the critic's velocity at the renoised sample, the only input that receives a gradient.
     noise (B, ...): the noise that the sample was renoised with.  x (B, ...): the student's sample.
-    reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
+    reduction: "mean"; "sum" of the squares; "none", the samples' means (B,).
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
-    are float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are
+    float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and an unknown reduction.
     """

@@ -1,4 +1,4 @@
-"""The backward pass of a loss whose gradient was computed along with it: gradient * (upstream * rest)."""
+"""The backward pass of a loss whose gradient is computed in the forward pass: gradient * (upstream * rest)."""
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, load, multiple, program
 
 
 def scaled(gradient: Tensor, upstream: Tensor, rest: float) -> Tensor:
-    """The definition: gradient (B, ...) times upstream, () or (B,), in upstream's float32 (float64), rounded once."""
+    """The definition: gradient (B, ...) times upstream, () or (B,), in upstream's dtype, float32 or float64, rounded once."""
     # (1, ..., 1) or (B, 1, ..., 1): PyTorch would round a scale of shape () to bfloat16 before multiplying.
     scale = (upstream * rest).view(-1, *[1] * (gradient.ndim - 1))
     return (gradient * scale).to(gradient.dtype)
@@ -32,7 +32,7 @@ def _scale_kernel(
     sample, tile = program(tiles)
     size = multiple(size, DIVISIBLE)
     scale = tl.load(upstream_ptr + sample * upstream_stride) * rest
-    if scale != 1.0:  # else the gradient is not even read
+    if scale != 1.0:  # else the gradient is not read
         offsets = tile * BLOCK + tl.arange(0, BLOCK)
         mask = offsets < size
         gradient = load(gradient_ptr, stride, sample, offsets, mask, DIVISIBLE)
@@ -74,5 +74,5 @@ IMPLEMENTATIONS = {"reference": scaled, "triton": scaled_triton, "cuda": scaled_
 
 
 def scaled_in_place(gradient: Tensor, upstream: Tensor, rest: float) -> Tensor:
-    """The same values; `gradient` may be overwritten with them, and is not touched where the scale is 1."""
+    """As `scaled`, but may overwrite `gradient`; a fused kernel does not touch it where the scale is 1."""
     return choose("scale", IMPLEMENTATIONS, gradient.device, upstream.dtype)(gradient, upstream, rest)

@@ -1,5 +1,5 @@
-"""The fused losses that are a sum of squares: residual, gradient and partial sums in one pass, and a small launch that
-adds the sums up. For Triton each loss brings its residual; for CUDA, csrc/squared_loss.cu has them.
+"""The fused losses that are a sum of squares: one pass for residual, gradient and partial sums, and a small launch that
+adds the sums. For Triton each loss brings its residual; csrc/squared_loss.cu has those for CUDA.
 """
 
 import torch
@@ -53,7 +53,7 @@ def _squared_loss_kernel(
 
 @kernel(NUM_WARPS)
 def _total_kernel(sums_ptr, total_ptr, count: tl.int64, factor, BLOCK: tl.constexpr):
-    """Each program: `count` sums to one total."""
+    """Each program adds `count` sums."""
     index = tl.program_id(0).to(tl.int64)
     tl.store(total_ptr + index, total(sums_ptr + index * count, count, BLOCK) * factor)
 
@@ -61,9 +61,9 @@ def _total_kernel(sums_ptr, total_ptr, count: tl.int64, factor, BLOCK: tl.conste
 def squared_loss(
     residual, first: Tensor, second: Tensor, third: Tensor, p: tuple, q: tuple, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    """The reduced loss and its gradient in `first`, times `factor_now`.
+    """The reduced loss, and its gradient in `first` but for the rest of `factor_now`.
 
-    residual(first, second, third, p, q), a Triton function, gives an element's residual and its derivative in
+    residual(first, second, third, p, q), a Triton function, returns an element's residual and its derivative in
     `first`. p, q: coefficients as `tile.joined` makes them.
     """
     loss, gradient = empty_results(first, reduction)
@@ -88,7 +88,9 @@ def squared_loss(
     return loss, gradient
 
 
-def velocity_loss_cuda(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, reduction: str) -> Loss:
+def velocity_loss_cuda(
+    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
+) -> Loss:
     """The sum of |v - (noise - z) / (1 - t)|^2, reduced."""
     v, noise, z = layout.align(v, noise, z)
     noise, z = csrc.same_dtype(noise, z)

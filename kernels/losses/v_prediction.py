@@ -1,9 +1,8 @@
-"""The diversity loss of a flow model: the student's first velocity against the one that leads to the teacher's
-anchor.
+"""The diversity loss of a flow model: the student's first velocity against the one to the teacher's anchor.
 
     L = mean |v - (noise - z) / (1 - t)|^2
 
-The straight line from the noise at time 1 to the teacher's z at time t has the velocity (noise - z) / (1 - t).
+The target is the velocity of the straight line from the noise at time 1 to the teacher's z at time t.
 
 Source: arXiv 2602.03139, the student's first step (L_div), with z = z_K and t = t_K after K steps of the teacher.
 """
@@ -38,7 +37,7 @@ def _residual(v, noise, z, start, t):
 def _launch(
     v: Tensor, noise: Tensor, z: Tensor, t: Tensor | None, remaining: float, reduction: str
 ) -> tuple[Tensor, Tensor]:
-    # start - t in the kernel: 1 - t for a tensor; for a float it was computed in float64.
+    # The kernel computes start - t. For a float t this is `remaining`, computed in float64.
     start, end = (remaining, 0.0) if t is None else (1.0, t)
     return squared.squared_loss(_residual, v, noise, z, (start, 0), joined(*split(end)), reduction)
 
@@ -58,16 +57,10 @@ def v_prediction_loss_triton(
     return run_triton(_v_prediction_loss, v, noise, z, *times, reduction=reduction)
 
 
-def v_prediction_loss_cuda(
-    v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, arithmetic: torch.dtype, *, reduction: str
-) -> Loss:
-    return squared.velocity_loss_cuda(v, noise, z, t, reduction)
-
-
 IMPLEMENTATIONS = {
     "reference": from_reference(v_prediction_loss_reference),
     "triton": v_prediction_loss_triton,
-    "cuda": v_prediction_loss_cuda,
+    "cuda": squared.velocity_loss_cuda,
 }
 
 
@@ -75,7 +68,7 @@ def _in_range(t: float | Tensor) -> bool:
     if not isinstance(t, Tensor):
         return 0 <= t < 1
     if t.device.type != "cpu" or torch.compiler.is_compiling() or transformed() or not plain((t,)):
-        return True  # unknown: on a GPU, and of fake tensors
+        return True  # unknown on a GPU and for fake tensors
     return bool(((t >= 0) & (t < 1)).all())
 
 
@@ -83,16 +76,14 @@ def v_prediction_loss(v: Tensor, noise: Tensor, z: Tensor, t: float | Tensor, *,
     """mean |v - (noise - z) / (1 - t)|^2.
 
     v (B, ...): the student's velocity at time 1, the only input that receives a gradient.
-    noise (B, ...): the initial noise.  z (B, ...): where the teacher's rollout from that noise stands at time t.
-    t: a float or (B,) float32, in [0, 1). Checked on the CPU; on a GPU that would mean waiting for it, and a time of
-        1 gives a loss that is not finite.
-    reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
+    noise (B, ...): the initial noise.  z (B, ...): the teacher's sample at time t of its rollout from that noise.
+    t: a float or (B,) float32, in [0, 1). On a GPU a tensor is not checked, as that waits: t = 1 gives a non-finite loss.
+    reduction: "mean"; "sum" of the squares; "none", the samples' means (B,).
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
-    are float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are
+    float32, or float64 where any tensor is. The gradient has v's dtype. An empty batch's mean is 0.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a t outside
-    [0, 1).
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and t outside [0, 1).
     """
     arithmetic = checks.tensors(v=v, noise=noise, z=z)
     checks.per_sample("t", t, v, arithmetic)

@@ -1,12 +1,8 @@
 """The diversity loss of a noise-predicting model, in the space of clean samples.
 
-    L = mean |a x_t + b prediction - x0_target|^2
+    L = mean |a x_t + b prediction - x0_target|^2,   a = 1 / sqrt(alphabar),   b = -sqrt(1 - alphabar) / sqrt(alphabar)
 
-Where a noise-predicting model starts at alphabar near 0, a = 1 / sqrt(alphabar) and b = -sqrt(1 - alphabar) /
-sqrt(alphabar).
-
-Source: arXiv 2602.03139, L_div for diffusion models (SDXL): x0_target is the teacher's clean estimate after its K
-steps.
+Source: arXiv 2602.03139, L_div for diffusion models (SDXL): x0_target is the teacher's clean estimate after K steps.
 """
 
 import torch
@@ -37,24 +33,12 @@ def _residual(prediction, x_t, x0_target, a, b):
     return a * x_t + b * prediction - x0_target, b
 
 
-def _launch(
-    prediction: Tensor,
-    x_t: Tensor,
-    a: Tensor | None,
-    a_value: float,
-    b: Tensor | None,
-    b_value: float,
-    x0_target: Tensor,
-    reduction: str,
-) -> tuple[Tensor, Tensor]:
-    to_x0 = joined(a, a_value), joined(b, b_value)
-    return squared.squared_loss(_residual, prediction, x_t, x0_target, *to_x0, reduction)
-
-
 _x_prediction_loss = register(
     "x_prediction_loss_triton(Tensor prediction, Tensor x_t, Tensor? a, float a_value, Tensor? b, float b_value, "
     "Tensor x0_target, str reduction) -> (Tensor, Tensor)",
-    _launch,
+    lambda prediction, x_t, a, a_value, b, b_value, x0_target, reduction: squared.squared_loss(
+        _residual, prediction, x_t, x0_target, joined(a, a_value), joined(b, b_value), reduction
+    ),
     fake,
 )
 
@@ -95,13 +79,12 @@ def x_prediction_loss(
     prediction (B, ...): the student's raw output at x_t, the only input that receives a gradient.
     x_t (B, ...): what the student saw.  x0_target (B, ...): the clean sample to meet.
     to_x0: (a, b), each a float or (B,) float32, so that x0 = a x_t + b prediction.
-    reduction: "mean"; "sum" of the squares; "none", the (B,) means of the samples, whose mean is the "mean".
+    reduction: "mean"; "sum" of the squares; "none", the samples' means (B,).
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic and result
-    are float32, or float64 where any tensor is. The gradient has prediction's dtype. An empty batch's mean is 0.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic and result are
+    float32, or float64 where any tensor is. The gradient has prediction's dtype. An empty batch's mean is 0.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a to_x0 that is
-    no pair.
+    Raises TypeError for a dtype or type, ValueError for a shape, a device, an unknown reduction and a to_x0 of length != 2.
     """
     arithmetic = checks.tensors(prediction=prediction, x_t=x_t, x0_target=x0_target)
     checks.pair("to_x0", to_x0, ("a", "b"), prediction, arithmetic)

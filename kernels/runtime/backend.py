@@ -1,11 +1,10 @@
 """Which implementation of an operation runs: `reference` (plain PyTorch, any device), `triton` or `cuda` (fused).
 
-`auto`, the default, takes the fastest one there is for the tensors at hand: the reference on CPU and for float64,
-else `cuda` where csrc/ is built for the device, then `triton`, then the reference. Two things override it: the
-environment variable DPDMD_KERNELS for the process, and `use_backend` for a block of code, which wins over the
-variable. Asking for one that is not to be had is an error that says how to get it. Under torch.compile the choice is
-made at tracing: a later `use_backend` recompiles, a later change of the environment does not. Inside a transform of
-torch.func (grad, vmap) the reference runs, whatever is asked for: torch can look into it alone.
+`auto`, the default, takes the reference on CPU and for float64; else the first that runs of `cuda` (csrc/ built for the
+device), `triton` and the reference. The environment variable DPDMD_KERNELS overrides it for the process, `use_backend`
+for a block of code and over the variable. An implementation that cannot run raises an error that says how to get it.
+torch.compile chooses while it traces: a later `use_backend` recompiles, a later change of the environment does not.
+Inside a transform of torch.func (grad, vmap) the reference always runs, as torch can transform that alone.
 """
 
 import contextlib
@@ -27,11 +26,9 @@ _forced: str | None = None
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Run the block's operations with implementation `name`: "auto", "reference", "triton" or "cuda". Not per
-    thread: the process's.
+    """Run the operations inside the block, in all threads, with "auto", "reference", "triton" or "cuda".
 
-    Raises ValueError for another name; an operation that lacks the implementation raises RuntimeError when it is
-    called.
+    Raises ValueError for another name. An operation that lacks the implementation raises RuntimeError when called.
     """
     global _forced
     if name not in CHOICES:
@@ -45,9 +42,9 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def shapes_only() -> Iterator[None]:
-    """Inside the block operations on meta tensors, which have shapes and no values, take the way of the Triton kernels, of
-    which none runs: autograd keeps what it keeps on a GPU. Outside of it, and without Triton's kernels, meta tensors take
-    the references, which keep more. Needs neither Triton nor a GPU. Not per thread: the process's."""
+    """Let operations on meta tensors inside the block go the way of their Triton kernels without running any, so that
+    autograd saves what it saves on a GPU; the references, which run otherwise, save more. Needs neither Triton nor a GPU,
+    and holds for all threads of the process."""
     before, registration.shapes_only = registration.shapes_only, True
     try:
         yield
@@ -56,8 +53,7 @@ def shapes_only() -> Iterator[None]:
 
 
 def requested() -> str:
-    """The implementation asked for: "reference" by a transform of torch.func, else by `use_backend`, else by
-    DPDMD_KERNELS, else "auto"."""
+    """The requested one: "reference" in a transform of torch.func, else `use_backend`'s, DPDMD_KERNELS's or "auto"."""
     if registration.transformed():
         return "reference"
     if _forced is not None:
@@ -71,7 +67,7 @@ def requested() -> str:
 def choose(
     operation: str, implementations: Mapping[str, Callable], device: torch.device, arithmetic: torch.dtype
 ) -> Callable:
-    """The callable in `implementations` (by name, "reference" always there) to run for this device and arithmetic."""
+    """The callable to run for this device and arithmetic, out of `implementations` by name, which has "reference"."""
     name = requested()
     if registration.shapes_only and device.type == "meta" and "triton" in implementations:
         return implementations["triton"]
@@ -87,11 +83,11 @@ def choose(
     if name not in implementations:
         reason = f"this operation has only {', '.join(implementations)}"
     elif arithmetic == torch.float64:
-        reason = "float64 tensors are for the reference"
+        reason = "only the reference takes float64 tensors"
     if reason:
         raise RuntimeError(
             f"{operation} has no {name!r} implementation here: {reason}. {ENVIRONMENT_VARIABLE}=auto, or "
-            f"dpdmd.kernels.use_backend('auto') around the call, takes one that serves"
+            f"dpdmd.kernels.use_backend('auto') around the call, chooses one that runs"
         )
     return implementations[name]
 
@@ -108,12 +104,11 @@ def served(index: int | None) -> tuple[str, ...]:
 
 
 def why_not(name: str, device_type: str, index: int | None) -> str:
-    """What keeps implementation `name` from running on a device, and how to get it; "" where it runs."""
+    """Why implementation `name` does not run on a device, and how to get it; "" where it runs."""
     if name == "triton" and device_type == "meta" and registration.shapes_only:
         return ""
     return MISSING[name](device_type, index)
 
 
-# torch.compile runs these two while tracing. torch.compiler.assume_constant_result says so, too, but imports
-# torch._dynamo: a second of everybody's time.
+# torch.compile runs these two while tracing. (torch.compiler.assume_constant_result imports torch._dynamo: a second.)
 served.__dict__["_dynamo_marked_constant"] = why_not.__dict__["_dynamo_marked_constant"] = True

@@ -1,9 +1,8 @@
 """Compiles csrc/ into one shared library, with nvcc and ninja: `python -m dpdmd.kernels.runtime.build`, or setup.py, or the
-first call on a GPU. With --check it says what is missing for that, and compiles nothing.
+first call on a GPU. With --check it only says what is missing for that.
 
-It is built against LibTorch's stable ABI, so it needs torch's headers but no CUDA build of torch, no GPU, and no
-particular Python; one library serves torch 2.11 and newer. Nothing is imported here but the standard library, as
-setup.py loads this file by its path.
+It is built against LibTorch's stable ABI: it needs torch's headers but neither a CUDA build of torch nor a GPU, and one
+library serves torch 2.11 and newer with any Python. setup.py loads this file by its path: import the standard library only.
 """
 
 import hashlib
@@ -22,7 +21,7 @@ COMPILE = "-std=c++17 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"
 
 
 def file_name() -> str:
-    """The library's name, which changes with the sources, so that a stale one is never loaded."""
+    """The library's name. It has a hash of the sources, so that a stale library is never loaded."""
     digest = hashlib.sha256(COMPILE.encode() + repr(ARCHITECTURES).encode())
     for source in sorted(SOURCES.glob("*.*")):
         digest.update(source.name.encode() + source.read_bytes())
@@ -43,7 +42,7 @@ def unable() -> str:
 
 
 def build(folder: Path) -> Path:
-    """Compiles into `folder` and returns the library's path. Raises RuntimeError with the compiler's last lines."""
+    """Compile into `folder` and return the library's path. Raises RuntimeError with the compiler's last lines."""
     if reason := unable():
         raise RuntimeError(f"the CUDA kernels cannot be compiled: {reason}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -54,8 +53,7 @@ def build(folder: Path) -> Path:
         if done.returncode:
             last = "\n".join((done.stdout + done.stderr).splitlines()[-20:])
             raise RuntimeError(f"the CUDA kernels do not compile with {_nvcc()}:\n{last}")
-        # Under another name first: another process must never see half a file.
-        half = folder / f"{uuid.uuid4().hex}.tmp"
+        half = folder / f"{uuid.uuid4().hex}.tmp"  # another process must never see half a library
         try:
             shutil.copy(Path(work, "ops.so"), half)
             os.replace(half, target)
@@ -70,16 +68,15 @@ def _nvcc() -> str | None:
 
 
 def _cublas_headers() -> Path | None:
-    """The folder of cublasLt.h. It is no part of the compiler's own packages: it comes with a whole CUDA toolkit, and with
-    the cuBLAS that a CUDA build of torch installs."""
-    toolkits = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")]
+    """The folder of cublasLt.h, which comes with a whole CUDA toolkit and with the cuBLAS that a CUDA build of torch
+    installs, but not with the compiler's own packages."""
+    folders = [Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda") / "include"]
     if compiler := _nvcc():
-        toolkits.append(Path(os.path.realpath(compiler)).parents[1])
-    nvidia = importlib.util.find_spec("nvidia")  # a namespace package: a folder for each place where something of it is
-    packages = [Path(each) for each in (nvidia.submodule_search_locations or ())] if nvidia else []
-    headers = [each / "include" / "cublasLt.h" for each in toolkits]
-    headers += [header for each in packages for header in sorted(each.glob("*/include/cublasLt.h"))]
-    return next((header.parent for header in headers if header.is_file()), None)
+        folders.append(Path(os.path.realpath(compiler)).parents[1] / "include")
+    if nvidia := importlib.util.find_spec("nvidia"):  # a namespace package, which may lie in several folders
+        for package in nvidia.submodule_search_locations or ():
+            folders += sorted(Path(package).glob("*/include"))
+    return next((folder for folder in folders if (folder / "cublasLt.h").is_file()), None)
 
 
 def _ninja() -> str | None:
@@ -97,19 +94,15 @@ def _rules() -> str:
     codes = " ".join(f"-gencode=arch={code}" for code in ARCHITECTURES)
     sources = [*sorted(SOURCES.glob("*.cpp")), *sorted(SOURCES.glob("*.cu"))]
     objects = " ".join(f"{source.stem}.o" for source in sources)
-    # nvcc for the host's part too, as it knows where its headers and its static runtime are. The folder of cuBLAS's header
-    # comes last: it may hold the CUDA headers of another release.
+    # nvcc compiles the host's part too: it knows where its headers and its static runtime are. The folder of cuBLAS's header
+    # comes last, as it may hold the CUDA headers of another release.
     flags = f"-Xcompiler -fPIC -I{torch}/include -Xcompiler -idirafter -Xcompiler {_cublas_headers()}"
-    lines = [
-        "rule compile",
-        f"  command = {_nvcc()} {COMPILE} {codes} --threads 0 {flags} -c $in -o $out",
-        "rule link",
-        f"  command = {_nvcc()} -shared -o $out $in -L{torch}/lib -ltorch_cpu",
-        *(f"build {source.stem}.o: compile {source}" for source in sources),
-        f"build ops.so: link {objects}",
-        "",
-    ]
-    return "\n".join(lines)
+    builds = "".join(f"build {source.stem}.o: compile {source}\n" for source in sources)
+    return (
+        f"rule compile\n  command = {_nvcc()} {COMPILE} {codes} --threads 0 {flags} -c $in -o $out\n"
+        f"rule link\n  command = {_nvcc()} -shared -o $out $in -L{torch}/lib -ltorch_cpu\n"
+        f"{builds}build ops.so: link {objects}\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,6 @@
-"""The checks that every operation makes of its arguments. TypeError for types and dtypes, ValueError for shapes,
-devices and values.
+"""The checks of the operations' arguments: TypeError for types and dtypes, ValueError for shapes, devices and values.
 
-Only what Python knows without looking into a tensor is checked: a GPU never waits, and torch.compile traces the
-checks away.
+They read no tensor's values: a GPU never waits, and torch.compile traces the checks away.
 """
 
 from typing import Any
@@ -16,32 +14,28 @@ REDUCTIONS = ("mean", "sum", "none")
 
 
 def tensors(**arguments: Any) -> torch.dtype:
-    """Floating tensors (B, ...) of the first one's shape and device; None is passed over. Returns the dtype of the
-    arithmetic: float64 where any tensor has it, else float32."""
-    (first, like), *others = arguments.items()
+    """Check that these are floating tensors (B, ...) of the first one's shape and device, or None. Returns the dtype of
+    the arithmetic: float64 where any tensor has it, else float32."""
+    (first, like), *_ = arguments.items()
     floating(first, like)
     shape, device = like.shape, like.device
     if shape and alike(shape, device, *arguments.values()):
         return torch.float32
-    arithmetic = torch.float64 if like.dtype == torch.float64 else torch.float32
-    for name, value in others:
-        if value is None:
-            continue
+    given = {name: value for name, value in arguments.items() if value is not None}
+    for name, value in given.items():
         floating(name, value)
-        if value.dtype == torch.float64:
-            arithmetic = torch.float64
         if value.shape != shape:
             raise ValueError(f"{name} has shape {tuple(value.shape)}; it needs {first}'s shape {tuple(shape)}")
         if value.device != device:
             raise ValueError(f"{name} is on {value.device}; it needs to be on {first}'s device {device}")
     if not shape:
         raise ValueError(f"{first} has shape (); it needs a batch dimension: (B, ...)")
-    return arithmetic
+    return torch.float64 if any(value.dtype == torch.float64 for value in given.values()) else torch.float32
 
 
 def alike(shape: tuple[int, ...], device: torch.device, *values: object) -> bool:
-    """Whether all are tensors of this shape and device, None passed over, and the arithmetic is float32: then there is
-    no error to name anything in, and naming takes longer than looking."""
+    """Whether all are None or tensors of this shape and device, and the arithmetic is float32. This is faster than
+    `tensors`, which names each argument for an error message."""
     for value in values:
         if value is None:
             continue
@@ -65,7 +59,7 @@ def number(name: str, value: object) -> None:
 
 
 def per_sample(name: str, value: float | Tensor, like: Tensor, arithmetic: torch.dtype) -> None:
-    """A coefficient per sample: a float for all, or a tensor (B,) in float32 (float64 where the arithmetic is)."""
+    """Check a coefficient: a float for all samples, or a tensor (B,) in float32 (float64 where the arithmetic is)."""
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a float or a float32 tensor (B,)")
@@ -82,7 +76,7 @@ def per_sample(name: str, value: float | Tensor, like: Tensor, arithmetic: torch
 
 
 def pair(name: str, value: tuple, parts: tuple[str, str], like: Tensor, arithmetic: torch.dtype) -> None:
-    """Two coefficients per sample, such as to_x0 = (a, b)."""
+    """Check two coefficients per sample, such as to_x0 = (a, b)."""
     if not isinstance(value, (tuple, list)):
         raise TypeError(f"{name} is a {type(value).__name__}; it needs to be a pair ({', '.join(parts)})")
     if len(value) != 2:
@@ -92,12 +86,12 @@ def pair(name: str, value: tuple, parts: tuple[str, str], like: Tensor, arithmet
 
 
 def guidance(guidance_scale: float, name: str, uncond: Tensor | None) -> None:
-    """Guidance needs the unconditional output, which the operation calls `name`."""
+    """Check that guidance has the unconditional output, which the operation calls `name`."""
     number("guidance_scale", guidance_scale)
     if uncond is None and guidance_scale != 1:
         raise ValueError(
             f"guidance_scale={guidance_scale} needs {name}, the unconditional output, and got None; "
-            f"guidance_scale=1.0 needs none"
+            f"guidance_scale=1.0 needs no {name}"
         )
 
 

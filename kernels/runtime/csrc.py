@@ -1,5 +1,4 @@
-"""The library that csrc/ compiles to: found, built at first use where it is missing, loaded, and its operations made
-known to torch.compile."""
+"""Finds or builds the library that csrc/ compiles to, loads it, and registers its operations' fakes."""
 
 import fcntl
 import functools
@@ -27,7 +26,7 @@ def missing(device_type: str, index: int | None) -> str:
 
 @functools.cache
 def load() -> str:
-    """Loads the library; "" or what keeps it from being loaded."""
+    """Load the library. Returns "", or why it cannot be loaded."""
     path = find()
     if path is None:
         if reason := build.unable():
@@ -40,7 +39,7 @@ def load() -> str:
     try:
         torch.ops.load_library(path)
     except OSError as error:
-        reason = f"{path} does not load ({error}); once it is deleted, it is compiled anew"
+        reason = f"{path} does not load ({error}); delete it, and it is compiled again"
         warnings.warn(f"dpdmd runs without its CUDA kernels: {reason}", RuntimeWarning, stacklevel=2)
         return reason
     for name, fake in FAKES.items():
@@ -49,7 +48,7 @@ def load() -> str:
 
 
 def find() -> Path | None:
-    """The library compiled from the sources at hand: beside this file (setup.py) or in the user's cache."""
+    """The library compiled from these sources: beside this file (setup.py) or in the user's cache."""
     for folder in (Path(__file__).resolve().parent, cache_folder()):
         path = folder / build.file_name()
         if os.path.exists(path):  # no error in a folder that cannot be read
@@ -62,7 +61,7 @@ def cache_folder() -> Path:
 
 
 def _build_once(folder: Path) -> Path:
-    """One of several processes compiles and the others wait."""
+    """Compile in one of several processes, while the others wait."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -76,7 +75,7 @@ def _build_once(folder: Path) -> Path:
 
 
 def same_dtype(*tensors: Tensor | None) -> list:
-    """The tensors, in float32 where their dtypes differ: what the kernels are compiled for. None stays None."""
+    """The tensors, in float32 where their dtypes differ, as the kernels take one dtype. None stays None."""
     dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
     if len(dtypes) < 2:
         return list(tensors)

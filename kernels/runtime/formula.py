@@ -1,4 +1,4 @@
-"""The pieces that the references are written with."""
+"""What the references share."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def widen(arithmetic: torch.dtype, *tensors: Tensor | None) -> list:
 
 
 def column(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
-    """A coefficient (B,), made a constant (B, 1, ..., 1) that multiplies `like` (B, ...). A float stays one."""
+    """A coefficient (B,) as a constant (B, 1, ..., 1) that multiplies `like` (B, ...). A float stays a float."""
     if not isinstance(coefficient, Tensor):
         return coefficient
     return coefficient.detach().view(-1, *[1] * (like.ndim - 1))
@@ -27,7 +27,7 @@ def sample_sum(y: Tensor) -> Tensor:
 
 
 def sample_size(y: Tensor) -> int:
-    """Elements in one sample; 1 where there are none, so that a mean over nothing is 0 and not 0 / 0."""
+    """Number of elements in one sample; 1 for an empty sample, so that its mean is 0 and not 0 / 0."""
     return max(y.shape[1:].numel(), 1)
 
 

@@ -1,7 +1,7 @@
-"""What a checkpoint keeps: results of its forward pass that the recomputation takes in place of computing them again.
+"""Results that a checkpoint keeps from its forward pass, so that the recomputation need not compute them.
 
-The forward pass runs without a graph, the recomputation with one. For the two to be the same bit for bit, operations
-that take another kernel where gradients are wanted ask `gradients_wanted`.
+The forward pass runs without a graph, the recomputation with one. Operations that use another kernel where gradients are
+wanted ask `gradients_wanted`, which makes the two the same bit for bit.
 """
 
 import contextlib
@@ -25,25 +25,25 @@ _active = _Active()
 
 
 def keeping() -> bool:
-    """Whether a checkpoint that keeps results is at work in this thread; torch.compile traces none."""
+    """Whether this thread is inside a checkpoint that keeps results. torch.compile traces no such checkpoint."""
     return not torch.compiler.is_compiling() and _active.keep is not None
 
 
 def kept(compute: Callable[[], Results]) -> Results:
-    """compute(); where a checkpoint is being recomputed, what it gave in the forward pass."""
+    """compute(), or its result from the forward pass where a checkpoint is being recomputed."""
     keep = _active.keep if keeping() else None
     return compute() if keep is None else keep(compute)
 
 
 def gradients_wanted(*tensors: Tensor) -> bool:
-    """Whether some of them get a gradient, of this pass or of its recomputation. In a transform of torch.func they may:
-    there requires_grad tells of the innermost one alone."""
+    """Whether any of the tensors may get a gradient, in this pass or in its recomputation. True in every transform of
+    torch.func, where requires_grad only knows of the innermost transform."""
     return keeping() or transformed() or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Results]]:
-    """A list, to which everything `kept` inside the block is added."""
+    """A list that collects everything `kept` inside the block."""
     recorded = []
 
     def keep(compute):
@@ -57,13 +57,13 @@ def recording() -> Iterator[list[Results]]:
 
 @contextlib.contextmanager
 def replaying(recorded: list[Results]) -> Iterator[None]:
-    """Inside the block what is `kept` comes from `recorded`, in that order. RuntimeError where there is more or less."""
+    """Inside the block `kept` returns what was `recorded`, in order. RuntimeError for more calls or fewer."""
     remaining = list(recorded)
 
     def keep(compute):
         if not remaining:
             raise RuntimeError(OTHERWISE)
-        return tuple(each.detach() for each in remaining.pop(0))  # what is returned joins a graph
+        return tuple(each.detach() for each in remaining.pop(0))  # what is returned gets a graph of its own
 
     with _keep(keep):
         yield

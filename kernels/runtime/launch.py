@@ -1,4 +1,4 @@
-"""What every Triton kernel needs of its surroundings: whether it can run, and a launch that costs little."""
+"""Whether Triton kernels can run, and how they are launched at little cost."""
 
 import functools
 import types
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:  # a kernel is in another language than Python: to a checker what it names is anything
+if TYPE_CHECKING:  # kernels are not Python: a checker takes what they name for Any
     triton: types.ModuleType
     knobs: Any
     TensorDescriptor: Any
@@ -27,8 +27,8 @@ else:
         from triton import jit, knobs
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        INTERPRETED = bool(knobs.runtime.interpret)  # as read when the kernels are made, from TRITON_INTERPRET
-    except ImportError:  # the modules with kernels must import all the same
+        INTERPRETED = bool(knobs.runtime.interpret)  # from TRITON_INTERPRET, when the kernels are made
+    except ImportError:  # the modules with kernels must still import
         triton = TensorDescriptor = None
         tl = types.SimpleNamespace(constexpr=None, int64=None)
         INTERPRETED = False
@@ -38,7 +38,7 @@ else:
 
 
 def capability(index: int | None) -> tuple[int, int]:
-    """The compute capability of CUDA device `index`; Hopper's on a machine without a GPU, where tensors are fake ones."""
+    """The compute capability of CUDA device `index`. Hopper's on a machine without a GPU, where CUDA tensors are fake."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else (9, 0)
 
 
@@ -46,13 +46,13 @@ def capability(index: int | None) -> tuple[int, int]:
 def missing(device_type: str, index: int | None) -> str:
     """Why Triton kernels do not run on a device, and how to get them; "" where they do."""
     if triton is None:
-        return "Triton is not installed (pip install triton, in the version that this torch wants)"
+        return "Triton is not installed (pip install triton, in the version that this torch needs)"
     if INTERPRETED and device_type in ("cpu", "cuda"):
         return ""
     if device_type == "cpu":
         return "on CPU tensors Triton kernels run in its interpreter only (TRITON_INTERPRET=1 before the import)"
     if device_type != "cuda":
-        return f"the Triton kernels serve CUDA devices, and the tensors are on {device_type}"
+        return f"the Triton kernels need a CUDA device, and the tensors are on {device_type}"
     if torch.version.cuda and capability(index) < (8, 0):
         return "the Triton kernels need a GPU of compute capability 8.0 or newer"
     return ""
@@ -61,12 +61,12 @@ def missing(device_type: str, index: int | None) -> str:
 class Kernel:
     """A Triton kernel on a one-dimensional grid, made from a function by `@kernel`.
 
-    Its parameters are tensors (or None), tensor descriptors, floats, integers annotated tl.int64, and last the
-    tl.constexpr ones; all are passed by position. Triton specialises on dtypes, on which pointers are multiples of 16
-    bytes, and on the constants; never on an integer's or a float's value, so no change of those compiles again.
+    Its parameters, all passed by position, are tensors (or None), tensor descriptors, floats, integers annotated tl.int64,
+    and last the tl.constexpr ones. Triton specialises on dtypes, on which pointers are multiples of 16 bytes, and on the
+    constants, but not on values of integers and floats: another value compiles nothing.
 
-    Triton's own launch binds and inspects the arguments each time, 19 us on an H100's host. Here the compiled kernel
-    is found under a key of what it was specialised on, and launched by the call that Triton ends in: 8 us.
+    Triton's own launch binds and inspects the arguments each time: 19 us on an H100's host. A look-up of the compiled
+    kernel by what it is specialised on, and the call that Triton's launch ends in, take 8 us.
     """
 
     def __init__(self, function: Callable, num_warps: int, num_stages: int | None = None, multiply_add: bool = True):
@@ -90,7 +90,7 @@ class Kernel:
         for i in self._specialised:
             argument = arguments[i]
             if isinstance(argument, Tensor):
-                launched[i] = address = argument.data_ptr()  # which the launch would ask for again, and then check
+                launched[i] = address = argument.data_ptr()  # the launch would ask for a tensor's again, and check it
                 key += argument.dtype, address % 16
                 device = argument.get_device() if device is None else device
             elif type(argument) is TensorDescriptor:
@@ -114,8 +114,7 @@ class Kernel:
 
 
 def descriptor(tensor: Tensor, block_shape: list[int]):
-    """A tensor descriptor of a tensor whose rows are known to be dense and 16-byte aligned: Triton's constructor asks
-    that again of each, 8 us on an H100's host."""
+    """A tensor descriptor of a tensor with dense, 16-byte aligned rows, without Triton's check: 8 us on an H100's host."""
     made = TensorDescriptor.__new__(TensorDescriptor)
     made.base, made.shape, made.strides = tensor, list(tensor.shape), list(tensor.stride())
     made.block_shape, made.padding = block_shape, "zero"
@@ -123,7 +122,7 @@ def descriptor(tensor: Tensor, block_shape: list[int]):
 
 
 def _launch_of(compiled) -> tuple | None:
-    """What Triton's launch ends in; None where this version of Triton has it elsewhere."""
+    """The parts of the call that Triton's launch ends in; None where this version of Triton has others."""
     try:
         return compiled.run, compiled.function, compiled.packed_metadata
     except AttributeError:
@@ -131,21 +130,21 @@ def _launch_of(compiled) -> tuple | None:
 
 
 def _hooked() -> bool:
-    """Whether a profiler listens to launches, which the short way does not tell it."""
+    """Whether a profiler listens to launches. Only Triton's own launch calls its hooks."""
     for hook in (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook):
         if hook is not None and getattr(hook, "calls", True):
             return True
     return False
 
 
-def kernel(num_warps: int, num_stages: int | None = None, multiply_add: bool = True) -> Callable[[Callable], Kernel]:
-    """Makes a Triton function a `Kernel`; without Triton it stays as it is, never to be called. Without multiply_add a
-    product and a sum are rounded each, as PyTorch's are, rather than once together."""
+def kernel(num_warps: int, multiply_add: bool = True) -> Callable[[Callable], Kernel]:
+    """Make a Triton function a `Kernel`; without Triton, leave it as it is. multiply_add=False rounds a product and a sum
+    each, as PyTorch does, instead of once together."""
     if triton is None:
         return lambda function: function
-    return lambda function: Kernel(function, num_warps, num_stages, multiply_add)
+    return lambda function: Kernel(function, num_warps, multiply_add=multiply_add)
 
 
 def by_warps(function: Callable, *counts: int) -> dict[int, Kernel]:
-    """The kernel for each of these numbers of warps."""
+    """One kernel for each number of warps."""
     return {num_warps: kernel(num_warps)(function) for num_warps in counts}

@@ -1,8 +1,8 @@
-"""Tensors (B, ...) as the fused kernels walk them: N elements a sample, dense in memory, in an order that all tensors
-share; any stride from sample to sample.
+"""The memory layout of tensors (B, ...) in the fused kernels: samples are dense in memory, in one order for all tensors,
+with any stride from sample to sample.
 
-So channels-last tensors, slices of a batch, chunks of channels and a sample expanded to a batch are read where they
-are, as long as the tensors of a call agree. What does not agree with the first is copied.
+Channels-last tensors, slices of a batch, chunks of channels and a sample expanded to a batch are therefore read in place
+where all tensors of a call agree. A tensor that does not agree with the first is copied.
 """
 
 import torch
@@ -12,13 +12,12 @@ from dpdmd.kernels.runtime.registration import plain
 
 
 def address(x: Tensor) -> int | torch.SymInt:
-    """Where x starts in memory, in bytes; in its storage where x is of a subclass, as a FakeTensor has no memory."""
+    """Where x starts in memory, in bytes; for a subclass (a FakeTensor has no memory), where it starts in its storage."""
     return x.data_ptr() if plain((x,)) else x.storage_offset() * x.element_size()
 
 
 def align(first: Tensor, *others: Tensor | None) -> list:
-    """The same values, each sample dense and in the memory order of `first` (or contiguous, where first's samples are
-    not dense). None stays None."""
+    """The tensors with dense samples, in first's memory order (contiguous if its samples have gaps). None stays None."""
     tensors: list = [first, *others]
     for tensor in tensors:
         if tensor is not None and not tensor.is_contiguous():
@@ -35,8 +34,7 @@ def align(first: Tensor, *others: Tensor | None) -> list:
 
 
 def empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor of x's shape and memory order (contiguous where x's samples are not dense), whose
-    samples follow one another: what `align` makes of `x` walks along it."""
+    """An uninitialised tensor of x's shape, in the memory order that `align` gives x, without gaps between samples."""
     if x.is_contiguous() or not _dense(x):
         return torch.empty(x.shape, dtype=dtype, device=x.device)
     strides = (x.shape[1:].numel(), *x.stride()[1:])

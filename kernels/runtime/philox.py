@@ -1,13 +1,12 @@
-"""Standard normal noise as a function of a key and an element's index: what a kernel makes where it needs it.
+"""Standard normal noise as a function of a key and an element's index, so that a kernel can make it where it needs it.
 
 Philox4x32-10 (Salmon et al., Parallel random numbers: as easy as 1, 2, 3, SC 2011) turns a 64-bit key and a counter
-into four uint32. Element 4 c + j of a tensor, counted in logical order (the last dimension fastest, whatever the
-strides), takes the j-th of the four normals that counter c gives by Box-Muller:
+into four uint32. Element 4 c + j of a tensor, counted in logical order (last dimension fastest, whatever the strides), is
+the j-th of the four normals that counter c gives by Box-Muller:
 
     u = (r_0 + 1/2) / 2^32,   radius = sqrt(-2 ln u),   angle = 2 pi r_1 / 2^32,   radius (cos angle, sin angle)
 
-and the same from r_2 and r_3. So an element's noise depends on nothing but key and index: neither on the batch that
-follows nor on device or launch.
+and the same from r_2 and r_3. An element's noise depends on key and index only, not on batch size, device or launch.
 """
 
 import hashlib
@@ -25,11 +24,10 @@ LOW = 0xFFFFFFFF
 
 @dataclass(frozen=True)
 class Philox:
-    """A stream of standard normals. key: 63 bits, 0 <= key < 2^63. Equal keys give equal noise, so use one for one
-    tensor, and `Philox.of` to make it.
+    """A stream of standard normals. key: an int, 0 <= key < 2^63. Equal keys give equal noise: use a key for one tensor,
+    and make it with `Philox.of`.
 
-    A CUDA graph and a graph of torch.compile bake the key in: replays repeat the noise, another key compiles again.
-
+    The key is a constant in CUDA graphs and in torch.compile: replays repeat the noise, and another key compiles again.
     Raises TypeError for a key that is no int, ValueError for one out of range.
     """
 
@@ -43,15 +41,15 @@ class Philox:
 
     @staticmethod
     def of(*parts: object) -> "Philox":
-        """The stream that belongs to `parts`, such as seed, iteration, role and shard: a hash of their repr, of 63
-        bits, as torch.Generator takes no more on every device."""
+        """The stream for `parts`, such as seed, iteration, role and shard. The key is a hash of their repr, of 63 bits, as
+        torch.Generator takes no more on some devices."""
         digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
         return Philox(int.from_bytes(digest, "big") >> 1)
 
     def normal(
         self, shape: tuple[int, ...], *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> Tensor:
-        """(*shape) standard normals, computed in float32: in plain PyTorch, the definition of what the kernels make."""
+        """Standard normals (*shape), computed in float32 in plain PyTorch: the reference of the kernels' noise."""
         count = math.prod(shape)
         counter = torch.arange((count + 3) // 4, device=device)
         r = philox4x32((counter & LOW, counter >> 32, torch.zeros_like(counter), torch.zeros_like(counter)), self.words)
@@ -69,7 +67,7 @@ def philox4x32(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tenso
     c0, c1, c2, c3 = counter
     for i in range(NUM_ROUNDS):
         k0, k1 = ((word + i * step) & LOW for word, step in zip(key, KEY, strict=True))
-        # int64 wraps around as uint64 would; shift and mask take the right bits of it.
+        # int64 wraps around as uint64 does; shift and mask take the right bits.
         left, right = ROUND[0] * c0, ROUND[1] * c2
         c0 = ((right >> 32) & LOW) ^ c1 ^ k0
         c2 = ((left >> 32) & LOW) ^ c3 ^ k1

@@ -1,5 +1,4 @@
-"""Operations made known to torch: registered with torch.library under the name dpdmd, and called without the dispatcher
-where nobody looks."""
+"""Registers operations with torch.library, and calls them without the dispatcher where nothing observes the call."""
 
 import functools
 import itertools
@@ -15,43 +14,40 @@ LIBRARY = torch.library.Library("dpdmd", "FRAGMENT")
 # Set by backend.shapes_only: the registered operations are called, which on meta tensors run their fakes.
 shapes_only = False
 
-# Whether torch.func's grad, vmap or another of its transforms is at work: what it wraps has no memory of its own.
+# Whether a transform of torch.func (grad, vmap, ...) is active: the tensors that it wraps have no memory of their own.
 transformed = torch._C._are_functorch_transforms_active
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack  # FakeTensorMode is one of them
 _function_mode = torch._C._is_torch_function_mode_enabled
-# The types of arguments that need no dispatcher. Subclasses of Tensor do, such as FakeTensor and DTensor.
+# Arguments of these types need no dispatcher. Subclasses of Tensor, such as FakeTensor and DTensor, need it.
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype, list, tuple))
 
 
 def plain(values: Iterable[object]) -> bool:
-    """Whether none of these arguments is of a subclass of Tensor. (isinstance would take three times as long.)"""
+    """Whether no argument is of a subclass of Tensor. (isinstance takes three times as long.)"""
     return _PLAIN.issuperset(map(type, values))
 
 
 def observed(arguments: Iterable[object]) -> bool:
     """Whether the dispatcher must see a call with these arguments: for a profiler, a mode (FakeTensorMode, a
-    TorchDispatchMode, a TorchFunctionMode), a transform of torch.func, or a subclass of Tensor among them."""
+    TorchDispatchMode, a TorchFunctionMode), a transform of torch.func, or an argument of a subclass of Tensor."""
     if _profiler_enabled() or _dispatch_modes() > 0 or transformed() or not plain(arguments):
         return True
-    return _function_mode() and not _default_device_alone()
-
-
-def _default_device_alone() -> bool:
-    """Whether torch.set_default_device is the only function mode: it looks at functions that make tensors alone."""
-    return torch._C._len_torch_function_stack() == 1 and type(torch._C._get_function_stack_at(0)) is DeviceContext
+    if not _function_mode():
+        return False
+    # torch.set_default_device's mode only affects functions that make tensors.
+    return torch._C._len_torch_function_stack() > 1 or type(torch._C._get_function_stack_at(0)) is not DeviceContext
 
 
 def register(schema: str, function: Callable, fake: Callable) -> Callable:
-    """Registers `function` as dpdmd::<schema> and returns what to call: the registered operation under torch.compile and
-    where a call is `observed`, else the function itself. (The dispatcher and back costs 5 us a call on H100.)"""
+    """Register `function` as dpdmd::<schema>. Returns the function to call: it calls the registered operation under
+    torch.compile and where a call is `observed`, else `function`. (The dispatcher costs 5 us a call on an H100's host.)"""
     name = LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, function, "CUDA")
     LIBRARY.impl(name, function, "CPU")
     register_traced(name, fake)
     operation = getattr(torch.ops.dpdmd, name).default
-    parameters = enumerate(operation._schema.arguments)
-    lists = [i for i, parameter in parameters if isinstance(parameter.type, torch.ListType)]
+    lists = [i for i, each in enumerate(operation._schema.arguments) if isinstance(each.type, torch.ListType)]
 
     @functools.wraps(function)
     def call(*arguments):
@@ -65,6 +61,6 @@ def register(schema: str, function: Callable, fake: Callable) -> Callable:
 
 
 def register_traced(name: str, fake: Callable) -> None:
-    """What torch.compile needs of an operation whose gradient is defined in Python: its fake, and no autograd kernel."""
+    """Register a fake and no autograd kernel: what torch.compile needs for an operation with its gradient in Python."""
     LIBRARY.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"dpdmd::{name}", fake, lib=LIBRARY)

@@ -1,7 +1,7 @@
-"""Tensors (..., C) as kernels walk them that work on rows of C elements, dense in memory, and sums down the columns.
+"""Tensors (..., C) for kernels that work on rows of C elements, dense in memory; column sums; matrix products.
 
-Rows follow one another at one stride, or at two: slices of a sequence, as an attention's output for the image alone,
-have one from token to token and another from sample to sample. Matrix products that read such slices where they are.
+Rows have one stride or two: a slice of a sequence, such as attention's output for the image alone, has one stride from
+token to token and another from sample to sample. Such slices are read in place.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ class Rows(NamedTuple):
 
     @property
     def nested(self) -> bool:
-        """Whether there are two strides; where not, row r starts at r * stride."""
+        """Whether there are two strides. With one, row r starts at r * stride."""
         return self.inner < self.num_rows
 
     @property
@@ -35,12 +35,11 @@ class Rows(NamedTuple):
 
 
 def rows(x: Tensor) -> Rows:
-    """The rows of x (..., C), C > 0. Copies x where C is not dense, or the rows have more than two strides."""
+    """The rows of x (..., C), C > 0. Copies x where C is not dense or the rows have more than two strides."""
     size = x.shape[-1]
     count = x.numel() // size
     if not x.is_contiguous():
-        levels = _levels(x)
-        if levels is not None:
+        if levels := _levels(x):
             (_, outer_stride), (inner, stride) = levels
             return Rows(x, count, inner, outer_stride, stride)
         x = x.contiguous()
@@ -48,7 +47,7 @@ def rows(x: Tensor) -> Rows:
 
 
 def _levels(x: Tensor) -> list[tuple[int, int]] | None:
-    """(size, stride) of the outer and of the inner dimension of x's rows; None where two do not describe them."""
+    """(size, stride) of the outer and of the inner dimension of x's rows; None where there are more than two."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         return None
     levels = []
@@ -66,7 +65,7 @@ def _levels(x: Tensor) -> list[tuple[int, int]] | None:
 
 @jit
 def row_starts(rows, inner, outer_stride, stride, NESTED: tl.constexpr, DIVISIBLE: tl.constexpr):
-    """Where the rows (int64) of a `Rows` start."""
+    """The elements at which these rows (int64) of a `Rows` start."""
     if NESTED:
         starts = rows // inner * multiple(outer_stride, DIVISIBLE) + rows % inner * multiple(stride, DIVISIBLE)
     else:  # a 64-bit division takes as long as the rest of an elementwise kernel
@@ -114,10 +113,10 @@ def _column_sums_kernel(
 
 
 def column_sums(partial: Tensor, dtype: torch.dtype) -> Tensor:
-    """partial (P, C) float32, contiguous, to (C,): the sums in a fixed order, rounded once to `dtype`."""
+    """The column sums (C,) of partial (P, C) float32, contiguous, in a fixed order, rounded once to `dtype`."""
     count, columns = partial.shape
     out = torch.empty(columns, dtype=dtype, device=partial.device)
-    # 32 columns are 128 bytes, the least that is read at once; so few that a vector of 6144 makes 192 programs.
+    # 32 columns are 128 bytes, the least that is read at once; a vector of 6144 makes 192 programs.
     _column_sums_kernel(-(-columns // 32), partial, out, count, columns, 128, 32)
     return out
 
@@ -137,13 +136,13 @@ sum_rows = register("sum_rows_triton(Tensor x) -> Tensor", _launch_sum_rows, lam
 
 
 def rows_product(x: Tensor, matrix: Tensor, **out: Tensor) -> Tensor:
-    """x (B, S, K) times matrix (K, N), where the samples of x, and of an `out`, may be apart in memory."""
+    """x (B, S, K) times matrix (K, N). The samples of x, and of `out`, may have gaps between them in memory."""
     return torch.bmm(x, matrix.expand(len(x), -1, -1), **out)
 
 
 def rows_weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
-    """The sum of dy^T x (N, K) over the samples of dy (B, S, N) and x (B, S, K), rounded once: on a GPU products of half
-    precision, one a sample, are left in float32. (A copy of x costs more: 177 us against 130 for SD3.5-M's, batch 4.)"""
+    """The sum of dy^T x (N, K) over the samples of dy (B, S, N) and x (B, S, K), rounded once: in half precision on a GPU
+    each sample's product stays in float32. (Copying x is slower: 177 us against 130 for SD3.5-M, batch 4.)"""
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and x.dtype == dy.dtype:
         return torch.bmm(dy.transpose(1, 2), x, out_dtype=torch.float32).sum(0).to(x.dtype)
     return dy.flatten(0, 1).t() @ x.flatten(0, 1)

@@ -1,8 +1,7 @@
-"""What an autograd function keeps for its backward pass: parameters apart from other tensors.
+"""Saves tensors for an autograd function's backward pass: parameters in its context, others with save_for_backward.
 
-Under a checkpoint (and other hooks on saved tensors) each saved tensor costs Python calls when it is saved, when it is
-saved again and when it is asked for, some 20 us, and half of what the fused operations of a block save are parameters.
-Those are there anyway and belong to no graph, so the function's context may hold them itself.
+Under a checkpoint (and other hooks on saved tensors) each saved tensor costs some 20 us of Python calls, and half of what
+a block's fused operations save are parameters. These outlive the graph and are leaves, so the context may hold them.
 """
 
 from typing import Any
@@ -10,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# torch's class. To a checker it is anything, as a backward pass has a parameter for each output, which torch's has not.
+# Any to a checker, as a backward pass has a parameter for each output, unlike that of torch's class.
 Function: Any = torch.autograd.Function
 
 
 def save(ctx, *tensors: Tensor | None) -> None:
-    """ctx.save_for_backward, in place of which `saved` gives them back."""
+    """As ctx.save_for_backward(*tensors), to be read with `saved`."""
     if torch.compiler.is_compiling():
         ctx.save_for_backward(*tensors)
         return
@@ -24,7 +23,7 @@ def save(ctx, *tensors: Tensor | None) -> None:
 
 
 def saved(ctx) -> tuple[Any, ...]:
-    """RuntimeError where a tensor was written to since."""
+    """The tensors that `save` was given. Raises RuntimeError where one was written to since."""
     tensors = list(ctx.saved_tensors)
     for i, (parameter, version) in getattr(ctx, "parameters", {}).items():
         if parameter._version != version:

@@ -1,8 +1,7 @@
-"""The pieces that the Triton kernels are written with.
+"""What the Triton kernels share.
 
-A program works on one sample: `tiles` programs a sample, each on `blocks` blocks of BLOCK elements. Programs are
-counted along the grid's first axis only, as the others end at 65535, and in int64, as samples times stride may pass
-2^31.
+A sample has `tiles` programs, each with `blocks` blocks of BLOCK elements. Programs are counted along the grid's first
+axis only, as the others end at 65535, and in int64, as samples times stride may pass 2^31.
 """
 
 from typing import TypeVar
@@ -16,17 +15,16 @@ Value = TypeVar("Value", bound=float | None)
 # 4096 elements over 256 threads: two 16-byte accesses a thread and tensor in bfloat16, which is enough in flight.
 BLOCK = 4096
 NUM_WARPS = 8
-# A sum over a sample leaves at most so many partial sums, which every program of the next pass reads again.
-MAX_TILES = 1024
+MAX_TILES = 1024  # the most partial sums of a sample: every program of the next pass reads all of them
 
 
 def tiles(size: int) -> int:
-    """Blocks, and so programs, for the `size` elements of a sample."""
+    """Number of blocks for a sample of `size` elements, and of programs with one block each."""
     return -(-size // BLOCK)
 
 
 def tiles_and_blocks(size: int) -> tuple[int, int]:
-    """Programs for a sample of `size` elements, MAX_TILES at most, and blocks for each."""
+    """Number of programs for a sample of `size` elements, at most MAX_TILES, and of blocks for each."""
     num_blocks = tiles(size)
     blocks = -(-num_blocks // MAX_TILES)
     return -(-num_blocks // blocks), blocks
@@ -43,7 +41,7 @@ def multiples(*strides: int) -> bool:
 
 
 def power_of_two(number: int) -> int:
-    """The least that is no smaller; 1 for 0."""
+    """The smallest power of two that is at least `number`; 1 for 0."""
     return 1 << max(number - 1, 0).bit_length()
 
 
@@ -52,12 +50,12 @@ def stride(tensor: Tensor | None) -> int:
 
 
 def split(coefficient: float | Tensor) -> tuple[Tensor | None, float]:
-    """A coefficient as an operation's schema takes it: a tensor, or a float."""
+    """A coefficient as two arguments of an operation's schema: a tensor or None, and a float."""
     return (coefficient, 0.0) if isinstance(coefficient, Tensor) else (None, float(coefficient))
 
 
 def joined(tensor: Tensor | None, value: Value) -> tuple[Tensor | Value, int]:
-    """A coefficient as a kernel takes it: a pointer or a float, and the stride."""
+    """A coefficient as two arguments of a kernel: a tensor or a float, and the stride."""
     return (value, 0) if tensor is None else (tensor, tensor.stride(0))
 
 
@@ -70,7 +68,7 @@ def program(tiles):
 
 @jit
 def multiple(number, DIVISIBLE: tl.constexpr):
-    """The number, which the compiler then knows to be a multiple of 16 where DIVISIBLE."""
+    """The number. Where DIVISIBLE, the compiler then knows that it is a multiple of 16."""
     if DIVISIBLE:
         number = number // 16 * 16
     return number
@@ -90,7 +88,7 @@ def store(ptr, stride, sample, offsets, values, mask, DIVISIBLE: tl.constexpr):
 
 @jit
 def coefficient(value, stride, sample):
-    """A float, or a pointer to one for each sample."""
+    """This sample's coefficient. value: a float, or a pointer to one float per sample."""
     value = value  # the interpreter makes a tensor of a float where it is assigned
     if value.dtype.is_ptr():
         value = tl.load(value + sample * stride)
@@ -99,7 +97,7 @@ def coefficient(value, stride, sample):
 
 @jit
 def total(ptr, count, BLOCK: tl.constexpr):
-    """The sum of `count` float32, in an order that depends on nothing but `count`. Past the first-level cache, as
+    """The sum of `count` float32, in an order that depends on `count` only. They are read past the first-level cache, as
     other programs of the same launch may have written them."""
     lanes = tl.arange(0, BLOCK)
     sums = tl.zeros([BLOCK], tl.float32)

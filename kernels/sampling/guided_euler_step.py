@@ -11,28 +11,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dpdmd.kernels.runtime import checks, csrc, layout, tile
+from dpdmd.kernels.runtime import checks, csrc, layout
 from dpdmd.kernels.runtime.backend import choose
 from dpdmd.kernels.runtime.formula import column, guided, widen
 from dpdmd.kernels.runtime.launch import kernel, tl
 from dpdmd.kernels.runtime.registration import register
-from dpdmd.kernels.runtime.tile import (
-    BLOCK,
-    NUM_WARPS,
-    coefficient,
-    joined,
-    load,
-    multiple,
-    program,
-    split,
-    store,
-    stride,
-)
-from dpdmd.kernels.sampling.linear import linear
+from dpdmd.kernels.runtime.tile import NUM_WARPS, coefficient, joined, load, multiple, program, split, store
+from dpdmd.kernels.sampling.linear import launch_elementwise, linear
 
 
 class Step(NamedTuple):
-    """What moves x: `guided_euler_step` says what each is. v_uncond is None where guidance_scale is 1."""
+    """The arguments of `guided_euler_step` beside x. v_uncond is None where guidance_scale is 1."""
 
     v: Tensor
     v_uncond: Tensor | None
@@ -79,41 +68,22 @@ def _guided_euler_step_kernel(
     store(out_ptr, size, sample, offsets, x + step * v, mask, DIVISIBLE)
 
 
-def _launch(
-    x: Tensor,
-    v: Tensor,
-    uncond: Tensor | None,
-    t: Tensor | None,
-    t_value: float,
-    t_next: Tensor | None,
-    t_next_value: float,
-    guidance_scale: float,
-) -> Tensor:
-    out = layout.empty_like(x, x.dtype)
-    if x.numel() == 0:
-        return out
-    x, v, uncond = layout.align(x, v, uncond)
-    size = x.shape[1:].numel()
-    tiles = tile.tiles(size)
-    _guided_euler_step_kernel(
-        x.shape[0] * tiles,
-        *(x, v, uncond, out, stride(x), stride(v), stride(uncond)),
-        *(*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
-        *(size, tiles, tile.divisible(size, x, v, uncond), BLOCK),
-    )
-    return out
-
-
 _guided_euler_step = register(
     "guided_euler_step_triton(Tensor x, Tensor v, Tensor? uncond, Tensor? t, float t_value, Tensor? t_next, "
     "float t_next_value, float guidance_scale) -> Tensor",
-    _launch,
+    lambda x, v, uncond, t, t_value, t_next, t_next_value, guidance_scale: launch_elementwise(
+        _guided_euler_step_kernel,
+        x,
+        (v, uncond),
+        (*joined(t, t_value), *joined(t_next, t_next_value), guidance_scale),
+        x.dtype,
+    ),
     lambda x, *arguments: layout.empty_like(x, x.dtype),
 )
 
 
 def _with_gradients(run: Callable[..., Tensor], x: Tensor, step: Step, times: tuple) -> Tensor:
-    """run(x, v, v_uncond), whose gradients are made of `times`, (t_next, t) or what has the same difference."""
+    """run(x, v, v_uncond) with gradients. times: (t_next, t), or two times with the same difference."""
     if step.v_uncond is None:
         return linear(lambda x, v: run(x, v, None), (x, step.v), (None, (*times, 1.0)))
     scale = step.guidance_scale
@@ -158,13 +128,11 @@ def guided_euler_step(
     """x + (t_next - t) (v_uncond + guidance_scale (v - v_uncond)). The result has x's shape and dtype.
 
     x (B, ...): the sample at time t.  v (B, ...): the velocity there.  Both receive gradients.
-    v_uncond (B, ...): the unconditional velocity; it receives a gradient too. Not read, nor given one, where
-        guidance_scale is 1.
+    v_uncond (B, ...): the unconditional velocity. It receives a gradient; where guidance_scale is 1 it is not read.
     t, t_next: floats or (B,) float32, 1 for noise and 0 for data. They receive no gradient.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is. A rollout that keeps x in float32 and v in bfloat16 rounds nothing but
-    the network's output.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic is float32, or
+    float64 where any tensor is. A rollout with x in float32 and v in bfloat16 rounds only the network's output.
 
     Raises TypeError for a dtype or type, ValueError for a shape, a device and guidance without v_uncond.
     """

@@ -1,6 +1,7 @@
-"""Gradients of fused operations that are linear in their tensors: coefficient times upstream, one pass for each."""
+"""The launch and the gradients of operations that are linear in their tensors: coefficient times upstream."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +14,15 @@ from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.saved import Function
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store
 
-# (plus, minus, factor) stands for (plus - minus) factor, where plus and minus are floats or tensors (B,): what the
-# kernel can make of two times without a launch for their difference.
+# (plus, minus, factor) stands for (plus - minus) factor, where plus and minus are floats or tensors (B,), such as two
+# times: the kernel computes their difference without another launch.
 Coefficient = tuple[float | Tensor, float | Tensor, float]
 
 
 def linear(
     run: Callable[..., Tensor], inputs: tuple[Tensor, ...], coefficients: tuple[Coefficient | None, ...]
 ) -> Tensor:
-    """run(*inputs), whose gradient in each input is that input's coefficient times the upstream gradient; None for
-    the upstream gradient itself."""
+    """run(*inputs). Its gradient in an input is that input's coefficient (None: 1) times the upstream gradient."""
     if torch.is_grad_enabled():
         for tensor in inputs:
             if tensor.requires_grad:
@@ -31,7 +31,7 @@ def linear(
 
 
 class _Linear(Function):
-    # The older form of forward, with ctx: the newer one binds its arguments by inspection, 20 us a call.
+    # forward takes ctx: the newer form with setup_context binds its arguments by inspection, 20 us a call.
     @staticmethod
     def forward(ctx, run, coefficients, *inputs):
         parts = [part for by in coefficients if by is not None for part in by[:2]]
@@ -43,17 +43,14 @@ class _Linear(Function):
     @staticmethod
     def backward(ctx, upstream):
         _ = ctx.saved_tensors  # raises where a coefficient was written to since
-        gradients = []
-        for needed, by, dtype in zip(ctx.needs_input_grad[2:], ctx.coefficients, ctx.dtypes, strict=True):
-            if not needed:
-                gradients.append(None)
-            else:
-                gradients.append(upstream if by is None else multiplied(upstream, by, dtype))
-        return None, None, *gradients
+        each = zip(ctx.needs_input_grad[2:], ctx.coefficients, ctx.dtypes, strict=True)
+        return None, None, *[multiplied(upstream, by, dtype) if needed else None for needed, by, dtype in each]
 
 
-def multiplied(x: Tensor, by: Coefficient, dtype: torch.dtype) -> Tensor:
-    """`by` (B,) times x (B, ...), in float32, rounded once to `dtype`. Differentiable in x."""
+def multiplied(x: Tensor, by: Coefficient | None, dtype: torch.dtype) -> Tensor:
+    """`by` (B,) times x (B, ...), in float32, rounded once to `dtype`; x itself for None. Differentiable in x."""
+    if by is None:
+        return x
     plus, minus, factor = by
     run = choose("multiply", IMPLEMENTATIONS, x.device, torch.float32)
     return linear(lambda x: run(x, split(plus), split(minus), float(factor), dtype), (x,), (by,))
@@ -82,40 +79,31 @@ def _multiply_kernel(
     store(out_ptr, size, sample, offsets, scale * x, mask, DIVISIBLE)
 
 
-def _launch(
-    x: Tensor,
-    plus: Tensor | None,
-    plus_value: float,
-    minus: Tensor | None,
-    minus_value: float,
-    factor: float,
-    dtype: torch.dtype,
+def launch_elementwise(
+    run: Any, x: Tensor, others: tuple[Tensor | None, ...], coefficients: tuple, dtype: torch.dtype
 ) -> Tensor:
+    """The result of a Triton kernel, in `dtype` and in x's shape and memory order. The kernel takes x, the others, the
+    result, the strides of x and of the others, the coefficients, and size, tiles, DIVISIBLE, BLOCK."""
     out = layout.empty_like(x, dtype)
-    if x.numel() == 0:
+    if out.numel() == 0:
         return out
-    (x,) = layout.align(x)
-    size = x.shape[1:].numel()
+    aligned = layout.align(x, *others)
+    size = out.shape[1:].numel()
     tiles = tile.tiles(size)
-    _multiply_kernel(
-        x.shape[0] * tiles,
-        *(x, out, x.stride(0)),
-        *(*joined(plus, plus_value), *joined(minus, minus_value), factor),
-        *(size, tiles, tile.divisible(size, x), BLOCK),
-    )
+    strides = [tile.stride(tensor) for tensor in aligned]
+    programs = out.shape[0] * tiles
+    run(programs, *aligned, out, *strides, *coefficients, size, tiles, tile.multiples(size, *strides), BLOCK)
     return out
 
 
 _multiply = register(
     "multiply_triton(Tensor x, Tensor? plus, float plus_value, Tensor? minus, float minus_value, float factor, "
     "ScalarType dtype) -> Tensor",
-    _launch,
+    lambda x, plus, plus_value, minus, minus_value, factor, dtype: launch_elementwise(
+        _multiply_kernel, x, (), (*joined(plus, plus_value), *joined(minus, minus_value), factor), dtype
+    ),
     lambda x, plus, plus_value, minus, minus_value, factor, dtype: layout.empty_like(x, dtype),
 )
-
-
-def _multiplied_triton(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype: torch.dtype) -> Tensor:
-    return _multiply(x, *plus, *minus, factor, dtype)
 
 
 def _multiplied_cuda(x: Tensor, plus: tuple, minus: tuple, factor: float, dtype: torch.dtype) -> Tensor:
@@ -131,6 +119,6 @@ def _multiplied_reference(x: Tensor, plus: tuple, minus: tuple, factor: float, d
 
 IMPLEMENTATIONS = {
     "reference": _multiplied_reference,
-    "triton": _multiplied_triton,
+    "triton": lambda x, plus, minus, factor, dtype: _multiply(x, *plus, *minus, factor, dtype),
     "cuda": _multiplied_cuda,
 }

@@ -1,4 +1,4 @@
-"""Noise put back on a clean sample, to a chosen time.
+"""Adds noise to a clean sample, for a chosen time.
 
     x_t = alpha x + sigma noise;   a flow has alpha = 1 - t, sigma = t
 
@@ -15,7 +15,7 @@ from dpdmd.kernels.runtime.launch import jit, kernel, tl
 from dpdmd.kernels.runtime.philox import Philox
 from dpdmd.kernels.runtime.registration import register
 from dpdmd.kernels.runtime.tile import BLOCK, NUM_WARPS, coefficient, joined, load, multiple, program, split, store
-from dpdmd.kernels.sampling.linear import linear
+from dpdmd.kernels.sampling.linear import launch_elementwise, linear
 
 
 def renoise_reference(
@@ -24,8 +24,7 @@ def renoise_reference(
     """The definition; alpha is None for 1 - sigma. The result has x's dtype."""
     if isinstance(noise, Philox):
         noise = noise.normal(x.shape, device=x.device)
-    if alpha is None:
-        alpha = 1 - sigma
+    alpha = 1 - sigma if alpha is None else alpha
     wide_x, wide_noise = widen(arithmetic, x, noise)
     return (column(alpha, x) * wide_x + column(sigma, x) * wide_noise).to(x.dtype)
 
@@ -75,7 +74,7 @@ def _box_muller(first, second):
 
 @jit
 def _normal(key, counters):
-    """The normals (4 * counters' size,) of Philox(key): those of a counter follow one another."""
+    """The normals (4 * counters' size,) of Philox(key), four per counter, in order."""
     zero = tl.zeros_like(counters).to(tl.uint32)
     low = counters.to(tl.uint32)
     high = (counters >> 32).to(tl.uint32)
@@ -99,8 +98,7 @@ def _renoise_philox_kernel(
     DIVISIBLE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """x contiguous. A sample may start within the four elements of a counter, so its tiles start at that counter's
-    first."""
+    """x is contiguous. A sample may start inside the four elements of a counter: its tiles start at the first of them."""
     sample, tile = program(tiles)
     size = multiple(size, DIVISIBLE)
     sigma = coefficient(sigma, sigma_stride, sample)
@@ -111,24 +109,6 @@ def _renoise_philox_kernel(
     x = tl.load(x_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
     noise = _normal(key, first_counter + tl.arange(0, BLOCK // 4))
     tl.store(out_ptr + offsets, (alpha * x + sigma * noise).to(out_ptr.dtype.element_ty), mask=mask)
-
-
-def _launch(
-    x: Tensor, noise: Tensor, alpha: Tensor | None, alpha_value: float | None, sigma: Tensor | None, sigma_value: float
-) -> Tensor:
-    out = layout.empty_like(x, x.dtype)
-    if x.numel() == 0:
-        return out
-    x, noise = layout.align(x, noise)
-    size = x.shape[1:].numel()
-    tiles = tile.tiles(size)
-    _renoise_kernel(
-        x.shape[0] * tiles,
-        *(x, noise, out, x.stride(0), noise.stride(0)),
-        *(*joined(alpha, alpha_value), *joined(sigma, sigma_value)),
-        *(size, tiles, tile.divisible(size, x, noise), BLOCK),
-    )
-    return out
 
 
 def _launch_philox(
@@ -152,7 +132,9 @@ def _launch_philox(
 _COEFFICIENTS = "Tensor? alpha, float? alpha_value, Tensor? sigma, float sigma_value"
 _renoise = register(
     f"renoise_triton(Tensor x, Tensor noise, {_COEFFICIENTS}) -> Tensor",
-    _launch,
+    lambda x, noise, alpha, alpha_value, sigma, sigma_value: launch_elementwise(
+        _renoise_kernel, x, (noise,), (*joined(alpha, alpha_value), *joined(sigma, sigma_value)), x.dtype
+    ),
     lambda x, *arguments: layout.empty_like(x, x.dtype),
 )
 _renoise_philox = register(
@@ -192,16 +174,14 @@ IMPLEMENTATIONS = {"reference": renoise_reference, "triton": renoise_triton, "cu
 
 
 def renoise(x: Tensor, noise: Tensor | Philox, t: float | Tensor | tuple[float | Tensor, float | Tensor]) -> Tensor:
-    """(1 - t) x + t noise, or alpha x + sigma noise where t is a tuple (alpha, sigma). The result has x's shape and
-    dtype.
+    """(1 - t) x + t noise, or alpha x + sigma noise for t = (alpha, sigma). The result has x's shape and dtype.
 
-    x, noise (B, ...): both receive gradients. A `Philox` for noise stands for noise.normal(x.shape): fused kernels
-        make it as they go, without a tensor for it.
-    t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient;
-        its range is the caller's.
+    x, noise (B, ...): both receive gradients. A `Philox` stands for noise.normal(x.shape), without a tensor in kernels.
+    t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient,
+        and its range is not checked.
 
-    Tensors are float32, float16 or bfloat16, mixed as they come, of any strides and any batch; arithmetic is
-    float32, or float64 where any tensor is.
+    Tensors are any mix of float32, float16 and bfloat16, with any strides and any batch; arithmetic is float32, or
+    float64 where any tensor is.
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """

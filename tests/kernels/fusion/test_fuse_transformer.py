@@ -337,7 +337,7 @@ def test_wrapped_forwards():
     block = model.transformer_blocks[1]
     inner = block.forward
     block.forward = lambda *args, **kwargs: inner(*args, **kwargs)
-    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1 has had its fused forward wrapped or taken away"):
+    with pytest.raises(RuntimeError, match=r"transformer_blocks\.1 has had its fused forward wrapped or removed"):
         unfuse_transformer(model)
     wrapper = block.forward
     assert not fuse_transformer(model, verbose=False).left and block.forward is wrapper

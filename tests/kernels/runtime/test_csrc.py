@@ -154,7 +154,7 @@ def test_a_damaged_library_is_named(tmp_path, monkeypatch):
         RuntimeWarning, match=r"runs without its CUDA kernels: .*_ops_of_no_such_sources\.so does not load"
     ):
         reason = csrc.load.__wrapped__()
-    assert "once it is deleted, it is compiled anew" in reason
+    assert "delete it, and it is compiled again" in reason
 
 
 def test_a_library_follows_the_umask(tmp_path, monkeypatch):
