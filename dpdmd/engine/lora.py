@@ -321,7 +321,7 @@ def load_adapter(transformer: nn.Module, role: str, folder: str | Path) -> None:
     adapter = read_adapter(folder)
     parameters = adapter_parameters(transformer, role)
     if adapter.rank != config.r:
-        raise ConfigError(f"{adapter.path} is of r = {adapter.rank}; the {role}'s is {config.r}")
+        raise ConfigError(f"{adapter.path} has rank {adapter.rank}; the {role}'s adapter needs {config.r}")
     needed = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_fit({name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}, needed, str(adapter.path))
     ratio = adapter.scale / _scale(config)

@@ -148,9 +148,6 @@ class Meter(TorchDispatchMode):
             for tensor in _tensors([*each.parameters(), *each.buffers()] if isinstance(each, nn.Module) else each):
                 self._note(tensor.untyped_storage(), 0)
 
-    def reset_peak(self) -> None:
-        self.peak = self.live
-
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         made = [tensor for tensor in _tensors(result) if self._note(tensor.untyped_storage())]
@@ -391,7 +388,7 @@ def _measure_chain(chain: list[nn.Module], calls: dict[nn.Module, _Call], how: s
         outputs, before, work = (), 0, Work()
         for block in chain:
             before, work = meter.live, meter.work
-            meter.reset_peak()
+            meter.peak = meter.live
             args, kwargs = tree_map(given, (calls[block].args, calls[block].kwargs))
             outputs = _tensors(_run(block, how, args, kwargs))
             del args, kwargs
@@ -404,7 +401,7 @@ def _measure_chain(chain: list[nn.Module], calls: dict[nn.Module, _Call], how: s
         reached = [output for output in outputs if output.requires_grad]
         del outputs
         leaves.clear()
-        meter.reset_peak()
+        meter.peak = meter.live
         torch.autograd.backward(reached, [torch.empty_like(output) for output in reached])
         return Pass(kept, forward, meter.peak - before), forward_work, (meter.work - work) * (1 / len(chain))
 

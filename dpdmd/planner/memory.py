@@ -90,7 +90,10 @@ class Memory:
             parts["ema"] += 4 * self._at["student"].trained * self._share("student")
         if config.prompts.encoding == "stream" and not config.model.random_init:
             parts["weights"] += self._at["teacher"].dtype_bytes * self._footprints.backbone.family.text_parameters
-        parts["buffers"] += WORKSPACE + self._conditions()
+        # A batch's embeddings: conditional and unconditional, separate and concatenated.
+        elements = sum(torch.Size(shape).numel() for shape in self._footprints.backbone.text_shapes.values())
+        conditions = 4 * self._engine.batch_size * elements * self._at["teacher"].dtype_bytes
+        parts["buffers"] += WORKSPACE + conditions
         return parts
 
     def _of_role(self, role: str) -> dict[str, float]:
@@ -113,11 +116,6 @@ class Memory:
         """Bytes of a process's shard of the gradient."""
         width = 4 if self._engine.accumulation > 1 else self._at[role].dtype_bytes
         return width * self._at[role].trained * self._share(role)
-
-    def _conditions(self) -> float:
-        """Bytes of a batch's embeddings: conditional and unconditional, separate and concatenated."""
-        elements = sum(torch.Size(shape).numel() for shape in self._footprints.backbone.text_shapes.values())
-        return 4 * self._engine.batch_size * elements * self._at["teacher"].dtype_bytes
 
     def _whole(self, *roles: str) -> float:
         """Bytes of gathered weights while the last of the roles is at work and the others have a graph or wait to be released."""
@@ -158,13 +156,6 @@ class Memory:
         """Bytes of the gradient's shard from the update's earlier micro-batches."""
         return self._gradient(role) if self._engine.accumulation > 1 and self._residencies[role].reduced else 0.0
 
-    def _backward(self, role: str, chain: Chain, earlier: bool = False) -> dict[str, float]:
-        """Activations and gradients of the backward pass whose gradients are reduced."""
-        begun = self._begun(role)
-        shard = self._gradient(role) if self._residencies[role].reduced and not begun else 0.0
-        activations, gradients = chain.backward(held=False, earlier=earlier, shard=shard)
-        return {"activations": activations, "gradients": begun + gradients}
-
     def _phase(self, name: str, **parts: float) -> Phase:
         total = {part: self._state[part] + parts.get(part, 0.0) for part in PARTS}
         total["reserve"] = CONTEXT + (NCCL if self._gpus > 1 else 0.0) + MARGIN * sum(total.values()) + self._graphs
@@ -174,28 +165,36 @@ class Memory:
         keep = getattr(self._engine.kept_passes, role) or 0
         return Chain(self._at[role], steps, self._engine.checkpointing, keep)
 
-    def critic_phases(self) -> list[Phase]:
-        chain = self._chain("critic", 1)
-        return [
-            self._phase(
-                "critic update, student's rollout",
-                gathered=self._whole("student"),
-                activations=self._at["student"].no_grad,
-                gradients=self._begun("critic"),
-                buffers=self._receiving("student"),
-            ),
-            self._phase(
-                "critic update, forward and backward",
-                **self._backward("critic", chain),
-                gathered=self._whole("critic"),
-                buffers=self._reducing("critic"),
-            ),
-            self._optimizer("critic"),
-        ]
+    def _rollout(self, role: str, network: str) -> Phase:
+        """A network's rollout without gradient in a role's update."""
+        return self._phase(
+            f"{role} update, {network}'s rollout",
+            gathered=self._whole(network),
+            activations=self._at[network].no_grad,
+            gradients=self._begun(role),
+            buffers=self._receiving(network),
+        )
+
+    def _backward(self, role: str, name: str, chain: Chain, earlier: bool = False) -> Phase:
+        """The backward pass whose gradients are reduced."""
+        begun = self._begun(role)
+        shard = self._gradient(role) if self._residencies[role].reduced and not begun else 0.0
+        activations, gradients = chain.backward(held=False, earlier=earlier, shard=shard)
+        return self._phase(
+            f"{role} update, {name}",
+            gathered=self._whole(role),
+            activations=activations,
+            gradients=begun + gradients,
+            buffers=self._reducing(role),
+        )
 
     def _optimizer(self, role: str) -> Phase:
         gradients = self._gradient(role) if self._residencies[role].reduced else 0.0
         return self._phase(f"{role} update, optimizer", gathered=self._whole(), gradients=gradients)
+
+    def critic_phases(self) -> list[Phase]:
+        backward = self._backward("critic", "forward and backward", self._chain("critic", 1))
+        return [self._rollout("critic", "student"), backward, self._optimizer("critic")]
 
     def student_phases(self) -> list[Phase]:
         first_steps, rest = steps_with_graph(self._config)
@@ -204,17 +203,7 @@ class Memory:
         held = self._at["student"].dtype_bytes * self._at["student"].trained if parts else 0.0
         begun = self._begun("student")
         chain = self._chain("student", rest if parts else first_steps + rest)
-        phases = []
-        if first_steps:
-            phases.append(
-                self._phase(
-                    "student update, teacher's rollout",
-                    gathered=self._whole("teacher"),
-                    activations=teacher,
-                    gradients=begun,
-                    buffers=self._receiving("teacher"),
-                )
-            )
+        phases = [self._rollout("student", "teacher")] if first_steps else []
         if parts:
             activations, gradients = self._chain("student", first_steps).backward(held=True, earlier=False)
             phases.append(
@@ -239,12 +228,7 @@ class Memory:
                 gradients=begun + held,
                 buffers=receiving,
             ),
-            self._phase(
-                "student update, chain's backward",
-                **self._backward("student", chain, earlier=parts),
-                gathered=self._whole("student"),
-                buffers=self._reducing("student"),
-            ),
+            self._backward("student", "chain's backward", chain, earlier=parts),
             self._optimizer("student"),
         ]
 
@@ -279,8 +263,7 @@ class Memory:
         if config.ema is not None and config.ema.device == "cpu":
             host["average of the student"] = 4 * trained["student"] * local
         if config.run.checkpoint_every and config.engine.offload != "nvme":
-            states = {role: STATE_BYTES[config.optimizer(role).state] for role in trained}
-            copy = sum((4 + states[role]) * size for role, size in trained.items())
+            copy = sum((4 + STATE_BYTES[config.optimizer(role).state]) * size for role, size in trained.items())
             copy += 4 * trained["student"] * (config.ema is not None)
             host["checkpoint: a copy of masters and moments"] = copy * local
         width = student.dtype_bytes
