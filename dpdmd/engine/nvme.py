@@ -21,7 +21,7 @@ from dpdmd.engine.compilation import compiling
 def check_nvme(path: str | None) -> None:
     """Raises ConfigError if engine.offload = nvme cannot work here."""
     if path is None or not os.access(path, os.W_OK):
-        raise ConfigError(f"engine.nvme_path = {path!r}: a writable folder is needed")
+        raise ConfigError(f"engine.nvme_path = {path!r}: no folder that can be written to")
     if not _file_access().is_compatible(verbose=False):
         raise ConfigError(
             "engine.offload = nvme: DeepSpeed's asynchronous file access cannot be built here: it needs the headers of libaio "
