@@ -1,12 +1,11 @@
-"""What a noise process knows, without any network: time grids, conversions, steps and targets.
+"""Noise processes, without any network: time grids, conversions, steps and targets.
 
 Flow                 z_t = (1 - t) x + t eps,           networks predict the velocity v = eps - x     (SD3.5, FLUX, ...)
 VariancePreserving   z_t = alpha_t x + sigma_t eps,     networks predict the noise eps                (SDXL, ...)
                      with alpha^2 + sigma^2 = 1
 
-A model family picks one, or brings a `NoiseProcess` of its own; distill.py asks for nothing else. Times are float32 and
-grids fall from noise to data; a grid of n steps has n + 1 times, the last being data. All come from the model's own
-diffusers scheduler, shift included.
+A model family picks one, or brings a `NoiseProcess` of its own; distill.py needs nothing else. Times are float32; grids
+fall from noise to data, and n steps have n + 1 times. All come from the model's own diffusers scheduler, shift included.
 Source: arXiv 2602.03139, with x0 for data and eps for the initial noise.
 """
 
@@ -25,18 +24,18 @@ from torch import Tensor
 
 from dpdmd import kernels
 
-EARLIEST_START, LATEST = 0.999, 1.001  # of a flow's first time: that of noise is 1, which rounding may put a hair off
+EARLIEST_START, LATEST = 0.999, 1.001  # range of a flow's first time: noise is at 1, up to rounding
 
 Grid = str | list[float]  # "scheduler", "uniform", or explicit times without the final data time
 
 
 class NoiseProcess(ABC):
-    """What the method asks of a noise process, on the model's scheduler.
+    """The interface of a noise process, on the model's scheduler.
 
-    prediction: what networks predict. start, end: the times of noise and of data. anchor_needs_teacher: whether the
-    first step's target asks the teacher once more, at the anchor. num_train_timesteps: the number of training times.
-    train_times, renoise_times (num_train_timesteps,) float32: the times that the scheduler trains at, and those that
-    distill.renoise.distribution = scheduler draws from. Samples x, noise and predictions are (B, ...), t (B,) float32.
+    prediction: what networks predict. start, end: the times of noise and of data. anchor_needs_teacher: whether the first
+    step's target needs a teacher's pass at the anchor. train_times, renoise_times (num_train_timesteps,) float32: the times
+    that the scheduler trains at, and those that distill.renoise.distribution = scheduler draws from. Samples x, noise and
+    predictions are (B, ...), t (B,) float32.
     """
 
     prediction: ClassVar[str]
@@ -49,19 +48,19 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def times(self, num_steps: int) -> Tensor:
-        """The teacher's grid, (num_steps + 1,) float32, as a pipeline called with num_inference_steps walks it."""
+        """The teacher's grid, (num_steps + 1,) float32: a pipeline's with num_inference_steps."""
 
     @abstractmethod
     def student_times(self, num_steps: int, grid: Grid) -> Tensor:
         """The student's grid, (num_steps + 1,) float32. Raises ValueError for a grid that the scheduler cannot walk."""
 
-    @abstractmethod
     def uniform_time(self, u: Tensor) -> Tensor:
         """Maps u in [0, 1] linearly to a time."""
+        return u * self.start
 
     @abstractmethod
     def timestep(self, t: Tensor) -> Tensor:
-        """What the network takes as its timestep, (B,) float32."""
+        """The network's timestep argument, (B,) float32."""
 
     @abstractmethod
     def to_x0(self, t: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -77,14 +76,14 @@ class NoiseProcess(ABC):
 
     @abstractmethod
     def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
-        """How far the student's prediction at the noise, time `start` (B,), is from what leads to the anchor."""
+        """Distance of the student's prediction at the noise, time `start` (B,), from the one that leads to the anchor."""
 
     @abstractmethod
     def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
-        """How far the critic's prediction at x, renoised with the noise, is from the one that leads back to x."""
+        """Distance of the critic's prediction at x, renoised with the noise, from the one that leads back to x."""
 
     def dmd_loss(self, x, teacher, critic, x_t, t, *, teacher_uncond, guidance_scale, normalizer) -> Tensor:
-        """See kernels.dmd_loss: a flow's velocities suffice under the paper's normaliser, as t cancels."""
+        """kernels.dmd_loss, on a flow's velocities under the paper's normaliser, where t cancels; else in x0 space."""
         free_of_t = self.prediction == "velocity" and normalizer == "teacher"
         return kernels.dmd_loss(
             x,
@@ -100,8 +99,8 @@ class NoiseProcess(ABC):
 
 @dataclass(frozen=True)
 class Anchor:
-    """Where the teacher's first steps have led: z (B, ...) at t (B,). teacher, teacher_uncond: its predictions there,
-    where they are needed; teacher None: z is data."""
+    """The state after the teacher's first steps: z (B, ...) at t (B,). teacher, teacher_uncond: its predictions there, if
+    they are needed; teacher None: z is data."""
 
     z: Tensor
     t: Tensor
@@ -114,21 +113,19 @@ class Flow(NoiseProcess):
     """Linear path between data (t = 0) and noise (t = 1), networks predict the velocity.
 
     scheduler: a diffusers FlowMatchEulerDiscreteScheduler; it is copied, never changed.
-    mu: what a scheduler that shifts by resolution (use_dynamic_shifting) shifts by, or a function of the number of steps
-    to that; others have no need of it.
-    even_steps: the pipeline takes n steps as sigmas 1, (n - 1) / n, ..., 1 / n before the shift (FluxPipeline); else
-    it takes the steps that the scheduler makes of the number n (StableDiffusion3Pipeline).
+    mu: the shift of a scheduler that shifts by resolution (use_dynamic_shifting), or a function of the number of steps to
+    it. Without it such a scheduler raises ValueError.
+    even_steps: the pipeline takes n steps as sigmas 1, (n - 1) / n, ..., 1 / n before the shift (FluxPipeline); else the
+    steps that the scheduler makes of the number n (StableDiffusion3Pipeline).
     train_times (1000,) float32: the scheduler's training grid, falling, shift included.
-    renoise_times (1000,) float32: what the scheduler's own set_timesteps makes of as many steps, without the data time.
-    It lays the steps out evenly between the ends of a grid that has been shifted and shifts them again, so that under a
-    fixed shift of 3 it ends at 0.00893 where train_times end at 0.00299; the authors draw from it.
-    Raises ValueError for a scheduler that shifts by resolution and no mu.
+    renoise_times (1000,) float32: the scheduler's set_timesteps(1000) without the data time. It spaces the steps evenly
+    between the ends of the shifted grid and shifts them again: under a fixed shift of 3 it ends at 0.00893, train_times at
+    0.00299. The authors draw from it.
     """
 
     prediction = "velocity"
     start, end = 1.0, 0.0
-    # The velocity target is made of states alone; the x0 target below asks the teacher once more at the anchor.
-    anchor_needs_teacher = False
+    anchor_needs_teacher = False  # the velocity target needs states alone; the x0 target below a pass at the anchor
 
     def __init__(self, scheduler, *, mu: float | Callable[[int], float] | None = None, even_steps: bool = False):
         self._scheduler = scheduler
@@ -155,7 +152,7 @@ class Flow(NoiseProcess):
         return scheduler.sigmas.float()
 
     def pipeline_sigmas(self, num_steps: int, grid: Grid) -> list[float]:
-        """The list to give a diffusers pipeline as `sigmas`, which shifts it, so that it walks the student's grid."""
+        """The pipeline's argument `sigmas` that gives the student's grid after the pipeline's shift."""
         if grid == "scheduler" and self._even_steps:
             sigmas = np.linspace(1.0, 1.0 / num_steps, num_steps)
         elif grid == "scheduler":
@@ -164,21 +161,19 @@ class Flow(NoiseProcess):
         elif grid == "uniform":
             sigmas = np.linspace(1.0, 0.0, num_steps + 1)[:-1]
         else:
-            shift = self._shift(num_steps)
+            config, shift = (
+                self._scheduler.config,
+                self._scheduler.shift,
+            )  # sigma -> shift sigma / (1 + (shift - 1) sigma)
+            if config.use_dynamic_shifting:
+                mu = self._mu(num_steps)
+                shift = math.exp(mu) if config.time_shift_type == "exponential" else mu
             sigmas = np.array(grid, dtype=np.float64)
             sigmas = sigmas / (shift - (shift - 1.0) * sigmas)
         return [float(sigma) for sigma in sigmas.astype(np.float32)]
 
-    def _shift(self, num_steps: int) -> float:
-        """s, where the scheduler turns sigma into s sigma / (1 + (s - 1) sigma)."""
-        config = self._scheduler.config
-        if not config.use_dynamic_shifting:
-            return self._scheduler.shift
-        mu = self._mu(num_steps)
-        return math.exp(mu) if config.time_shift_type == "exponential" else mu
-
     def student_times(self, num_steps: int, grid: Grid) -> Tensor:
-        """Bit for bit what a pipeline makes of `pipeline_sigmas`."""
+        """Bitwise equal to a pipeline's grid for `pipeline_sigmas`."""
         times = self._walked(num_steps, self.pipeline_sigmas(num_steps, grid))
         if isinstance(grid, list) and not np.allclose(times[:-1], grid, atol=1e-4):
             raise ValueError(
@@ -190,9 +185,6 @@ class Flow(NoiseProcess):
                 f"distill.student_grid = {grid}: starts at {times[0]:.4f}; sampling starts from noise, at 1"
             )
         return _falling(times, grid)
-
-    def uniform_time(self, u: Tensor) -> Tensor:
-        return u
 
     def timestep(self, t: Tensor) -> Tensor:
         """In [0, 1000]."""
@@ -208,7 +200,7 @@ class Flow(NoiseProcess):
         return kernels.guided_euler_step(x, prediction, t, t_next, v_uncond=uncond, guidance_scale=guidance_scale)
 
     def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
-        """mean |v - (eps - z_K) / (1 - t_K)|^2 (PAPER, step 2)."""
+        """mean |v - (eps - z_K) / (1 - t_K)|^2 (arXiv 2602.03139)."""
         return kernels.v_prediction_loss(prediction, noise, anchor.z, anchor.t)
 
     def critic_loss(self, prediction: Tensor, noise: Tensor, x: Tensor) -> Tensor:
@@ -220,9 +212,9 @@ class VariancePreserving(NoiseProcess):
     """Noise-predicting diffusion with alphabar_t = alpha_t^2 given at 1000 steps.
 
     A time is a (possibly fractional) training step, float32: 999 is noise, 0 the least noisy trained step, -1 is data
-    (alphabar = 1). Between steps sigma / alpha is interpolated linearly, as diffusers' Euler scheduler does.
-    train_times and renoise_times (1000,) float32: every training step, 999 to 0. There is no shift to apply twice, and
-    set_timesteps(1000) under SDXL's leading spacing would name the steps 1000 to 1, of which 1000 was never trained.
+    (alphabar = 1). Between steps sigma / alpha is interpolated linearly, as in diffusers' Euler scheduler.
+    train_times and renoise_times (1000,) float32: every training step, 999 to 0; set_timesteps(1000) under SDXL's leading
+    spacing would give 1000 to 1, and step 1000 was never trained.
     scheduler: a diffusers scheduler with `alphas_cumprod` and prediction_type "epsilon"; copied, never changed.
     """
 
@@ -265,9 +257,6 @@ class VariancePreserving(NoiseProcess):
     def _with_end(self, timesteps: Tensor) -> Tensor:
         return torch.cat([timesteps.float(), torch.tensor([self.end])])
 
-    def uniform_time(self, u: Tensor) -> Tensor:
-        return u * self.start
-
     def timestep(self, t: Tensor) -> Tensor:
         """The time itself."""
         return t
@@ -307,10 +296,8 @@ class VariancePreserving(NoiseProcess):
         return stepped * (1 + following.square()).rsqrt().to(dtype).view(shape)
 
     def first_step_loss(self, prediction, noise, start, anchor: Anchor) -> Tensor:
-        """mean |x_student - x_target|^2, both in x0 space (PAPER, noise-predicting models).
-
-        x_target from the guided teacher at the anchor, or z itself where the rollout reached the data.
-        """
+        """mean |x_student - x_target|^2 in x0 space (arXiv 2602.03139, noise-predicting models); x_target is the guided
+        teacher's at the anchor, or z if the rollout reached the data."""
         target = z = anchor.z
         if anchor.teacher is not None:
             # A step to the data time is the conversion to x0, guidance included.
@@ -325,12 +312,12 @@ class VariancePreserving(NoiseProcess):
 
 
 def _arithmetic(x: Tensor) -> torch.dtype:
-    """The dtype that per-sample scalars are handed to the kernels in: float64 only for float64 samples."""
+    """The dtype of per-sample scalars for the kernels: float64 only for float64 samples."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _falling(times: Tensor, grid: Grid) -> Tensor:
-    """The times, which fall in float32 too."""
+    """Returns the times; raises ValueError unless they fall in float32."""
     if not (times.diff() < 0).all():
         raise ValueError(f"distill.student_grid = {grid}: in float32 it is {times.tolist()}, and must fall to the end")
     return times

@@ -1,16 +1,16 @@
-"""The algorithm: DP-DMD (arXiv 2602.03139) on plain callables, with neither DeepSpeed nor diffusers in sight.
+"""The algorithm: DP-DMD (arXiv 2602.03139) on plain callables, without DeepSpeed or diffusers.
 
 A network is any callable (x (B, ...), t (B,) float32, cond) -> prediction (B, ...). A student update is
 
     z_K   = teacher's first K guided steps from eps                                   no gradient
-    L_div = |student's first prediction - what leads straight from eps to z_K|^2      teaches step 1 diversity
+    L_div = |student's first prediction - the one that leads straight from eps to z_K|^2   teaches step 1 diversity
     z_1   = stopgrad(student's first step)                                            DMD never reaches step 1
     x     = student's remaining steps from z_1
     L_dmd : dL/dx = (x_fake - x_real) / w at a renoised x                             teaches the rest quality
     L     = L_dmd + lambda L_div
 
-and a critic update fits the critic to the student's samples. Every draw comes from `Draws`, counter-based in
-(seed, iteration, role, shard), so a run repeats bit for bit from its configuration alone.
+and a critic update fits the critic to the student's samples. Every draw comes from `Draws`, so a run repeats bit for bit
+from its configuration alone.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ Condition = Any  # a tensor, or a dict of tensors, whose first dimension is the 
 
 
 class Draws:
-    """Random numbers keyed by (seed, iteration, role, shard): the same key gives the same numbers, in order of asking.
+    """Random numbers keyed by (seed, iteration, role, shard): the same key and order of calls give the same numbers.
 
-    shard counts the pieces of one global batch: micro-batch * processes + rank, so ranks differ, and one process with
-    two micro-batches draws what two processes with one draw.
+    shard: the index of a part of the global batch, micro-batch * processes + rank: ranks differ, and one process with two
+    micro-batches draws what two processes with one draw.
     """
 
     def __init__(self, seed: int, iteration: int, role: str, shard: int, device: torch.device | str = "cpu"):
@@ -58,23 +58,23 @@ class Draws:
         return torch.rand(count, generator=self._generator, device=self.device)
 
     def shared_index(self, high: int) -> int:
-        """One integer of [0, high), the same on every shard: for what decides which collectives a process joins."""
+        """One integer of [0, high), the same on every shard: use it where the draw decides which collectives run."""
         return int(torch.randint(high, (), generator=self._shared))
 
 
 def sampling_noise(seed: int, index: int, shape: tuple[int, ...]) -> Tensor:
-    """Initial noise (1, C, H, W) of one picture, float32 on the CPU: the same on every device and process."""
+    """Initial noise (1, C, H, W) of one image, float32 on the CPU: the same on every device and process."""
     return Draws(seed, index, "sample", 0).noise((1, *shape))
 
 
 def first_noises(seed: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """`sampling_noise` of the first `count` pictures, (count, C, H, W)."""
+    """`sampling_noise` of the first `count` images, (count, C, H, W)."""
     return torch.cat([sampling_noise(seed, index, shape) for index in range(count)])
 
 
 @dataclass(frozen=True)
 class StudentLoss:
-    remaining: Tensor  # what is left to differentiate: all of total, or what the first step does not hold
+    remaining: Tensor  # still to be differentiated: all of total, or dmd if `backward` got the first step's loss
     total: Tensor  # detached scalars for the log: dmd + weight * diversity
     dmd: Tensor
     diversity: Tensor
@@ -82,7 +82,7 @@ class StudentLoss:
 
 
 class Distillation:
-    """One recipe on one noise process: the two losses of the method and the student's sampler.
+    """The method's two losses and the student's sampler on one noise process.
 
     student_times (N + 1,), teacher_times (T + 1,): float32 grids, noise to data, from the model's own scheduler.
     """
@@ -96,7 +96,7 @@ class Distillation:
         self._renoise_times = (diffusion.renoise_times if own else diffusion.train_times).to(device)
 
     def sample(self, student: Network, noise: Tensor, cond: Condition) -> Tensor:
-        """The student's N steps from noise (B, ...), without guidance."""
+        """The student's N steps from noise (B, ...) without guidance."""
         return rollout(self.diffusion, student, noise, self.student_times, cond)
 
     def student_loss(
@@ -112,8 +112,8 @@ class Distillation:
     ) -> StudentLoss:
         """Loss of one student update; noise (B, ...) is eps. Only the student's graph is kept.
 
-        backward: where given, and where the steps after the first are cut off from it (detach), it is called with the
-        first step's weighted loss as soon as that stands, so that this graph is gone before the others are made.
+        backward: with distill.detach, called with the first step's weighted loss before the other steps run, so that its
+        graph is freed first.
         """
         config, diffusion = self.config, self.diffusion
         steps = time_steps(self.student_times, noise)
@@ -137,7 +137,7 @@ class Distillation:
         return StudentLoss(remaining, dmd + config.diversity_weight * diversity, dmd, diversity, x.detach())
 
     def _anchor(self, teacher, noise, cond, uncond) -> Anchor:
-        """Where the teacher comes to from noise (B, ...) in K steps, as `first_step_loss` takes it."""
+        """The state after the teacher's K steps from noise (B, ...), for `first_step_loss`."""
         config, diffusion = self.config, self.diffusion
         scale = config.guidance_scale
         anchor_times = self.teacher_times[: config.anchor + 1]
@@ -151,8 +151,7 @@ class Distillation:
     def _trained_rollout(self, student, x, steps, cond, draws) -> Tensor:
         """The steps that DMD trains: a graph through all of them, or through one drawn at random.
 
-        With "random" the other steps are evaluated without graph and pass the gradient on unchanged, as a step does
-        whose prediction is a constant; the gradient is not rescaled.
+        With "random" the other steps' predictions are constants: they pass the gradient on unchanged and not rescaled.
         """
         chosen = None if self.config.rollout_gradient == "full" else draws.shared_index(len(steps))
         for number, (t, t_next) in enumerate(steps):
@@ -168,8 +167,8 @@ class Distillation:
             x_t = self.diffusion.renoise(x.detach(), draws.noise(x.shape, x.dtype), t)
             real, real_uncond = guided(teacher, x_t, t, cond, uncond, config.guidance_scale)
             fake = critic(x_t, t, cond)
-            # The kernel turns non-finite gradient entries into 0; a network that has broken must show in the loss all the
-            # same, so that the update is skipped and counted.
+            # The kernel turns non-finite gradient entries into 0; the loss becomes NaN here instead, so that the update is
+            # skipped and counted.
             usable = _usable(real, real_uncond, fake, config.guidance_scale, config.normalizer)
         loss = self.diffusion.dmd_loss(
             x,
@@ -184,7 +183,7 @@ class Distillation:
         return loss * torch.where(usable, 1.0, torch.nan)
 
     def critic_loss(self, critic: Network, student: Network, noise: Tensor, cond: Condition, draws: Draws) -> Tensor:
-        """Loss of one critic update: denoise what the student makes of noise (B, ...). Only the critic has a graph."""
+        """Loss of one critic update: denoise the student's samples from noise (B, ...). Only the critic has a graph."""
         with torch.no_grad():
             x = self.sample(student, noise, cond)
             t = self._renoise_time(len(x), draws)
@@ -193,7 +192,7 @@ class Distillation:
         return self.diffusion.critic_loss(critic(x_t, t, cond), fresh, x)
 
     def _renoise_time(self, batch: int, draws: Draws) -> Tensor:
-        """(B,) float32: one of a scheduler's times or uniform in [low, high]; one a batch or one a sample."""
+        """(B,) float32: one of a scheduler's times, or uniform in [low, high]; one per batch or per sample."""
         renoise = self.config.renoise
         count = batch if renoise.per == "sample" else 1
         if renoise.distribution == "uniform":
@@ -204,8 +203,8 @@ class Distillation:
 
 
 def _usable(real: Tensor, real_uncond: Tensor | None, fake: Tensor, guidance_scale: float, normalizer: str) -> Tensor:
-    """bool (): whether no entry of the DMD gradient is lost to a NaN or an infinity, of any prediction (B, ...), of their
-    guided combination, or of the division by a teacher's prediction that is all zeros."""
+    """bool (): whether the DMD gradient is finite: no NaN or infinity in a prediction (B, ...) or the guided combination, and
+    no division by a teacher's prediction that is all zeros."""
     score = real.float() if real_uncond is None else torch.lerp(real_uncond.float(), real.float(), guidance_scale)
     usable = score.isfinite().all() & fake.isfinite().all()
     if normalizer == "teacher":
@@ -227,7 +226,7 @@ def time_steps(times: Tensor, x: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 
 def guided(network, x, t, cond, uncond, guidance_scale) -> tuple[Tensor, Tensor | None]:
-    """Conditional and unconditional prediction from one forward pass of twice the batch; no second half at scale 1."""
+    """Conditional and unconditional prediction from one forward pass of twice the batch; at scale 1 (prediction, None)."""
     if guidance_scale == 1.0:
         return network(x, t, cond), None
     if uncond is None:
@@ -235,11 +234,8 @@ def guided(network, x, t, cond, uncond, guidance_scale) -> tuple[Tensor, Tensor 
             f"guidance_scale = {guidance_scale} needs unconditional embeddings, but uncond is None: "
             "give the embedding of the negative prompt, or guidance_scale = 1"
         )
-    both = network(torch.cat([x, x]), torch.cat([t, t]), _concatenate(cond, uncond))
-    return both.chunk(2)
-
-
-def _concatenate(first: Condition, second: Condition) -> Condition:
-    if isinstance(first, dict):
-        return {key: torch.cat([value, second[key]]) for key, value in first.items()}
-    return torch.cat([first, second])
+    if isinstance(cond, dict):
+        conditions = {key: torch.cat([value, uncond[key]]) for key, value in cond.items()}
+    else:
+        conditions = torch.cat([cond, uncond])
+    return network(torch.cat([x, x]), torch.cat([t, t]), conditions).chunk(2)

@@ -1,8 +1,8 @@
-"""Will it fit, before anything is loaded; what `auto` stands for; and what else would do.
+"""Whether a configuration fits, before anything is loaded; the choice of `auto`; and other settings that fit.
 
     python -m dpdmd.plan --config FILE [--gpus N ...] [--gpu-memory GIB] [section.key=value ...] [--output FILE.yaml]
 
-Nothing is read but configuration files, and no GPU is needed. What a configuration takes is counted in planner/.
+It reads only configuration files and needs no GPU. planner/ computes what it prints.
 """
 
 from __future__ import annotations
@@ -15,14 +15,15 @@ import sys
 
 from dpdmd.backbones import load_backbone
 from dpdmd.config import Config, ConfigError, KeptPassesConfig, load_config, to_yaml
-from dpdmd.planner.footprint import Footprints
+from dpdmd.engine.residency import POLICIES
+from dpdmd.planner.footprint import CHECKPOINTING, Footprints
 from dpdmd.planner.memory import GIB, GPUS_A_NODE, PARTS
 from dpdmd.planner.plan import Plan, gib
 from dpdmd.planner.search import Alternative, Planner, alternatives, gpu_bytes, recommend, refusal, with_engine
 
 MOST_GPUS = 2**16
 
-EXPLAINED = (  # by the beginning of a setting
+EXPLAINED = (  # the beginning of a setting, and what it changes and costs
     ("engine.residency=whole", "weights stay gathered until an update changes them: fewest bytes sent, most memory"),
     ("engine.residency=phase", "weights are gathered for a rollout or a chain and given back: more bytes, less memory"),
     ("engine.residency=block", "each block is gathered as it runs, in every pass: most bytes sent, beside the passes"),
@@ -34,14 +35,11 @@ EXPLAINED = (  # by the beginning of a setting
     ("engine.checkpointing=full", "block passes beyond kept_passes are computed again in the backward pass, whole"),
     ("engine.checkpointing=auto", "activations are kept or computed again as memory allows"),
     ("engine.residency=auto", "weights stay gathered as long as memory allows"),
-    ("engine.kept_passes", ""),
     ("engine.batch_size", "the same update from smaller batches: passes of fewer samples, gradients added in float32"),
-    ("engine.accumulation", ""),
     ("engine.offload=cpu", "masters and moments in the machine's memory: updates wait for PCIe and the CPU"),
     ("student_optimizer.state=bfloat16", "moments in 4 bytes a parameter for 8, stochastically rounded; costs no time"),
     ("student_optimizer.state=float8", "moments in 2 bytes a parameter for 8, stochastically rounded; costs no time"),
     ("student_optimizer", "moments in float32, which offload needs"),
-    ("critic_optimizer", ""),
     (
         "model.teacher_storage=float8",
         "the teacher's weights in a byte each, rounded to a 16th; made whole for its phases",
@@ -50,13 +48,8 @@ EXPLAINED = (  # by the beginning of a setting
 )
 
 
-def explain(setting: str) -> str:
-    """What a setting changes and costs; "" where another line says so."""
-    return next((text for beginning, text in EXPLAINED if setting.startswith(beginning)), "")
-
-
 def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
-    """All that the command prints, and the recommended plan; None where nothing fits."""
+    """The command's output, and the recommended plan; None if nothing fits."""
     gpus = planner.num_gpus
     plan = planner.resolve(config)
     student = planner.footprints.of(config, "student", config.engine.batch_size)
@@ -93,11 +86,10 @@ def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
     best = recommend(config, planner, others)
     if best is None:
         return "\n".join([*lines, refusal(config, plan, planner)]), None
-    lines += [f"recommended: {' '.join(best.changes) or 'as configured'}"]
-    lines += [f"  {best.plan.choice}"]
+    lines += [f"recommended: {' '.join(best.changes) or 'as configured'}", f"  {best.plan.choice}"]
     for setting in (*best.changes, *best.plan.choice.split()):
-        if explain(setting):
-            lines.append(f"  {setting}: {explain(setting)}")
+        texts = [text for beginning, text in EXPLAINED if setting.startswith(beginning)]
+        lines += [f"  {setting}: {text}" for text in texts[:1]]
     lines.append(
         f"  {gib(best.plan.peak)} GiB allocated at the peak, {gib(best.plan.needed)} of {gib(planner.gpu_memory)} GiB; "
         f"a cycle takes about {best.plan.cycle:.1f} s"
@@ -106,17 +98,14 @@ def report(config: Config, planner: Planner) -> tuple[str, Plan | None]:
 
 
 def phase_table(plan: Plan) -> list[str]:
-    rows = [["phase", *PARTS, "total"]]
-    for phase in plan.phases:
-        rows.append([phase.name, *(gib(phase.parts[part]) for part in PARTS), gib(phase.total)])
-    return _table(rows)
+    rows = [[each.name, *(gib(each.parts[part]) for part in PARTS), gib(each.total)] for each in plan.phases]
+    return _table([["phase", *PARTS, "total"], *rows])
 
 
 def ways_table(config: Config, planner: Planner) -> list[str]:
     rows = [["residency", "checkpointing", "kept student", "kept critic", "GiB", "fits", "s a cycle, about", "GB sent"]]
-    residencies = ("whole", "phase", "block") if planner.num_gpus > 1 else ("whole",)
     null = KeptPassesConfig()
-    for residency, how in itertools.product(residencies, ("none", "selective", "full")):
+    for residency, how in itertools.product(planner.policies, CHECKPOINTING):
         plan = planner.resolve(with_engine(config, residency=residency, checkpointing=how, kept_passes=null))
         kept = plan.config.engine.kept_passes
         sent = (plan.traffic["gathered"] + plan.traffic["reduced"]) / 1e9
@@ -136,10 +125,10 @@ def alternatives_table(found: list[Alternative], most: int = 16) -> list[str]:
 
 
 def scaling_table(config: Config, planner: Planner, counts: list[int]) -> str:
-    """In Markdown, a line for each number of GPUs: what is recommended there, and what each residency would send."""
+    """A Markdown table with a line per number of GPUs: the recommendation, and what each residency would send."""
     lines = [
         "| GPUs | settings | residency | block passes kept (student, critic) | GiB | s a cycle | images a second "
-        "| GB a GPU receives and sends a cycle: whole, phase, block |",
+        f"| GB a GPU receives and sends a cycle: {', '.join(POLICIES)} |",
         "| ---: | --- | --- | --- | ---: | ---: | ---: | --- |",
     ]
     for gpus in counts:
@@ -150,10 +139,8 @@ def scaling_table(config: Config, planner: Planner, counts: list[int]) -> str:
             continue
         found, engine = best.plan, best.plan.config.engine
         kept = "all" if engine.checkpointing == "none" else f"{engine.kept_passes.student}, {engine.kept_passes.critic}"
-        sent = [
-            sum(there.plan(with_engine(found.config, residency=residency)).traffic.values()) / 1e9
-            for residency in ("whole", "phase", "block")
-        ]
+        plans = [there.plan(with_engine(found.config, residency=policy)) for policy in POLICIES]
+        sent = [sum(each.traffic.values()) / 1e9 for each in plans]
         changes = "<br>".join(f"`{change}`" for change in best.changes) or "as configured"
         lines.append(
             f"| {gpus} | {changes} | {engine.residency} | {kept} | {gib(found.needed)} | {found.cycle:.1f} "
@@ -167,21 +154,18 @@ def _table(rows: list[list[str]]) -> list[str]:
     texts = [not any(row[i].replace(".", "").isdigit() for row in rows[1:]) for i in range(len(widths))]
     lines = []
     for row in rows:
-        cells = [
-            cell.ljust(width) if text else cell.rjust(width)
-            for cell, width, text in zip(row, widths, texts, strict=True)
-        ]
+        columns = zip(row, widths, texts, strict=True)
+        cells = [cell.ljust(width) if text else cell.rjust(width) for cell, width, text in columns]
         lines.append("  " + "  ".join(cells).rstrip())
     return lines
 
 
 def architecture_only(config: Config):
-    """The backbone of a configuration, of whose model nothing but configuration files is looked at, and for a published
-    model that is known by name not even those."""
+    """The configuration's backbone, from the model's configuration files alone; known published models need none."""
     return load_backbone(config.model.model_copy(update={"random_init": True}))
 
 
-_WRITTEN = "# By python -m dpdmd.plan"  # how a file of --output begins
+_WRITTEN = "# By python -m dpdmd.plan"  # the beginning of a file of --output
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -198,10 +182,10 @@ def _main(argv: list[str] | None) -> int:
         nargs="+",
         default=[1],
         metavar="N",
-        help="GPUs, a process each (default: 1); of several numbers a table of what is recommended for each",
+        help="GPUs, a process each (default: 1); several numbers print a table with a recommendation for each",
     )
     parser.add_argument(
-        "--gpu-memory", type=command.above_0, metavar="GIB", help="of each GPU (default: of the one that is here)"
+        "--gpu-memory", type=command.above_0, metavar="GIB", help="memory of each GPU (default: this machine's GPU)"
     )
     parser.add_argument(
         "--output", type=command.new_file, metavar="FILE.yaml", help="write the recommended configuration"
@@ -214,11 +198,11 @@ def _main(argv: list[str] | None) -> int:
     if len(args.gpus) > 1 and args.output is not None:
         raise ConfigError(f"--gpus = {args.gpus}: one number is needed for --output")
     if args.output is not None and args.output.exists() and not args.output.read_bytes().startswith(_WRITTEN.encode()):
-        raise ConfigError(f"--output {args.output}: it is there, and not written by this command: take another name")
+        raise ConfigError(f"--output {args.output}: the file exists and is not this command's: take another name")
     memory = gpu_bytes() if args.gpu_memory is None else args.gpu_memory * GIB
     if memory is None:
         raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")
-    # For GPUs, wherever it is planned: what a file has for the CPU does not count.
+    # The plan is for GPUs on every machine: settings for the CPU do not count.
     config = load_config(args.config, [*args.settings, "engine.device=cuda"])
     config = with_engine(config, device="auto")
     backbone = architecture_only(config)

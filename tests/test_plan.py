@@ -374,7 +374,7 @@ def test_two_blocks_of_a_kind_stand_for_all(networks, family, fused):
     if fused:
         fuse_transformer(model, verbose=False)
     arguments = footprint._arguments(backbone, 3, torch.bfloat16)
-    with footprint._as_on_a_gpu(), footprint._meter(model, arguments) as meter:
+    with footprint._as_on_a_gpu(), Meter(model, arguments) as meter:
         output = backbone.predict(model, *arguments, torch.bfloat16)
     assert meter.live == measured.outer_kept + sum(block.passes["none"].kept for block in measured.blocks)
     assert meter.work.gemm == measured.forward.gemm and meter.work.attention == measured.forward.attention
@@ -448,8 +448,7 @@ def test_outside_of_shapes_only_meta_tensors_take_the_reference():
 
 def test_a_meter_counts_storages_once_and_while_they_live():
     there = torch.empty(10, device="meta")
-    with Meter() as meter:
-        meter.ignore([there])
+    with Meter([there]) as meter:
         a = there + 1
         view = a.view(2, 5).t()
         assert meter.live == 40
@@ -733,8 +732,7 @@ def test_the_command_writes_what_load_config_reads(capsys, tmp_path):
     (mine := tmp_path / "mine.yaml").write_text("# mine\nrun: {seed: 3}\n")
     code, _, error = run(capsys, "--config", mine, "--gpu-memory", 80, "--output", mine)
     assert (
-        code == 2
-        and error == f"error: --output {mine}: it is there, and not written by this command: take another name\n"
+        code == 2 and error == f"error: --output {mine}: the file exists and is not this command's: take another name\n"
     )
     assert mine.read_text() == "# mine\nrun: {seed: 3}\n"
 

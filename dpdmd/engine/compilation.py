@@ -1,7 +1,7 @@
-"""DeepSpeed's libraries that are compiled at their first use: what is going on is said, and nobody waits for the dead.
+"""DeepSpeed's libraries that are compiled at their first use: report what happens, and remove the lock of a dead process.
 
 torch keeps two processes from compiling into one folder by a file `lock` there. A process that was killed leaves it, and all
-later ones would wait for ever, without a word.
+later ones would wait for ever, silently.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LOOK = 0.5  # seconds between two looks at the lock
-UNHELD = 3.0  # seconds that nobody has held the lock before it is removed: it is made before it is opened for good
+UNHELD = 3.0  # seconds without a holder before the lock is removed: torch creates the file before it opens it for good
 _NETWORKED = ("nfs", "lustre", "gpfs", "ceph", "fuse", "cifs", "smb", "beegfs", "9p")
 
 
 @contextlib.contextmanager
 def compiling(library: str, what: str) -> Iterator[None]:
-    """Around what may compile `library` (torch's name for it) or wait for another process that does. what: for messages.
+    """Wrap what may compile `library` (torch's name for it) or wait for another process that does. what: for messages.
 
-    Where the folder is on a disk that other machines share, a lock that nobody here holds is named, not removed.
+    On a disk that other machines share, a lock that nobody here holds is named, not removed.
     """
     over = threading.Event()
     watcher = threading.Thread(target=_watch, args=(build_folder(library) / "lock", what, over), daemon=True)
@@ -43,7 +43,7 @@ def build_folder(library: str) -> Path:
 
 
 def holder(lock: Path) -> int | None:
-    """The process on this machine that has the file open; None where there is none."""
+    """The process on this machine that has the file open, or None."""
     try:
         wanted = lock.stat()
     except OSError:
@@ -55,7 +55,7 @@ def holder(lock: Path) -> int | None:
                     found = descriptor.stat()
                     if (found.st_dev, found.st_ino) == (wanted.st_dev, wanted.st_ino):
                         return int(process.name)
-        except OSError:  # another user's, or gone
+        except OSError:  # another user's, or it has ended
             continue
     return None
 
@@ -70,15 +70,12 @@ def _watch(lock: Path, what: str, over: threading.Event) -> None:
 
     unheld_since = None
     while not over.wait(LOOK):
-        if not lock.exists():
-            unheld_since = None
-            continue
         process = holder(lock)
-        if process is not None:
+        if process is not None or not lock.exists():
             unheld_since = None
             if process == os.getpid():
                 say(process, f"compiling {what} into {lock.parent}, once (about a minute)")
-            else:
+            elif process is not None:
                 say(process, f"waiting for process {process}, which is compiling {what} into {lock.parent}")
             continue
         now = time.monotonic()
@@ -86,9 +83,7 @@ def _watch(lock: Path, what: str, over: threading.Event) -> None:
         if now - unheld_since < UNHELD:
             continue
         if _shared_with_other_machines(lock.parent):
-            say(
-                lock, f"waiting for {lock}: if no other machine is compiling {what}, delete that file, and this goes on"
-            )
+            say(lock, f"waiting for {lock}: if no other machine is compiling {what}, delete that file to continue")
             continue
         with contextlib.suppress(OSError):
             lock.unlink()
@@ -100,7 +95,7 @@ def _shared_with_other_machines(folder: Path) -> bool:
     try:
         mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
     except OSError:
-        return True  # nobody can be seen here either
+        return True  # not Linux: holders cannot be seen either
     folder = folder.resolve()
     under = [(len(point), kind) for point, kind in mounts if folder.is_relative_to(point.replace("\\040", " "))]
     return bool(under) and max(under)[1].startswith(_NETWORKED)

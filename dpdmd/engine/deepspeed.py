@@ -1,8 +1,7 @@
-"""DeepSpeed as the engine uses it: it cuts networks up and keeps their state, and can reduce and update by itself.
+"""DeepSpeed as the engine uses it: it shards networks and keeps their state, and can reduce and update by itself.
 
-All that is private to DeepSpeed stands here, with the versions that it is known of. `check` compares the version before
-anything starts, `check_names` the names once DeepSpeed is imported; what only an instance has is looked for when a network
-is cut up.
+All use of DeepSpeed's private names is here, with the versions that have them. `check` compares the version before anything
+starts, `check_names` the names of classes after the import; the names of instances are checked when a network is sharded.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ _OF_A_TRAINED = (
 
 
 def check() -> None:
-    """Raises ConfigError for a version of DeepSpeed whose inside is not known here."""
+    """Raises ConfigError for a version of DeepSpeed whose private names are not known here."""
     version = importlib.metadata.version("deepspeed")
     found = tuple(int(part) for part in version.split(".")[:2])
     if not OLDEST <= found < BEFORE:
@@ -55,17 +54,14 @@ def check() -> None:
 
 
 def check_names() -> None:
-    """Raises ConfigError where the installed DeepSpeed lacks what is used here. Imports it."""
+    """Imports DeepSpeed and raises ConfigError if it lacks a name used here."""
     from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 
-    for owner, names in (
-        (DeepSpeedZeroOptimizer_Stage3, _OF_STAGE_3),
-        (DeepSpeedZeRoOffload, ("destroy",)),
-        (ZeroParamStatus, ("AVAILABLE", "NOT_AVAILABLE")),
-    ):
-        _require(owner, names)
+    _require(DeepSpeedZeroOptimizer_Stage3, _OF_STAGE_3)
+    _require(DeepSpeedZeRoOffload, ("destroy",))
+    _require(ZeroParamStatus, ("AVAILABLE", "NOT_AVAILABLE"))
 
 
 def _require(owner: Any, names: tuple[str, ...]) -> None:
@@ -91,18 +87,18 @@ def settings_of(config: Config, role: str, dtype: torch.dtype, world_size: int) 
         "train_batch_size": engine.batch_size * engine.accumulation * world_size,
         "gradient_clipping": engine.clip,
         "steps_per_print": None,
-        "timers": {"throughput": {"enabled": False}},  # waits for the GPU at each pass
+        "timers": {"throughput": {"enabled": False}},  # they wait for the GPU at each pass
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {
             "stage": 3,
-            "stage3_param_persistence_threshold": 0,  # gathering is: nothing stays behind on its own account
+            "stage3_param_persistence_threshold": 0,  # DeepSpeed keeps no parameter whole by itself
             # DeepSpeed's own linear adds the bias in a second pass over the output.
             "memory_efficient_linear": False,
         },
         "bf16": {"enabled": dtype == torch.bfloat16},
     }
     if engine.offload == "none":
-        # Gradients are reduced in gradients.py: there is one flat shard, and no bucket.
+        # gradients.py reduces gradients: one flat shard, and no bucket.
         settings["zero_optimization"] |= {"sub_group_size": 10**15, "contiguous_gradients": False}
     if engine.accumulation > 1:
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -119,19 +115,19 @@ def settings_of(config: Config, role: str, dtype: torch.dtype, world_size: int) 
 
 
 def cut_up(module: nn.Module, settings: dict[str, Any]) -> None:
-    """Leaves each process a piece of a network without an optimizer, and takes DeepSpeed's hooks off."""
+    """Shards a network that has no optimizer, and removes DeepSpeed's hooks."""
     engine = _initialize(module, settings)
     _take_hooks_off(engine, engine.optimizer)
 
 
 class Partition:
-    """A network (or an adapter) that is trained, cut up: this process's pieces of weights, float32 masters and optimizer state.
+    """This process's shards of a trained network (or adapter): weights, float32 masters and optimizer state.
 
-    All hooks of DeepSpeed are taken off but, where it is to reduce the gradients (reduces), those that do so.
+    DeepSpeed's hooks are removed, except those that reduce gradients if DeepSpeed is to do so (reduces).
 
     optimizer: the torch optimizer, whose parameters DeepSpeed has replaced by the masters. masters, weights: flat, one a
-    group. parameters: those of each group, in the order of the flat pieces. flat: all weights in one, in the order of the
-    module's parameters. swaps: masters and moments are on a disk.
+    group. parameters: those of each group, in the order of the flat shards. flat: all weights in one, in the order of the
+    module's parameters. folder: where masters and moments are swapped to disk; None: they are in memory.
     """
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], *, reduces: bool):
@@ -145,7 +141,6 @@ class Partition:
         self.flat: Tensor = zero.lp_param_buffer
         self.sizes: list[int] = zero.fp16_partitioned_groups_flat_numel
         swapper = getattr(zero, "optimizer_swapper", None)
-        self.swaps = swapper is not None
         self.folder = None if swapper is None else Path(swapper.swap_folder)
 
     @property
@@ -154,34 +149,30 @@ class Partition:
 
     @property
     def swappable(self) -> bool:
-        """Whether its smallest group is large enough for DeepSpeed to swap."""
+        """Whether the smallest group is large enough for DeepSpeed to swap."""
         return self._zero.optimizer_swapper.is_swappable_tensor(None, numel=min(self.sizes))
 
     def free_gradients(self) -> torch.dtype:
-        """Frees DeepSpeed's buffer of gradients, which nothing fills where they are reduced elsewhere. Returns its dtype."""
+        """Frees DeepSpeed's gradient buffer, unused where gradients.py reduces. Returns its dtype."""
         buffer = self._zero.grad_partitions_flat_buffer
         buffer.untyped_storage().resize_(0)
         return buffer.dtype
 
     @contextlib.contextmanager
     def masters_in_optimizer(self) -> Iterator[None]:
-        """Inside the block the optimizer's parameters are the masters; else DeepSpeed has them there only while it saves or
-        loads."""
+        """Inside the block the optimizer's parameters are the masters, as DeepSpeed has them only while it saves or loads."""
         self._zero._set_fp32_optimizer_param_groups()
         yield
         self._zero._clear_fp32_optimizer_param_groups()
 
     @contextlib.contextmanager
     def swapped_in(self, group: int) -> Iterator[None]:
-        """A group's masters and moments in memory, where they are on a disk."""
-        if not self.swaps:
-            yield
-            return
-        self._zero._optimizer_states_and_gradient_swap_in(group)
+        """Inside the block a group's masters and moments are in memory."""
+        if self.folder is not None:
+            self._zero._optimizer_states_and_gradient_swap_in(group)
         yield
-        self._zero._optimizer_states_and_gradient_swap_out(group)
-
-    # DeepSpeed's own stages
+        if self.folder is not None:
+            self._zero._optimizer_states_and_gradient_swap_out(group)
 
     def backward(self, loss: Tensor) -> None:
         """Adds a micro-batch's gradient, reduced by DeepSpeed."""
@@ -189,8 +180,7 @@ class Partition:
         self.engine.backward(loss)
 
     def step(self) -> Tensor:
-        """DeepSpeed's update, with its clipping. Returns the gradient's norm before clipping; inf where the update was
-        skipped."""
+        """DeepSpeed's update, with its clipping. Returns the gradient's norm before clipping; inf for a skipped update."""
         skipped_before = self.engine.skipped_steps
         self.engine.step()
         if self.engine.skipped_steps != skipped_before:
@@ -205,53 +195,41 @@ class Partition:
 def _initialize(module: nn.Module, settings: dict[str, Any], optimizer: torch.optim.Optimizer | None = None) -> Any:
     import deepspeed
 
-    with _without_muon():
+    # DeepSpeed asks whether the optimizer is its Muon. Importing that would load torch.compile: 3 s of each process.
+    name = "deepspeed.runtime.zero.muon.muon_optimizer"
+    stand_in: Any = ModuleType(name)
+    stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+    loaded = sys.modules.setdefault(name, stand_in)
+    try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+    finally:
+        if loaded is stand_in:
+            del sys.modules[name]
     return engine
 
 
-@contextlib.contextmanager
-def _without_muon() -> Iterator[None]:
-    """Inside the block DeepSpeed asks whether an optimizer is its Muon without importing that: it would load torch.compile,
-    which takes 3 s of each process."""
-    name = "deepspeed.runtime.zero.muon.muon_optimizer"
-    if name in sys.modules:
-        yield
-        return
-    stand_in: Any = ModuleType(name)
-    stand_in.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
-    sys.modules[name] = stand_in
-    try:
-        yield
-    finally:
-        del sys.modules[name]
-
-
 def _take_hooks_off(engine, zero) -> None:
-    """When weights are gathered is decided in residency.py."""
+    """Removes DeepSpeed's hooks: residency.py decides when weights are gathered."""
     zero.destroy()
-    # The engine's own go through all modules at each pass, and wait for the GPU to tell its throughput.
+    # The engine's hooks walk through all modules at each pass, and wait for the GPU to tell its throughput.
     engine.module_forward_pre_hook.remove()
     engine.module_forward_post_hook.remove()
     for each in engine.module.modules():
-        each._parameters = each._original_parameters  # DeepSpeed's own ones look into its hooks' state at each access
-
-
-# What DeepSpeed has made of a parameter, which has attributes that torch does not know
+        each._parameters = each._original_parameters  # DeepSpeed's replacement looks up its hooks' state at each access
 
 
 def piece_of(parameter: Any) -> Tensor:
-    """This process's piece."""
+    """This process's shard of a parameter."""
     return parameter.ds_tensor
 
 
 def piece_size(parameter: Any) -> int:
-    """Elements of a process's piece, padding included."""
+    """Elements of a process's shard of a parameter, padding included."""
     return parameter.ds_tensor.ds_numel
 
 
 def whole_size(parameter: Tensor) -> int:
-    """Elements of the whole, of a parameter that is cut up or is not."""
+    """Elements of the whole parameter, sharded or not."""
     return getattr(parameter, "ds_numel", parameter.numel())
 
 
@@ -260,7 +238,7 @@ def whole_shape(parameter: Any) -> torch.Size:
 
 
 def mark(parameters: Iterable[Any], whole: bool) -> None:
-    """DeepSpeed's own checks, when it saves and loads, ask for the status."""
+    """Sets the status that DeepSpeed checks when it saves and loads."""
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     status = ZeroParamStatus.AVAILABLE if whole else ZeroParamStatus.NOT_AVAILABLE

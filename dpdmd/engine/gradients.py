@@ -1,4 +1,4 @@
-"""Where gradients go: each block's is averaged over the processes as soon as autograd has finished it; the shard is kept."""
+"""Reduces gradients: a unit's are averaged over the processes as soon as autograd has finished them; the shard is kept."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from dpdmd.engine.residency import Traffic, Unit
 
-CHUNK = 1 << 22  # elements of a sum on the CPU: converted to float64 at a time
+CHUNK = 1 << 22  # elements converted to float64 at a time, on the CPU
 
 
 def sum_of_squares(x: Tensor) -> Tensor:
-    """Of all elements, without dimensions: in float64 on the CPU, where torch's float32 sums lose 4e-3 of the norm of 50
-    million elements; in float32 on a GPU, which adds up in a tree."""
+    """Sum over all elements, (): in float64 on the CPU, where torch's float32 sums lose 4e-3 of the norm of 50 million
+    elements; in float32 on a GPU, which sums in a tree."""
     if x.device.type != "cpu":
         return torch.linalg.vector_norm(x, dtype=torch.float32).square()
     parts = [part.double().square().sum() for part in x.detach().view(-1).split(CHUNK)]
@@ -27,20 +27,19 @@ def sum_of_squares(x: Tensor) -> Tensor:
 class Gradients:
     """Takes each parameter's gradient when autograd has finished it, averages over the processes, keeps the shard.
 
-    flat: this process's shard of the gradient, in the units' order, in `dtype` (float32 or the weights'). The shards of
-    several backward passes are added until `clear` is called; between two updates there is none, so that networks that
-    take turns need the memory once.
+    flat: this process's shard of the gradient, in the units' order, in `dtype` (float32 or the weights'). Several backward
+    passes add to it until `clear` frees it, so that networks that take turns need the memory once.
     """
 
     def __init__(self, units: list[Unit], dtype: torch.dtype, world_size: int, traffic: Traffic):
-        self.flat: Any = None  # a Tensor from an update's first backward pass on
+        self.flat: Any = None  # a Tensor after an update's first backward pass
         self._dtype = dtype
         self._units = units
         self._world_size = world_size
         self._traffic = traffic
         self._taken: dict[Unit, list[nn.Parameter]] = {unit: [] for unit in units}
         self._in_flight: deque[Callable[[], None]] = deque()
-        self._first = True  # of the backward passes whose sum is wanted
+        self._first = True  # the next backward pass begins a sum
         self._reduced: set[Unit] = set()
         self.held = False  # gradients stay with the parameters, for another backward pass to add to
         for unit in units:
@@ -49,12 +48,12 @@ class Gradients:
                     self._watch(unit, parameter)
 
     def clear(self) -> None:
-        """The sum has been used; the next backward pass begins a new one."""
+        """Frees the sum; the next backward pass begins a new one."""
         self.flat = None
         self._first = True
 
     def finish(self) -> None:
-        """After a backward pass: every unit is reduced and the shard complete in the order of this stream."""
+        """Call after a backward pass: reduces the remaining units and completes the shard, in this stream's order."""
         for unit in self._units:
             if unit not in self._reduced:
                 self._reduce(unit)
@@ -72,7 +71,7 @@ class Gradients:
             if len(taken) == len(unit.parameters):
                 self._reduce(unit)
 
-        # The node that accumulates takes its shape from the parameter, which must be whole when it is made.
+        # The parameter must be whole here: autograd's accumulation node takes its shape from it.
         parameter.register_post_accumulate_grad_hook(take)
 
     @torch.no_grad()
@@ -85,7 +84,11 @@ class Gradients:
         if self._world_size == 1:
             self._keep(unit, shard)
             return
-        sent = self._sent(unit)
+        # (processes, unit.size): each process's part; 0 in padding and where there is no gradient
+        sent = unit.parameters[0].new_zeros(self._world_size, unit.size)
+        of, to = unit.pieces(_taken(unit), sent)
+        if to:
+            torch._foreach_copy_(to, of)
         self._traffic.reduced_bytes += (self._world_size - 1) * sent[0].nbytes
         direct = self._first and sent.dtype == shard.dtype
         received = shard if direct else torch.empty_like(sent[0])
@@ -98,7 +101,7 @@ class Gradients:
                 shard.copy_(received) if self._first else shard.add_(received)
 
         self._in_flight.append(complete)
-        if len(self._in_flight) > 2:  # what is sent stays in memory until then
+        if len(self._in_flight) > 2:  # each keeps what it sends in memory
             self._in_flight.popleft()()
 
     def _keep(self, unit: Unit, shard: Tensor) -> None:
@@ -110,17 +113,9 @@ class Gradients:
         if to:
             (torch._foreach_copy_ if self._first else torch._foreach_add_)(to, of)
 
-    def _sent(self, unit: Unit) -> Tensor:
-        """(processes, unit.size): what each of them is to get, padding and parameters without a gradient 0."""
-        sent = unit.parameters[0].new_zeros(self._world_size, unit.size)
-        of, to = unit.pieces(_taken(unit), sent)
-        if to:
-            torch._foreach_copy_(to, of)
-        return sent
-
 
 def _taken(unit: Unit) -> list[Tensor | None]:
-    """The parameters' gradients, flat, taken from them."""
+    """Returns the parameters' gradients, flat, and clears them."""
     gradients = [None if parameter.grad is None else parameter.grad.reshape(-1) for parameter in unit.parameters]
     for parameter in unit.parameters:
         parameter.grad = None

@@ -2,9 +2,9 @@
 
     y = x W^T + b + (alpha / rank) (x A^T) B^T      A (rank, K), B (N, rank); W and b are frozen
 
-The layers are peft's, and the file that holds an adapter is what diffusers' pipelines load. Which adapter is at work is
-one list that all layers of a transformer share, so that a role is taken on without a walk over them; nothing is merged
-into W, and nothing changes what requires a gradient. (LoRA: arXiv 2106.09685.)
+The layers are peft's; diffusers' pipelines load the adapter's file. All layers of a transformer share one list with the
+active adapter, so that switching roles needs no walk over them; nothing is merged into W, and `requires_grad` never changes.
+(LoRA: arXiv 2106.09685.)
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from dpdmd.config import ConfigError
 from dpdmd.files import save_tensors
 
 TEACHER = "teacher"
-WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # the names here are diffusers'
+WEIGHTS_FILE = "pytorch_lora_weights.safetensors"  # this and the next two are diffusers' names
 _METADATA_KEY = "lora_adapter_metadata"
 _PREFIX = "transformer."
 
 
 @dataclass
 class _Roles:
-    """What `add_adapters` leaves in the transformer. A copy of the transformer has its own, shared by its own layers."""
+    """Stored in the transformer by `add_adapters`; a copy of the transformer gets its own."""
 
-    active: list[str]  # the adapter at work, or nothing: every LoRA layer has this very list
-    layer: Any  # one of them, which tells whether that is still so
+    active: list[str]  # the active adapter, or empty: the same list object in every LoRA layer
+    layer: Any  # one LoRA layer, to check that it still is
 
 
 def add_adapters(
@@ -52,19 +52,18 @@ def add_adapters(
 ) -> None:
     """Gives a diffusers transformer a LoRA adapter for each role, in place, and leaves it in the role of the teacher.
 
-    transformer: an SD3Transformer2DModel or a FluxTransformer2DModel (with `targets`, any with blocks of those names),
-        on any device. Its own parameters are frozen, those of all adapters require gradients, whatever the role.
-    rank, alpha: what an adapter adds is scaled by alpha / rank.
-    targets: endings of the names of linear layers in the transformer's blocks, such as "to_q" or "ff.net.2". None for
-        those of the model family.
-    seed: of A, uniform between +- 1 / sqrt(K) as nn.Linear's, drawn on the CPU: the same in every process and on every
-        device. B is 0, so that all roles begin as the teacher.
+    transformer: an SD3Transformer2DModel or a FluxTransformer2DModel (with `targets`, any with blocks of those names), on any
+        device. Its own parameters become frozen; those of all adapters require gradients in every role.
+    rank, alpha: an adapter's output is scaled by alpha / rank.
+    targets: endings of the names of linear layers in the transformer's blocks, such as "to_q" or "ff.net.2". None: the
+        model family's.
+    seed: of A, uniform in +- 1 / sqrt(K) as in nn.Linear, drawn on the CPU: the same in every process and on every device.
+        B is 0, so that all roles begin as the teacher.
 
-    The adapters are made in the dtype and on the device of the layer that they are for. In bfloat16 they are what the
-    products read, and the optimizer is to keep float32 masters, as for any other weight.
+    An adapter has the dtype and device of its layer; in bfloat16 the optimizer must keep float32 masters, as for any weight.
 
-    Raises ConfigError for a rank, alpha, role or target that cannot be (naming the nearest targets), and for a
-    transformer that has adapters.
+    Raises ConfigError for an impossible rank, alpha, role or target (naming the nearest targets), and for a transformer that
+    has adapters.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -84,14 +83,18 @@ def add_adapters(
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=pattern, init_lora_weights=False)  # pyright: ignore[reportArgumentType] - a float does
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # the first role's
-            # Without memory at first: peft would draw A on the CPU, from torch's own generator.
+            # On the meta device first: peft would draw A from torch's global generator.
             inject_adapter_in_model(config, transformer, role, low_cpu_mem_usage=True)
     transformer._hf_peft_config_loaded = True  # for diffusers' own methods
     layers = [module for module in transformer.modules() if hasattr(module, "lora_A")]
     for index, role in enumerate(roles):
         generator = torch.Generator("cpu").manual_seed(seed + index)
         for layer in layers:
-            _draw(layer, role, generator)
+            weight, down, up = layer.get_base_layer().weight, layer.lora_A[role], layer.lora_B[role]
+            bound = down.in_features**-0.5
+            drawn = torch.empty(down.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+            down.weight = nn.Parameter(drawn.to(weight.device, weight.dtype))
+            up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=weight.device, dtype=weight.dtype))
     state = _Roles([], layers[0])
     for layer in layers:
         layer._active_adapter = state.active
@@ -99,8 +102,7 @@ def add_adapters(
 
 
 def largest_rank(transformer: nn.Module, targets: Iterable[str] | None = None) -> int:
-    """Of the weights that adapters would be for; those of a higher rank add nothing that these could not. Raises as
-    `add_adapters`."""
+    """The largest useful rank: the largest smaller side of a targeted weight. Raises as `add_adapters`."""
     pattern = _pattern(transformer, targets)
     return max(
         min(module.in_features, module.out_features)
@@ -137,31 +139,21 @@ def _pattern(transformer: nn.Module, targets: Iterable[str] | None) -> str:
     return rf"({'|'.join(lists)})\.\d+\.(.+\.)?({'|'.join(map(re.escape, targets))})"
 
 
-def _draw(layer: Any, role: str, generator: torch.Generator) -> None:
-    weight = layer.get_base_layer().weight
-    down, up = layer.lora_A[role], layer.lora_B[role]
-    bound = down.in_features**-0.5
-    drawn = torch.empty(down.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
-    down.weight = nn.Parameter(drawn.to(weight.device, weight.dtype))
-    up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=weight.device, dtype=weight.dtype))
-
-
 def use(transformer: Any, role: str) -> None:
     """Puts the transformer in a role: "teacher" (no adapter), "student" or "critic". Takes about a microsecond.
 
-    A forward pass has the role that is on while it runs; so has a recomputation of one in the backward pass. Whoever
-    checkpoints activations takes the role on again before the backward pass, or checkpoints functions that
-    `remember_role` has made.
+    A forward pass uses the current role, and so does a recomputation in the backward pass: with activation checkpointing
+    call `use` again before the backward pass, or checkpoint functions made by `remember_role`.
 
-    Raises ValueError for an unknown role and where there are no adapters, RuntimeError where diffusers or peft has
-    switched or merged adapters since.
+    Raises ValueError for an unknown role or a transformer without adapters, RuntimeError if diffusers or peft has switched
+    or merged adapters since.
     """
     roles = _roles(transformer)
     layer = roles.layer
     if layer._active_adapter is not roles.active or layer._disable_adapters or layer.merged_adapters:
         raise RuntimeError(
             "the transformer's adapters have been switched or merged by something else (set_adapter, "
-            "disable_adapters, fuse_lora); roles are taken on by dpdmd.engine.lora.use alone"
+            "disable_adapters, fuse_lora); switch roles only with dpdmd.engine.lora.use"
         )
     if role == TEACHER:
         roles.active.clear()
@@ -172,9 +164,9 @@ def use(transformer: Any, role: str) -> None:
 
 
 def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, whose every later call runs in the role of now, whichever is on then; afterwards that is on again.
+    """Wraps `function`: later calls run in the role that is current now, and restore the one current then.
 
-    For what a checkpoint calls a second time in the backward pass, after other roles have been at work:
+    For what a checkpoint calls again in the backward pass, when another role may be current:
 
         selective_checkpoint(remember_role(transformer, block.forward), *args, parameters=parameters)
     """
@@ -189,7 +181,7 @@ def remember_role(transformer: nn.Module, function: Callable[..., Any]) -> Calla
         finally:
             active[:] = now
 
-    vars(in_role)["__wrapped__"] = function  # by which a checkpoint knows whose function it is
+    vars(in_role)["__wrapped__"] = function  # selective_checkpoint looks up the module by it
     return in_role
 
 
@@ -201,11 +193,8 @@ def _roles(transformer: nn.Module) -> _Roles:
 
 
 def adapter_parameters(transformer: nn.Module, role: str) -> dict[str, nn.Parameter]:
-    """The parameters of a role's adapter, in the order of the layers, A before B: those for its optimizer. The names are
-    those of the file without "transformer.": "transformer_blocks.0.attn.to_q.lora_A.weight" and so on.
-
-    Raises ValueError for an unknown role.
-    """
+    """The parameters of a role's adapter, for its optimizer, in the order of the layers, A before B. Names are the file's
+    without "transformer.", such as "transformer_blocks.0.attn.to_q.lora_A.weight". Raises ValueError for an unknown role."""
     _config(transformer, role)
     end = f".{role}.weight"
     return {
@@ -223,17 +212,17 @@ def _config(transformer: nn.Module, role: str):
 
 
 def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: dict[str, Tensor] | None = None) -> Path:
-    """Writes a role's adapter to folder/pytorch_lora_weights.safetensors, which StableDiffusion3Pipeline's and
-    FluxPipeline's load_lora_weights(folder) take. Returns the file's path.
+    """Writes a role's adapter to folder/pytorch_lora_weights.safetensors, for load_lora_weights(folder) of
+    StableDiffusion3Pipeline and FluxPipeline. Returns the file's path.
 
-    B is written multiplied by alpha / rank, and the file's own alpha is its rank: W + B A is the trained weight for every
-    loader, the many that know tensors alone among them. All tensors are float32, in which that product is rounded to 24
-    bits; bfloat16 would lose 1 part in 256 of it again, unless alpha / rank is a power of two.
+    B is written multiplied by alpha / rank, and the file's alpha is its rank: W + B A is the trained weight for every loader,
+    also for those that ignore alpha. All tensors are float32; bfloat16 would round the product by 1 part in 256 again, unless
+    alpha / rank is a power of two.
 
-    state: the adapter's tensors by the names of `adapter_parameters`, where the transformer's own are not whole (ZeRO-3)
-        or not those to keep (float32 masters); any device and dtype.
+    state: the adapter's tensors by the names of `adapter_parameters`, on any device and in any dtype, if the transformer's
+        own are not whole (ZeRO-3) or not the ones to keep (float32 masters).
 
-    Raises ValueError for an unknown role and a state of other names, OSError where the file cannot be written.
+    Raises ValueError for an unknown role and a state of other names, OSError if the file cannot be written.
     """
     config = _config(transformer, role)
     own = adapter_parameters(transformer, role)
@@ -252,7 +241,7 @@ def save_adapter(transformer: nn.Module, role: str, folder: str | Path, state: d
 
 
 def _scale(config) -> float:
-    """What a peft configuration multiplies B A by."""
+    """The factor of B A in a peft configuration."""
     return config.lora_alpha / config.r
 
 
@@ -262,7 +251,7 @@ def _is_b(name: str) -> bool:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file: what it adds to W is scale B A."""
+    """An adapter's file: it adds scale B A to W."""
 
     path: Path
     tensors: dict[str, Tensor]  # by the names of `adapter_parameters`: A (rank, K), B (N, rank)
@@ -271,11 +260,8 @@ class Adapter:
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Reads folder/pytorch_lora_weights.safetensors.
-
-    Raises ConfigError for a file that is not there or is damaged, that is no adapter of a transformer's linear layers, of
-    one rank and one alpha, and that holds NaN or infinity.
-    """
+    """Reads folder/pytorch_lora_weights.safetensors. Raises ConfigError for a file that is missing or damaged, that is not an
+    adapter of a transformer's linear layers with one rank and one alpha, or that holds NaN or infinity."""
     from safetensors import safe_open
 
     path = Path(folder) / WEIGHTS_FILE
@@ -310,10 +296,7 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def check_adapter(transformer: nn.Module, folder: str | Path) -> None:
-    """Raises ConfigError, as `read_adapter` does, and unless a transformer has the layers that the file adapts.
-
-    diffusers' own loaders pass over those that there are not.
-    """
+    """Raises ConfigError as `read_adapter` does, and for layers that the transformer lacks, which diffusers' loaders skip."""
     adapter = read_adapter(folder)
     needed, modules = {}, dict(transformer.named_modules())
     for name in adapter.tensors:
@@ -327,20 +310,18 @@ def check_adapter(transformer: nn.Module, folder: str | Path) -> None:
 def load_adapter(transformer: nn.Module, role: str, folder: str | Path) -> None:
     """Reads what `save_adapter` wrote into a role's adapter, in the adapter's dtype.
 
-    The role's alpha may be another than the one that the file was trained with: B is divided by the role's alpha / rank,
-    so that the role computes what the file does. Written and read at the same alpha it is the same but for a rounding of
-    float32, and the same to the bit where alpha / rank is a power of two.
+    B is divided by the role's alpha / rank, so that the role computes what the file does, whatever its alpha: exactly if
+    alpha / rank is a power of two, else up to one float32 rounding.
 
     Under ZeRO-3 call it inside deepspeed.zero.GatheredParameters of the role's parameters, with modifier_rank=0.
 
-    Raises ValueError for an unknown role, ConfigError for a file that is not there, is no adapter, is one of other layers
-    or another rank, or holds NaN or infinity.
+    Raises ValueError for an unknown role, and ConfigError as `read_adapter` does and for other layers or another rank.
     """
     config = _config(transformer, role)
     adapter = read_adapter(folder)
     parameters = adapter_parameters(transformer, role)
     if adapter.rank != config.r:
-        raise ConfigError(f"{adapter.path} is of r = {adapter.rank}; the {role}'s is {config.r}")
+        raise ConfigError(f"{adapter.path} has rank {adapter.rank}; the {role}'s adapter needs {config.r}")
     needed = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     check_fit({name: tuple(tensor.shape) for name, tensor in adapter.tensors.items()}, needed, str(adapter.path))
     ratio = adapter.scale / _scale(config)
@@ -351,7 +332,7 @@ def load_adapter(transformer: nn.Module, role: str, folder: str | Path) -> None:
 
 
 def _difference(names: Iterable[str], expected: Iterable[str]) -> str:
-    """Of two unequal sets of names, in words."""
+    """The difference of two unequal sets of names, in words."""
     names, expected = set(names), set(expected)
     problems = [("lacks", expected - names), ("has besides", names - expected)]
     parts = [f"{verb} {len(group)} tensors, such as {min(group)}" for verb, group in problems if group]

@@ -1,5 +1,4 @@
-"""AdamW as an optimizer of PyTorch's kind, on `dpdmd.kernels.adamw_step`: which state each parameter has, what is saved of
-it, and which random bits it is rounded with. Below it, which optimizer a role gets, and at which rate.
+"""AdamW as a torch optimizer on `dpdmd.kernels.adamw_step`; then the choice of a role's optimizer, and its learning rate.
 
 State of a parameter of n elements, in its shape, beside `step`, an int:
 
@@ -25,18 +24,18 @@ from dpdmd.engine.compilation import compiling
 from dpdmd.kernels import Float8State, Philox, adamw_step
 from dpdmd.kernels.optim.adamw import check_hyperparameters
 
-STATE_BYTES = {"float32": 8.0, "bfloat16": 4.0, "float8": 2 + 8 / 256}  # of both moments, an element
+STATE_BYTES = {"float32": 8.0, "bfloat16": 4.0, "float8": 2 + 8 / 256}  # both moments, per element
 STATE_DTYPES = tuple(STATE_BYTES)
 
 
 class AdamW(torch.optim.Optimizer):
-    """AdamW (arXiv 1711.05101) that goes over memory once a step, with moments in 4, 2 or 1 bytes.
+    """AdamW (arXiv 1711.05101) in one pass over memory per step, with moments in 4, 2 or 1 bytes.
 
-    params: tensors, or groups of them, as every torch optimizer takes them; float32 by the time they are updated.
-    lr, betas, eps, weight_decay: as in torch.optim.AdamW, whose float32 arithmetic this is.
-    state_dtype: of the moments, "float32", "bfloat16" or "float8"; the latter two are stochastically rounded.
-    seed: of the rounding, with the parameter's place among all and the step. Processes and roles that hold different
-        parameters should have different ones.
+    params: tensors or groups, as for every torch optimizer; float32 when they are updated.
+    lr, betas, eps, weight_decay: as in torch.optim.AdamW, with its float32 arithmetic.
+    state_dtype: the moments' "float32", "bfloat16" or "float8"; the latter two are stochastically rounded.
+    seed: keys the rounding, with the parameter's index and the step. Give processes and roles with different parameters
+        different seeds.
 
     Raises ValueError for a number out of range or an unknown state_dtype, TypeError for a setting of another type.
     """
@@ -51,17 +50,24 @@ class AdamW(torch.optim.Optimizer):
         state_dtype: str = "float32",
         seed: int = 0,
     ):
-        # In the groups, as what torch saves, copies and pickles of an optimizer is its groups.
+        # All settings are in the groups, which is what torch saves, copies and pickles.
         settings = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, settings | {"state_dtype": state_dtype, "seed": seed})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        _check_group(self.param_groups[-1])
+        group = self.param_groups[-1]
+        if group["state_dtype"] not in STATE_DTYPES:
+            raise ValueError(
+                f"state_dtype is {group['state_dtype']!r}; it needs to be one of {', '.join(STATE_DTYPES)}"
+            )
+        if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+            raise TypeError(f"seed is a {type(group['seed']).__name__}; it needs to be an int")
+        check_hyperparameters(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """An update of every parameter that has a gradient. Returns what the closure returns."""
+        """Updates every parameter that has a gradient. Returns what the closure returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -81,15 +87,14 @@ class AdamW(torch.optim.Optimizer):
         scale: Tensor | None = None,
         apply: Tensor | None = None,
     ) -> None:
-        """An update of one parameter by a gradient that stands elsewhere than in parameter.grad.
+        """Updates one of the optimizer's parameters, such as the flat float32 master of a shard, by a given gradient.
 
-        parameter: one of the optimizer's, such as the flat float32 master of a shard.
-        gradient: of its number of elements, in float32, bfloat16 or float16.
-        weight: contiguous, of its number of elements; receives the new parameter in its own dtype.
+        gradient: float32, bfloat16 or float16, with the parameter's number of elements.
+        weight: contiguous, with as many; receives the new parameter in its own dtype.
         scale: float32 (), a factor for the gradient. apply: bool (); where it is False nothing but `step` changes.
 
-        The host does not learn what `apply` was, so `step` counts the call. Who learns of it later and wants the bias
-        correction exact takes the step back: `state[parameter]["step"] -= 1`.
+        The host does not read `apply`, so `step` counts every call. For an exact bias correction after a call that was
+        not applied, subtract it: `state[parameter]["step"] -= 1`.
 
         Raises ValueError for a parameter that the optimizer does not have, and what `adamw_step` raises.
         """
@@ -97,16 +102,13 @@ class AdamW(torch.optim.Optimizer):
         self._update(index, group, parameter, gradient, weight, scale, apply)
 
     def create_state(self, parameter: Tensor) -> dict[str, Any]:
-        """The parameter's state, made now if there is none yet, as its first update would."""
+        """The parameter's state, created if it has none."""
         _, group = self._place(parameter)
         return self._state(group, parameter)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores what `state_dict()` gave, each tensor in its own dtype, on the device of its parameter: Optimizer's
-        own would make all of them float32.
-
-        Raises ValueError where the groups differ, in number, size or state_dtype.
-        """
+        """Restores what `state_dict()` gave, each tensor in its own dtype (torch's method would convert to float32), on the
+        device of its parameter. Raises ValueError where the groups differ, in number, size or state_dtype."""
         saved_groups = state_dict["param_groups"]
         for index, (group, saved) in enumerate(zip(self.param_groups, saved_groups, strict=False)):
             if saved.get("state_dtype") != group["state_dtype"]:
@@ -124,8 +126,7 @@ class AdamW(torch.optim.Optimizer):
                 }
 
     def _parameters(self) -> Iterator[tuple[int, dict[str, Any], Tensor]]:
-        """Every parameter with its place among all and its group. Looked up each time, as DeepSpeed puts flat shards in
-        the place of parameters."""
+        """Every parameter with its index and group; looked up each time, as DeepSpeed replaces parameters by flat shards."""
         index = itertools.count()
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -180,16 +181,8 @@ class AdamW(torch.optim.Optimizer):
             parameter.detach().copy_(flat.view(parameter.shape))
 
 
-def _check_group(group: dict[str, Any]) -> None:
-    if group["state_dtype"] not in STATE_DTYPES:
-        raise ValueError(f"state_dtype is {group['state_dtype']!r}; it needs to be one of {', '.join(STATE_DTYPES)}")
-    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
-        raise TypeError(f"seed is a {type(group['seed']).__name__}; it needs to be an int")
-    check_hyperparameters(*(group[name] for name in ("lr", "betas", "eps", "weight_decay")))
-
-
 def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
-    """The rate of the update that follows `updates` applied ones, of `total` in the run."""
+    """The learning rate of the update after `updates` applied ones, of `total` in the run."""
     share = min(1.0, (updates + 1) / max(1, config.warmup))
     if config.decay == "cosine":
         share *= 0.5 * (1.0 + math.cos(math.pi * min(1.0, updates / total)))
@@ -199,34 +192,29 @@ def learning_rate(config: OptimizerConfig, updates: int, total: int) -> float:
 def build_optimizer(
     parameters, config: OptimizerConfig, device: str, *, seed: int = 0, offload: str = "none"
 ) -> torch.optim.Optimizer:
-    """AdamW: the one that is named; auto is our own. seed: of stochastic rounding.
-
-    offload: "cpu" or "nvme" where the state lives there, and torch's updates it on the CPU.
-
-    Raises ConfigError when the named one cannot be had here, saying why.
-    """
+    """The AdamW that config.name names; auto is `AdamW` above, with this seed. With offload "cpu" or "nvme" it is torch's,
+    on the CPU. Raises ConfigError if the named one cannot be used here."""
     arguments = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
     if offload == "none" and config.name in ("auto", "fused"):
         return AdamW(parameters, **arguments, state_dtype=config.state, seed=seed)
     if config.name in _FUSED:
+        fused_adam = _fused_adam(config.name, device)
         try:
             with compiling("fused_adam", "DeepSpeed's FusedAdam"):
-                return _fused_adam(config.name, device)(parameters, adam_w_mode=True, **arguments)
-        except ConfigError:
-            raise
+                return fused_adam(parameters, adam_w_mode=True, **arguments)
         except Exception as error:  # DeepSpeed's build can fail: no compiler, another CUDA, a read-only cache
             raise _unusable(config.name, error) from error
     return torch.optim.AdamW(parameters, fused=True, **arguments)
 
 
 def check_optimizer(config: OptimizerConfig, device: str, offload: str) -> None:
-    """Raises ConfigError where `build_optimizer` would find that the named one is not installed."""
+    """Raises ConfigError if the named optimizer is not installed."""
     if config.name in _FUSED and offload == "none":
         _fused_adam(config.name, device)
 
 
 def restore_step(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -> None:
-    """How many updates were made, as this kind of optimizer keeps it: another kind may have made them."""
+    """Sets the number of updates where this kind of optimizer keeps it: another kind may have made them."""
     if isinstance(optimizer, torch.optim.AdamW):
         optimizer.state[master]["step"] = torch.tensor(float(steps), device=master.device)
     elif type(optimizer).__module__.startswith("apex."):
@@ -235,12 +223,12 @@ def restore_step(optimizer: torch.optim.Optimizer, master: Tensor, steps: int) -
         optimizer.state[master]["step"] = steps
 
 
-# PyPI's apex is another project; NVIDIA's has this module.
+# NVIDIA's apex has this module; PyPI's apex is another project.
 _FUSED = {"apex": "apex.optimizers", "deepspeed": "deepspeed.ops.adam"}
 
 
 def _fused_adam(name: str, device: str) -> type:
-    """The class FusedAdam of apex or DeepSpeed. Raises ConfigError where it cannot be had."""
+    """The class FusedAdam of apex or DeepSpeed. Raises ConfigError if it cannot be used."""
     if device != "cuda":
         raise _unusable(name, "it needs a CUDA device")
     try:

@@ -14,18 +14,14 @@ from dpdmd.kernels import selective_checkpoint
 class Recomputation:
     """Activation checkpointing of blocks, inside their hooks, so that their weights are whole when they run again.
 
-    keep: how many block passes of each forward chain, the first ones, keep their activations all the same.
-    remember: makes of a block's forward one that runs again as it ran, where that depends on more than its arguments.
+    how: engine.checkpointing, "selective" or "full". keep: the first block passes of each forward chain keep their
+    activations, this many. remember: wraps a block's forward so that it runs again as it ran, where that depends on more
+    than its arguments.
     """
-
-    @classmethod
-    def of(cls, blocks: list[nn.Module], how: str, remember: Callable | None = None) -> Recomputation | None:
-        """As engine.checkpointing has it."""
-        return None if how == "none" else cls(blocks, how, remember)
 
     def __init__(self, blocks: list[nn.Module], how: str, remember: Callable[[Callable], Callable] | None = None):
         self.keep = 0
-        self._passes = 0  # of the chain that is under way
+        self._passes = 0  # of the current chain
         for block in blocks:
             self._wrap(block, how, remember or (lambda forward: forward))
 

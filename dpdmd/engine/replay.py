@@ -1,7 +1,7 @@
 """Passes without gradient as CUDA graphs: recorded once, then launched as a whole, without gaps between the kernels.
 
-A graph reads and writes where it did when it was recorded. So it is for weights that stay where they are (residency
-`whole`), and what they hold may change.
+A graph reads and writes the addresses that it was recorded with, so weights must stay in place (residency `whole`); their
+values may change.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-GRAPHS = 2  # recorded of one function: training's shape and another; further shapes are rare, and run as they are
+GRAPHS = 2  # per function: training's shape and another; further shapes are rare and run directly
 
 
 class Replay:
-    """function(...) -> Tensor of tensors on a CUDA device, called without gradient.
+    """A function of CUDA tensors that returns a Tensor, called without gradient.
 
-    The first call with inputs of some shapes runs as it is, which compiles kernels and fills caches; the second one is
-    recorded; all others are replayed. Results are new tensors, and the function's own to the bit.
+    For each set of input shapes the first call runs directly, which compiles kernels and fills caches; the second is
+    recorded; all others are replayed. Results are new tensors, bitwise equal to the function's.
 
-    pool: of memory (torch.cuda.graph_pool_handle()) for what is made on the way, shared with functions that never run at
-    the same time.
+    pool: memory for intermediates (torch.cuda.graph_pool_handle()), shared by functions that never run at the same time.
     """
 
     def __init__(self, function: Callable[..., Tensor], pool: Any):
@@ -36,8 +35,7 @@ class Replay:
         inputs, structure = tree_flatten(arguments)
         key = (str(structure), *((x.shape, x.dtype, x.device) for x in inputs))
         recorded = self._recorded.get(key)
-        first_of_its_shape = key not in self._recorded
-        if self._direct or first_of_its_shape or (recorded is None and len(self) == GRAPHS):
+        if self._direct or key not in self._recorded or (recorded is None and len(self) == GRAPHS):
             self._recorded.setdefault(key, None)
             self._direct = False
             return self._function(*arguments)
@@ -50,11 +48,11 @@ class Replay:
         return sum(each is not None for each in self._recorded.values())
 
     def run_next(self) -> None:
-        """The next call runs as it is, for what is made on the way from weights that have changed (FP8 copies)."""
+        """Runs the next call directly: it may have to remake FP8 copies of changed weights."""
         self._direct = True
 
     def forget(self) -> None:
-        """Records anew, where weights may have moved."""
+        """Drops all graphs; call it if weights may have moved."""
         self._recorded.clear()
 
 
@@ -62,7 +60,7 @@ class _Recorded:
     def __init__(self, function: Callable[..., Tensor], inputs: list[Tensor], structure: Any, pool: Any):
         self._inputs = [x.clone() for x in inputs]
         self._graph = torch.cuda.CUDAGraph()
-        # Other threads fetch prompts meanwhile, and NCCL's asks how far it is.
+        # thread_local: threads that fetch prompts, and NCCL's, use CUDA meanwhile.
         with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
             self._output = function(*tree_unflatten(self._inputs, structure))
 

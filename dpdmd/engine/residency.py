@@ -1,18 +1,18 @@
 """When the weights of a network that ZeRO-3 shards are whole.
 
 DeepSpeed shards: each process keeps one flat piece of the weights, of the gradient and of the optimizer's state. Its own
-hooks gather the weights anew in every pass of every submodule; with three networks and sixty passes a cycle that costs
-more than the passes. Here a network is gathered for a phase (all passes of a rollout, or a forward chain and its
-backward pass), in units: one a transformer block, one for what lies before the blocks and one for what comes after.
+hooks gather the weights in every pass of every submodule; with three networks and sixty passes a cycle that costs more than
+the passes. Here a network is gathered for a phase (all passes of a rollout, or a forward chain and its backward pass), in
+units: one per transformer block, one before the blocks and one after.
 
-On one process a gather is no copy: parameters are views of the flat piece.
+On one process a gather copies nothing: parameters are views of the flat piece.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Literal
 
 import torch
@@ -21,18 +21,25 @@ from torch import Tensor, nn
 
 from dpdmd.engine.deepspeed import mark, piece_of, piece_size, whole_shape, whole_size
 
-# How long weights stay whole: until an update changes them; for a phase; while a block runs.
+# How long weights stay whole: until an update changes them; for a phase; while a block runs. A new word also touches POLICIES
+# and `Weights` below, engine.residency (config.py), `EXPLAINED` (plan.py), and in planner/ `_policy` (residency.py), `gathers`,
+# `traffic` and `seconds` (speed.py), `Memory._whole` (memory.py) and `resolve` (search.py).
 Policy = Literal["whole", "phase", "block"]
+POLICIES: dict[Policy, str] = {  # most memory first; in words, for the log
+    "whole": "kept whole",
+    "phase": "gathered for each phase",
+    "block": "gathered block by block",
+}
 
 
 @dataclass(frozen=True)
 class Residency:
     """Where one role's weights are and how it is updated. Decided in planner/residency.py, for the plan and for the run.
 
-    policy: how long they are whole; of a role on a shared base, its adapter's. sharded: each process keeps a piece; else all
-    of it. float8: the pieces are kept and sent in FP8. replayed: passes without gradient become CUDA graphs on a GPU, as all
-    that they read stays where it is. reduced: gradients are reduced and the update is made by the engine; else by DeepSpeed.
-    in_parts: the first step is differentiated before the others run.
+    policy: how long they are whole; on a shared base, the adapter's. sharded: each process keeps a piece; else all of it.
+    float8: the pieces are kept and sent in FP8. replayed: passes without gradient become CUDA graphs on a GPU, as all that
+    they read stays in place. reduced: the engine reduces gradients and updates; else DeepSpeed does. in_parts: the first step
+    is differentiated before the others run.
     """
 
     policy: Policy
@@ -76,15 +83,15 @@ class Unit:
         self.whole = False
 
     def compress(self) -> None:
-        """From now on the shard is kept, and travels, in FP8."""
+        """Keeps and sends the shard in FP8 from now on."""
         self._pieces = to_float8(self._pieces[0])
 
     def empty(self, size: int, dtype: torch.dtype) -> Tensor:
-        """Uninitialised, where the shard is."""
+        """Uninitialised, on the shard's device."""
         return torch.empty(size, dtype=dtype, device=self._device)
 
     def launch(self) -> int:
-        """Starts the gather; returns bytes that it will receive."""
+        """Starts the gather; returns the bytes that it will receive."""
         if self.whole or self._works or self._world_size == 1:
             return 0
         self._received = [piece.new_empty(self._world_size, *piece.shape) for piece in self._pieces]
@@ -93,7 +100,7 @@ class Unit:
         return (self._world_size - 1) * sum(piece.nbytes for piece in self._pieces)
 
     def finish(self) -> None:
-        """Makes the parameters whole; later work of this stream sees them so."""
+        """Makes the parameters whole for later work of this stream."""
         if self.whole:
             return
         if self._world_size == 1:
@@ -103,19 +110,19 @@ class Unit:
         else:
             for work in self._works:
                 work.wait()
+            sizes = [*map(whole_size, self.parameters)]
             rows = self._values(self._received)
-            whole = self._flat
-            if whole is None:
-                whole = self.empty(sum(map(whole_size, self.parameters)), self._dtype)
+            whole = self.empty(sum(sizes), self._dtype) if self._flat is None else self._flat
             if self._stays:
                 self._flat = whole
-            flats = whole.split([*map(whole_size, self.parameters)])
+            flats = whole.split(sizes)
             to, of = self.pieces(flats, rows)
             torch._foreach_copy_(to, of)
             for parameter, flat in zip(self.parameters, flats, strict=True):
                 parameter.data = flat.view(whole_shape(parameter))
             self._works, self._received = [], []
-        self._mark(True)
+        mark(self.parameters, whole=True)
+        self.whole = True
 
     def release(self) -> None:
         for work in self._works:
@@ -124,15 +131,16 @@ class Unit:
         if self.whole:
             for parameter in self.parameters:
                 parameter.data = parameter.data.new_empty(0)
-            self._mark(False)
+            mark(self.parameters, whole=False)
+            self.whole = False
 
     def _values(self, pieces: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
         """(..., size) in the weights' dtype."""
         return pieces[0] if len(pieces) == 1 else from_float8(pieces[0], pieces[1], self._dtype)[..., : self.size]
 
     def pieces(self, flats: Sequence[Tensor | None], rows: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """What belongs together, without padding: of each parameter's elements flats[i] (None: left out) those that a
-        process has, and where they are in rows (processes, size)."""
+        """Matching views without padding: the parts of each parameter's elements flats[i] (None: left out) that a process
+        has, and their places in rows (processes, size)."""
         of_flats, of_rows = [], []
         for flat, place in zip(flats, self.places, strict=True):
             size = place.stop - place.start
@@ -140,10 +148,6 @@ class Unit:
                 of_flats.append(piece)
                 of_rows.append(rows[rank, place][: len(piece)])
         return of_flats, of_rows
-
-    def _mark(self, whole: bool) -> None:
-        mark(self.parameters, whole)
-        self.whole = whole
 
 
 GROUP = 128  # elements of a shard that share a scale: its four bytes are 3 % of theirs
@@ -166,9 +170,9 @@ def from_float8(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 class Weights:
     """The weights of one network under ZeRO-3.
 
-    parameters: partitioned by DeepSpeed, which has no hooks on their modules (any more); blocks: the transformer blocks,
-    in the order in which they run; flat: this process's piece, in the order of parameters; None: made here of the
-    parameters' own pieces; float8: frozen weights are kept and sent in FP8, and are rounded by it.
+    parameters: partitioned by DeepSpeed, whose hooks are removed; blocks: the transformer blocks, in the order in which they
+    run; flat: this process's piece, in the order of parameters (None: made here of the parameters' own pieces); float8:
+    frozen weights are kept and sent in FP8, rounded to it.
     """
 
     def __init__(
@@ -189,18 +193,15 @@ class Weights:
         owner = {parameter: index for index, block in enumerate(blocks) for parameter in block.parameters()}
         self.units: list[Unit] = []
         of_block: dict[int, Unit] = {}
-        offset, run = 0, []
-        for i, parameter in enumerate(parameters):
-            run.append(parameter)
-            following = parameters[i + 1] if i + 1 < len(parameters) else None
-            if following is None or owner.get(following) != owner.get(parameter):
-                size = sum(map(piece_size, run))
-                unit = Unit(run, flat[offset : offset + size], offset, world_size, self.stay)
-                self.units.append(unit)
-                if parameter in owner:
-                    assert owner[parameter] not in of_block, "a block's parameters are not consecutive"
-                    of_block[owner[parameter]] = unit
-                offset, run = offset + size, []
+        offset = 0
+        for index, consecutive in groupby(parameters, key=owner.get):
+            run = list(consecutive)
+            size = sum(map(piece_size, run))
+            self.units.append(Unit(run, flat[offset : offset + size], offset, world_size, self.stay))
+            if index is not None:
+                assert index not in of_block, "a block's parameters are not consecutive"
+                of_block[index] = self.units[-1]
+            offset += size
         assert offset == flat.numel(), (offset, flat.numel())
         if float8:
             for unit in self.units:
@@ -209,17 +210,17 @@ class Weights:
                 piece_of(parameter).data = piece_of(parameter).new_empty(0)
         self._blockwise = [of_block[index] for index in range(len(blocks))] if policy == "block" else []
         self._resident = [unit for unit in self.units if unit not in self._blockwise]
-        self._backward_unit: int | None = None  # the block whose backward pass is under way
+        self._backward_unit: int | None = None  # the block whose backward pass is running
         for index, block in enumerate(blocks if policy == "block" else []):
             self._guard(block, index)
 
     @property
     def stay(self) -> bool:
-        """Whether weights are at the same place whenever they are whole."""
+        """Whether whole weights are always at the same address."""
         return self.policy == "whole"
 
     def gather(self) -> None:
-        """Makes whole what a phase needs whole: everything, or what is outside the blocks."""
+        """Makes whole what a phase needs: everything, or what is outside the blocks."""
         outstanding = [unit for unit in self._resident if not unit.whole]
         if not outstanding:
             return
@@ -239,15 +240,15 @@ class Weights:
         self._backward_unit = None
 
     def end_of_phase(self) -> None:
-        if self.policy != "whole":
+        if not self.stay:
             self.release()
 
     def changed(self) -> None:
-        """To be called when an update has written the shards: what is whole is that of before, but on one process. Weights
-        that are to stay whole are fetched anew while others work."""
+        """Call when an update has written the shards: whole weights are out of date, except on one process. Those that stay
+        whole are fetched again while other roles work."""
         if self._world_size > 1:
             self.release()
-            if self.policy == "whole":
+            if self.stay:
                 self.prefetch()
 
     def _launch(self, unit: Unit) -> None:
@@ -256,24 +257,18 @@ class Weights:
         self.traffic.unit_gathers += received > 0
 
     def _guard(self, block: nn.Module, index: int) -> None:
-        """The block's weights are there when it runs, forward and backward, with its neighbour's on the way."""
+        """Hooks that gather the block's weights when it runs, forward and backward, and start its neighbour's gather."""
         units = self._blockwise
 
-        def before_forward(*_):
-            self._enter(index, index + 1)
-
-        def after_forward(*_):
-            units[index].release()
-
         def before_backward(*_):
-            # Blocks without differentiable inputs have no hook after their backward pass: the one before them closes it.
+            # Blocks without differentiable inputs get no hook after their backward pass, so the next hook releases them.
             if self._backward_unit is not None and self._backward_unit != index:
                 units[self._backward_unit].release()
             self._backward_unit = index
             self._enter(index, index - 1)
 
-        block.register_forward_pre_hook(before_forward)
-        block.register_forward_hook(after_forward)
+        block.register_forward_pre_hook(lambda *_: self._enter(index, index + 1))
+        block.register_forward_hook(lambda *_: units[index].release())
         block.register_full_backward_pre_hook(before_backward)
 
     def _enter(self, index: int, neighbour: int) -> None:
@@ -285,7 +280,7 @@ class Weights:
 
 
 def _defragment(parameters: list[nn.Parameter]) -> Tensor:
-    """One flat tensor of the parameters' pieces, which become views of it."""
+    """Copies the parameters' pieces into one flat tensor; they become views of it."""
     pieces = [piece_of(parameter) for parameter in parameters]
     flat = torch.cat([piece.data.view(-1) for piece in pieces])
     offset = 0

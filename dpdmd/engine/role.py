@@ -1,10 +1,10 @@
 """Teacher, student and critic at work: one class for each way in which a role is kept and updated.
 
-    Teacher        frozen: in every process, in pieces (ZeRO stage 3), or the base that all roles share
-    Sharded        trained, in pieces; gradients are reduced, clipped and applied here
-    ByDeepSpeed    trained, in pieces; DeepSpeed's own stages reduce and apply (offload, other optimizers)
+    Teacher        frozen: in every process, sharded (ZeRO stage 3), or the base that all roles share
+    Sharded        trained, sharded; gradients are reduced, clipped and applied here
+    ByDeepSpeed    trained, sharded; DeepSpeed's own stages reduce and apply (offload, other optimizers)
 
-`make` chooses. Whether a role runs a transformer of its own or an adapter on a shared one is its body's (body.py).
+`make` chooses. A role's body (body.py) is a transformer of its own or an adapter on a shared one.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from dpdmd.engine.gradients import Gradients, sum_of_squares
 from dpdmd.engine.nvme import remove_swapped, swap_folder
 from dpdmd.engine.optimizer import build_optimizer, learning_rate, restore_step
 from dpdmd.engine.replay import Replay
-from dpdmd.engine.residency import Residency, Traffic, Weights
+from dpdmd.engine.residency import POLICIES, Residency, Traffic, Weights
 from dpdmd.engine.shards import Layout
 from dpdmd.engine.step import Step
 from dpdmd.engine.world import World
 from dpdmd.files import is_finite
 from dpdmd.kernels import Philox, requantize
 
-_GATHERED = {"whole": "kept whole", "phase": "gathered for each phase", "block": "gathered block by block"}
-
 
 class Phases:
-    """Which role is at work. One whose weights are gathered for a phase gives them back when another one's turn comes.
+    """Which role is at work. Weights that are gathered for a phase are released when another role's turn comes.
 
-    pool: of memory for CUDA graphs, which the roles take turns to use; None without a GPU.
+    pool: memory for CUDA graphs, shared by the roles, which run one at a time; None without a GPU.
     """
 
     def __init__(self):
@@ -54,7 +52,7 @@ class Phases:
             previous.end_of_phase()
 
     def end(self) -> None:
-        """The update is over."""
+        """Call at the end of an update."""
         if self._current is not None:
             self._current.end_of_phase()
         self._current = None
@@ -65,8 +63,8 @@ def make(
 ) -> Role:
     """The role `name`: teacher, student or critic.
 
-    module: the transformer, in the dtype it is to compute in, or the Base that the roles share. The backbone's `predict`
-    calls it: predict(module, x, t, cond, dtype).
+    module: the transformer, in the dtype of its computation, or the Base that the roles share. The backbone calls it:
+    predict(module, x, t, cond, dtype).
     """
     trained = name != "teacher"
     body = OnBase(module, name) if isinstance(module, Base) else Own(module, backbone, config, world, trained=trained)
@@ -78,6 +76,7 @@ class Role(ABC):
     """Call it as (x, t, cond) -> prediction, as distill.py expects."""
 
     trained = False
+    _updated_by = "frozen"  # else the optimizer's name
 
     def __init__(
         self,
@@ -91,19 +90,19 @@ class Role(ABC):
     ):
         self.name, self.base, self.fusion = name, body.base, body.fusion
         self.residency = residency
-        self.differentiating = False  # a forward pass with a graph has run whose backward pass is to come
+        self.differentiating = False  # a forward pass with a graph has run, its backward pass has not
         self._body = body
         self._phases = phases
         self._predict = partial(backbone.predict, body.network, dtype=body.dtype)
-        self._replay: Replay | None = None  # of passes without gradient
+        self._replay: Replay | None = None  # for passes without gradient
         if residency.replayed and world.device.type == "cuda":
             self._replay = Replay(self._predict, phases.pool)
-        self._weights: Any = None  # Weights that this role gathers; None: a copy in every process, or the base's
+        self._weights: Any = None  # Weights that this role gathers; None: whole in every process, or the base's
         self._take_over(config, world)
 
     @abstractmethod
     def _take_over(self, config: Config, world: World) -> None:
-        """Brings the weights where they are to be."""
+        """Moves the weights to the device, and shards them."""
 
     @property
     def module(self) -> nn.Module:
@@ -112,17 +111,23 @@ class Role(ABC):
 
     @property
     def num_parameters(self) -> int:
-        """Of the whole network, however little of it this process holds; of the role's adapter under LoRA."""
+        """Parameters of the whole network, sharded or not; under LoRA, of the role's adapter."""
         return sum(map(deepspeed.whole_size, self._body.parameters()))
 
     @property
-    @abstractmethod
     def traffic(self) -> Traffic | None:
-        """What gathering and reducing has cost so far; None where every process has a copy."""
+        """Counts of gathers and reductions so far; None if every process has a copy."""
+        weights = self._weights if self.trained or self.base is None else self.base.weights
+        return None if weights is None else weights.traffic
 
-    @abstractmethod
     def describe(self) -> str:
-        """For the log: size, precision, ZeRO stage, optimizer; and what is fused, with what is not and why."""
+        """For the log: size, precision, ZeRO stage, optimizer; which operations are fused, and why others are not."""
+        adapter = "adapter of " if self.trained and self.base is not None else ""
+        dtype = str(self._body.dtype).removeprefix("torch.")
+        line = f"{self.name}: {adapter}{self.num_parameters / 1e6:.1f} M parameters, {dtype}, {self._updated_by}"
+        if self._weights is not None:
+            line += f", sharded (ZeRO stage 3), {POLICIES[self._weights.policy]}"
+        return line if self.fusion is None else f"{line}; {self.fusion}"
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         self._phases.enter(self)
@@ -133,26 +138,18 @@ class Role(ABC):
         return predict(x, t, cond)
 
     def _gathered(self, world: World, flat: Tensor | None = None, *, float8: bool = False) -> Weights:
-        """The weights, once they are cut up, as the residency has them."""
+        """The weights, after they are sharded, with the residency's policy."""
         parameters = list(self.module.parameters())
         return Weights(parameters, self._body.blocks, self.residency.policy, world.size, flat, float8=float8)
 
     def end_of_phase(self) -> None:
-        """Gives the weights back, where they are not to stay."""
+        """Releases the weights, unless they stay whole."""
         if self._weights is not None:
             self._weights.end_of_phase()
 
-    def _described(self, what: str, weights: Weights | None) -> str:
-        adapter = "adapter of " if self.trained and self.base is not None else ""
-        dtype = str(self._body.dtype).removeprefix("torch.")
-        line = f"{self.name}: {adapter}{self.num_parameters / 1e6:.1f} M parameters, {dtype}, {what}"
-        if weights is not None:
-            line += f", sharded (ZeRO stage 3), {_GATHERED[weights.policy]}"
-        return line if self.fusion is None else f"{line}; {self.fusion}"
-
 
 class Teacher(Role):
-    """Frozen. On a shared base its weights are the base's, which all roles gather."""
+    """Frozen. On a shared base, all roles gather its weights."""
 
     def _take_over(self, config: Config, world: World) -> None:
         if self.base is not None:
@@ -163,18 +160,10 @@ class Teacher(Role):
         deepspeed.cut_up(self.module, deepspeed.settings_of(config, self.name, self._body.dtype, world.size))
         self._weights = self._gathered(world, float8=self.residency.float8)
 
-    @property
-    def traffic(self) -> Traffic | None:
-        weights = self._weights if self.base is None else self.base.weights
-        return None if weights is None else weights.traffic
-
-    def describe(self) -> str:
-        return self._described("frozen", self._weights)
-
 
 class Trained(Role):
-    """`backward` for each micro-batch, then `step`, which clips, applies the optimizer, or skips an update that is not
-    finite. The subclasses say who reduces and applies.
+    """Call `backward` for each micro-batch, then `step`, which clips and applies the optimizer, or skips an update that is
+    not finite. The subclasses define who reduces and applies.
 
     average: the moving average of the weights, or None. swaps: masters and moments are on a disk.
     """
@@ -190,24 +179,29 @@ class Trained(Role):
         self._optimizer_config = config.optimizer(name)
         self._total_updates = config.num_updates(name)
         self._kept_passes = getattr(config.engine.kept_passes, name) or 0
-        self._micro_batches = 0  # differentiated for the update that is under way
+        self._micro_batches = 0  # differentiated for the current update
         self._updates = 0
         self._unsettled: Step | None = None
         self.module.to(world.device)
         optimizer = build_optimizer(
-            list(self.module.parameters()),  # not what the first kind that fails to build would use up
+            self.module.parameters(),
             self._optimizer_config,
             world.device.type,
             seed=Philox.of(config.run.seed, name, world.rank).key,
             offload=config.engine.offload,
         )
         settings = deepspeed.settings_of(config, name, self._body.dtype, world.size)
-        reduces = not self.residency.reduced
-        self._partition = deepspeed.Partition(self.module, optimizer, settings, reduces=reduces)
-        self.swaps = self._partition.swaps
+        self._partition = deepspeed.Partition(self.module, optimizer, settings, reduces=not self.residency.reduced)
+        self._updated_by = type(self._partition.optimizer).__name__
+        self.swaps = self._partition.folder is not None
         if self._partition.folder is not None:
             atexit.register(remove_swapped, self._partition.folder, swap_folder(config, name).parents[1])
-            self._check_swapping()
+            if not self._partition.swappable:
+                raise ConfigError(
+                    f"engine.offload = nvme: DeepSpeed swaps no tensor below 1 MiB, but a process's part of the {name} is cut "
+                    f"into {', '.join(map(str, self._partition.sizes))} numbers; engine.offload=cpu would run, or another "
+                    "zero_optimization.sub_group_size in engine.deepspeed"
+                )
         self._weights = self._gathered(world, self._partition.flat)
         self._begin()
         self.average: Average | None = None
@@ -217,27 +211,15 @@ class Trained(Role):
 
     @abstractmethod
     def _begin(self) -> None:
-        """What the kind needs once the weights are cut up."""
+        """Prepares what the subclass needs, after the weights are sharded."""
 
     @abstractmethod
     def _differentiate(self, loss: Tensor, more: bool) -> None:
         """Adds a micro-batch's gradient, reduced unless more is to come."""
 
     @abstractmethod
-    def _between(self) -> None:
-        """After a micro-batch that is not the update's last."""
-
-    @abstractmethod
     def _update(self, lr: float) -> Tensor:
-        """Applies the update unless it is not finite. Returns the gradient's norm before clipping, inf or NaN if so."""
-
-    def _check_swapping(self) -> None:
-        if not self._partition.swappable:
-            raise ConfigError(
-                f"engine.offload = nvme: DeepSpeed swaps no tensor below 1 MiB, but a process's part of the {self.name} is "
-                f"cut into {', '.join(map(str, self._partition.sizes))} numbers; engine.offload=cpu would run, or another "
-                "zero_optimization.sub_group_size in engine.deepspeed"
-            )
+        """Applies the update if it is finite. Returns the gradient's norm before clipping; inf or NaN if it is not."""
 
     def __call__(self, x: Tensor, t: Tensor, cond: dict[str, Tensor]) -> Tensor:
         if self._body.recomputation is not None:
@@ -247,22 +229,15 @@ class Trained(Role):
         return prediction
 
     @property
-    def traffic(self) -> Traffic:
-        return self._weights.traffic
-
-    def describe(self) -> str:
-        return self._described(type(self._partition.optimizer).__name__, self._weights)
-
-    @property
     def updates(self) -> int:
-        """Applied ones. Waits for the last to be known."""
+        """Applied updates. Waits for the outcome of the last."""
         self.settle()
         return self._updates
 
     def backward(self, loss: Tensor, *, more: bool = False) -> None:
-        """Adds one micro-batch's gradient. A loss that is not finite makes the gradient so, on every process.
+        """Adds one micro-batch's gradient. A loss that is not finite makes the gradient NaN on every process.
 
-        more: another backward pass of the same micro-batch follows, and the gradients are reduced only after it.
+        more: another backward pass of the same micro-batch follows; gradients are reduced after it.
         """
         self._phases.enter(self)
         self._differentiate(loss * torch.where(loss.isfinite(), 1.0, torch.nan), more)
@@ -274,9 +249,8 @@ class Trained(Role):
             self._weights.end_of_phase()
 
     def step(self) -> Step | None:
-        """After each micro-batch: None until the last of an update, then what became of it."""
+        """Call after each micro-batch: None until an update's last, then the update's outcome."""
         if self._micro_batches < self._accumulation:
-            self._between()
             return None
         self.settle()
         self._micro_batches = 0
@@ -290,31 +264,25 @@ class Trained(Role):
         return self._unsettled
 
     def settle(self) -> None:
-        """Learns what became of the last update: how many were applied decides rate and bias correction of the next."""
+        """Counts the last update if it was applied: the count decides the next one's rate and bias correction."""
         if self._unsettled is not None:
             self._updates += self._unsettled.applied
             self._unsettled = None
 
     def release(self) -> None:
-        """Gives the weights back, as DeepSpeed wants to find them when it saves or loads."""
+        """Releases all gathered weights."""
         self._weights.release()
 
-    # What a checkpoint keeps
-
     def layout(self) -> Layout:
-        """How the parameters are cut up."""
-        names = self._body.names()
-        return Layout(
-            self._world_size,
-            tuple(
-                tuple((names[each], deepspeed.whole_size(each)) for each in group)
-                for group in self._partition.parameters
-            ),
-        )
+        """How the parameters are sharded."""
+        names = {value: name for name, value in self._body.tensors().items()}
+        groups = self._partition.parameters
+        sizes = tuple(tuple((names[each], deepspeed.whole_size(each)) for each in group) for group in groups)
+        return Layout(self._world_size, sizes)
 
     def state_groups(self) -> Iterator[tuple[int, dict[str, Tensor]]]:
-        """This process's part of masters, moments and average, a group after the other, as views where possible: to be
-        copied before the next one is asked for."""
+        """This process's part of masters, moments and average, group by group, as views where possible: copy them before
+        asking for the next group."""
         self.release()
         optimizer = self._partition.optimizer
         for group, master in enumerate(self._partition.masters):
@@ -330,7 +298,7 @@ class Trained(Role):
 
     @torch.no_grad()
     def load(self, updates: int, read: Callable[[int], dict[str, Tensor]]) -> None:
-        """What `state_groups` gave after so many updates; read: the tensors of a group. All processes call."""
+        """Restores what `state_groups` gave after `updates` updates; read(group) returns its tensors. All processes call."""
         self.release()
         self._updates = updates
         optimizer = self._partition.optimizer
@@ -347,14 +315,18 @@ class Trained(Role):
                     restore_step(optimizer, master, int(tensors.pop("step")))
                 state = optimizer.state[master]
                 for name, value in tensors.items():
-                    _restore(state, name, value, master.device)
+                    now = state.get(name)
+                    if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
+                        now.copy_(value)
+                    else:
+                        state[name] = value.to(master.device, copy=True)
         if self._replay is not None:
             self._replay.forget()
         self._forget_rounded()
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """Inside the block the weights are their moving average, where there is one."""
+        """Inside the block the weights are their moving average, if there is one."""
         if self.average is None:
             yield
             return
@@ -366,15 +338,14 @@ class Trained(Role):
         self._forget_rounded()
 
     def _forget_rounded(self) -> None:
-        """FP8 copies are made anew: shards are written to past whatever else could tell."""
+        """Marks FP8 copies as out of date: writes to the shards do not change the parameters' versions."""
         if self.fusion is not None and self.fusion.num_fp8 and self.base is None:
             requantize(self.module)
             if self._replay is not None:
                 self._replay.run_next()
 
     def bits(self) -> int:
-        """The sum of this process's part of the weights, each number's bits read as a whole number: it tells whether any
-        has changed."""
+        """Sum of the bits of this process's weights, read as integers: it shows whether any has changed."""
         self.release()
         kinds = {2: torch.int16, 4: torch.int32}
         return sum(
@@ -382,17 +353,17 @@ class Trained(Role):
         )
 
     def is_finite(self) -> bool:
-        """Whether this process's part of the weights holds no NaN and no infinity."""
+        """Whether this process's part of the weights has no NaN or infinity."""
         self.release()
         return all(is_finite(each) for each in self._partition.weights)
 
     def full_state_dict(self) -> dict[str, Tensor] | None:
-        """Every weight, whole, on the CPU of the main process (None elsewhere); all processes must call."""
+        """Every weight, whole, on the CPU of the main process (None elsewhere). All processes must call."""
         self.release()
         state = {}
         main = dist.get_rank() == 0
         for name, value in self._body.tensors().items():
-            # One tensor at a time: a network's full weights never stand on a device all at once.
+            # One tensor at a time: the full weights never need to fit on a device.
             with deepspeed.gathered([value] if isinstance(value, nn.Parameter) else []):
                 if main:
                     state[name] = value.detach().to("cpu", copy=True)
@@ -417,12 +388,8 @@ class Sharded(Trained):
         if not more:
             self._gradients.finish()
 
-    def _between(self) -> None:
-        pass
-
     def _update(self, lr: float) -> Tensor:
-        """One pass over this process's shard. Nothing is written where the norm is not finite, and the host need not
-        know."""
+        """One pass over this process's shard, which writes nothing if the norm is not finite; the host does not wait."""
         gradient, optimizer = self._gradients.flat, self._partition.optimizer
         squared = sum_of_squares(gradient)
         if self._world_size > 1:
@@ -430,7 +397,7 @@ class Sharded(Trained):
         norm = squared.sqrt().float()
         scale = (self._clip / (norm + 1e-6)).clamp(max=1.0) if self._clip > 0 else None
         (master,), (weight,) = self._partition.masters, self._partition.weights
-        optimizer.state[master]["step"] = self._updates  # it counts calls, those that were not applied too
+        optimizer.state[master]["step"] = self._updates  # it also counts calls that were not applied
         self._partition.set_lr(lr)
         with self._partition.masters_in_optimizer():
             optimizer.update(
@@ -454,8 +421,10 @@ class ByDeepSpeed(Trained):
         assert not more, "DeepSpeed reduces after each backward pass"
         self._partition.backward(loss)
 
-    def _between(self) -> None:
-        self._partition.engine.step()  # which counts
+    def step(self) -> Step | None:
+        if self._micro_batches < self._accumulation:
+            self._partition.engine.step()  # counts the micro-batch
+        return super().step()
 
     def _update(self, lr: float) -> Tensor:
         self._partition.set_lr(lr)
@@ -465,12 +434,3 @@ class ByDeepSpeed(Trained):
 
 def _number(value: int | float) -> Tensor:
     return torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64)
-
-
-def _restore(state: dict[str, Any], name: str, value: Tensor, device: torch.device) -> None:
-    """One entry of an optimizer's state, in the place of what there is."""
-    now = state.get(name)
-    if isinstance(now, Tensor) and now.shape == value.shape and now.dtype == value.dtype:
-        now.copy_(value)
-    else:
-        state[name] = value.to(device, copy=True)

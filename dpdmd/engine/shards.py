@@ -1,8 +1,8 @@
-"""How the state of a sharded network lies on disk, and how it is read back by another number of processes.
+"""The state of a sharded network on disk, and how another number of processes reads it.
 
-A parameter of n elements is cut into N equal pieces, the last filled up with zeros: process r has elements r p to (r + 1) p,
-p = ceil(n / N). Its pieces of all parameters of a group, one behind the other, are one flat tensor: of the float32 masters,
-of each moment, of the average. (One group, but for offload, which works through several.)
+A parameter of n elements is cut into N equal pieces, the last padded with zeros: process r has elements r p to (r + 1) p,
+p = ceil(n / N). The masters (float32), each moment and the average are flat tensors: a process's pieces of all parameters of
+a group, one after the other. There is one group, or several under offload.
 
     file of a role, process and group    master, average (group's size); exp_avg, exp_avg_sq and whatever else the optimizer
                                          keeps; numbers such as step, 0-dimensional
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,12 @@ from torch import Tensor
 from dpdmd.files import TensorFile, open_tensors
 from dpdmd.kernels.optim.adamw import BLOCK, Moments
 
-_NEAREST = 1 << 15  # of 16 random bits: those that round to the nearest
+_NEAREST = 1 << 15  # the value of the 16 random bits that rounds to the nearest
 
 
 @dataclass(frozen=True)
 class Layout:
-    """groups: the parameters of each, in order, as (name, number of elements)."""
+    """groups: each one's parameters in order, as (name, number of elements)."""
 
     processes: int
     groups: tuple[tuple[tuple[str, int], ...], ...]
@@ -37,16 +37,16 @@ class Layout:
         return Layout(processes, tuple(tuple((name, size) for name, size in group) for group in groups))
 
     def piece(self, size: int) -> int:
-        """Elements of a parameter of so many that each process has."""
+        """Elements that each process has of a parameter of `size` elements."""
         return -(-size // self.processes)
 
     def size(self, group: int) -> int:
-        """Elements of a group that each process has."""
+        """Elements that each process has of a group."""
         return sum(self.piece(size) for _, size in self.groups[group])
 
     @cached_property
     def places(self) -> dict[str, tuple[int, int]]:
-        """Of each parameter its group, and where in that group's flat tensor it begins."""
+        """Each parameter's group, and its offset in that group's flat tensor."""
         places = {}
         for group, parameters in enumerate(self.groups):
             offset = 0
@@ -60,13 +60,12 @@ class Layout:
         return {name: size for parameters in self.groups for name, size in parameters}
 
     def name(self, rank: int, group: int) -> str:
-        """Of the file of one process and group."""
+        """The file name of one process and group."""
         return f"rank_{rank:05d}.safetensors" if len(self.groups) == 1 else f"rank_{rank:05d}_{group:04d}.safetensors"
 
 
 def pieces(old: Layout, new: Layout, rank: int, group: int) -> Iterator[tuple[int, int, int, int, int]]:
-    """What a new process's group is put together from: (place in the new flat tensor, old rank, old group, first and last
-    element there)."""
+    """The parts of a new process's group: (offset in the new flat tensor, old rank, old group, begin and end there)."""
     offset = 0
     for name, size in new.groups[group]:
         piece, old_piece = new.piece(size), old.piece(size)
@@ -90,20 +89,19 @@ class SavedRole:
         self._opened: dict[tuple[int, int], TensorFile] = {}
 
     def group(self, layout: Layout, rank: int, group: int) -> dict[str, Tensor]:
-        """The tensors of one process and group, cut as `layout` has it: bit for bit where that is how they were saved;
-        moments in 8 bits are rounded anew where not."""
+        """The tensors of one process and group in `layout`: bit for bit if they were saved in it; else 8-bit moments are
+        rounded again."""
         if layout == self._layout:
             file = self._file(rank, group)
             return {name: file.read(name) for name in file.layout}
         first = self._file(0, 0)
         names = set(first.layout)
         tensors = {name: first.read(name) for name, (_, shape) in first.layout.items() if not shape}
-        float8 = {"exp_avg_scale", "exp_avg_sq_scale"} <= names
-        if float8:
-            moments = {name: self._cut(layout, rank, group, self._moment(name)) for name in ("exp_avg", "exp_avg_sq")}
-            tensors |= _float8(**moments)
+        if {"exp_avg_scale", "exp_avg_sq_scale"} <= names:
+            read = {name: partial(self._moment, name) for name in ("exp_avg", "exp_avg_sq")}
+            tensors |= _float8(**{name: self._cut(layout, rank, group, each) for name, each in read.items()})
         for name in names - tensors.keys():
-            tensors[name] = self._cut(layout, rank, group, self._slice(name))
+            tensors[name] = self._cut(layout, rank, group, partial(self._slice, name))
         return tensors
 
     def _file(self, rank: int, group: int) -> TensorFile:
@@ -119,24 +117,19 @@ class SavedRole:
             flat[place : place + len(values)] = values
         return flat
 
-    def _slice(self, name: str) -> Callable[[int, int, int, int], Tensor]:
-        return lambda rank, group, begin, end: self._file(rank, group).read(name, begin, end)
+    def _slice(self, name: str, rank: int, group: int, begin: int, end: int) -> Tensor:
+        return self._file(rank, group).read(name, begin, end)
 
-    def _moment(self, name: str) -> Callable[[int, int, int, int], Tensor]:
-        """Of moments in 8 bits: the float32 values."""
-
-        def read(rank: int, group: int, begin: int, end: int) -> Tensor:
-            file = self._file(rank, group)
-            first = begin // BLOCK * BLOCK
-            codes = file.read(name, first, end)
-            scales = file.read(f"{name}_scale", first // BLOCK, -(-end // BLOCK))
-            return Moments(codes, scales, codes, scales).read()[name == "exp_avg_sq"][begin - first :]
-
-        return read
+    def _moment(self, name: str, rank: int, group: int, begin: int, end: int) -> Tensor:
+        """The float32 values of an 8-bit moment."""
+        first = begin // BLOCK * BLOCK
+        codes = self._slice(name, rank, group, first, end)
+        scales = self._slice(f"{name}_scale", rank, group, first // BLOCK, -(-end // BLOCK))
+        return Moments(codes, scales, codes, scales).read()[name == "exp_avg_sq"][begin - first :]
 
 
 def _float8(exp_avg: Tensor, exp_avg_sq: Tensor) -> dict[str, Tensor]:
-    """Moments (n,), float32, in 8 bits, rounded to the nearest."""
+    """Float32 moments (n,) in 8 bits, rounded to the nearest."""
     size, blocks = len(exp_avg), -(-len(exp_avg) // BLOCK)
     codes = [torch.empty(size, dtype=torch.uint8) for _ in range(2)]
     scales = [torch.empty(blocks) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What this process needs before the networks come: a device, its settings, and the other processes."""
+"""Starts this process: its device and the device's settings, and the other processes of the run."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ from dpdmd.kernels.blocks.fp8 import converts
 
 
 def resolve_dtype(name: str, device: str) -> torch.dtype:
-    """'auto' to bfloat16 on CUDA and float32 on the CPU."""
+    """'auto' is bfloat16 on CUDA and float32 on the CPU."""
     if name == "auto":
         return torch.bfloat16 if device == "cuda" else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
 
 
 def check(config: Config) -> None:
-    """Raises ConfigError, before anything is loaded, for a device, optimizer, arithmetic or DeepSpeed that is not to be
-    had."""
+    """Raises ConfigError, before anything is loaded, for an unavailable device, optimizer, arithmetic or DeepSpeed."""
     device = resolve_device(config.engine.device)
     if config.model.fp8 != "off" and (device != "cuda" or not converts("cuda", torch.cuda.current_device())):
         raise ConfigError(
@@ -38,7 +37,7 @@ def check(config: Config) -> None:
 
 
 def start(config: EngineConfig, run: str = "") -> World:
-    """Readies this process's device and joins the others of the run, as `world.join` says."""
+    """Prepares this process's device and joins the other processes, as `world.join` does."""
     device = resolve_device(config.device)
     if device == "cuda":
         _let_segments_grow()
@@ -52,7 +51,7 @@ def start(config: EngineConfig, run: str = "") -> World:
 
 
 def _let_segments_grow() -> None:
-    """Lets torch's allocator serve a larger tensor from what was freed in pieces: on a GPU that is full to 95 %,
-    fragmentation would run out of memory. The environment's settings, if there are any, stand instead."""
+    """Lets torch's allocator serve a larger tensor from several freed pieces: on a GPU that is 95 % full, fragmentation would
+    run out of memory. The environment's settings take precedence."""
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

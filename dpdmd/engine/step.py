@@ -1,4 +1,4 @@
-"""What became of an update, learnt without making the host wait for the device."""
+"""The outcome of an update, read without making the host wait for later work of the device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Later:
-    """A device tensor on its way to the host: reading it waits for what was queued before it, not for what came after."""
+    """A device tensor on its way to the host: reading it waits for earlier work of the stream only."""
 
     def __init__(self, value: Tensor):
         self._event = None
@@ -28,7 +28,7 @@ class Later:
 
 
 class Step:
-    """What became of an update; its numbers are fetched from the device when they are asked for."""
+    """The outcome of an update; its numbers are fetched from the device when they are read."""
 
     def __init__(self, lr: float, norm: Tensor):
         self.lr = lr
@@ -36,11 +36,11 @@ class Step:
 
     @property
     def gradient_norm(self) -> float:
-        """Before clipping; inf where the update was not applied."""
+        """Norm before clipping; inf if the update was not applied."""
         norm = float(self._norm.read())
         return norm if math.isfinite(norm) else math.inf
 
     @property
     def applied(self) -> bool:
-        """False: loss or gradient was not finite and the weights stayed as they were."""
+        """False: loss or gradient was not finite, and the weights were not changed."""
         return math.isfinite(self.gradient_norm)

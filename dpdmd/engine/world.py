@@ -1,8 +1,7 @@
-"""The processes of a run: who they are, how they meet, and what they tell one another.
+"""The processes of a run: their ranks, how they meet, and how they exchange objects.
 
-A launcher starts them and says in the environment which of how many each one is: deepspeed and torchrun (RANK), srun
-(SLURM_PROCID), mpirun (OMPI_COMM_WORLD_RANK, PMI_RANK). They meet at a store that the first of them holds: on one machine it
-listens on 127.0.0.1 alone. No library is compiled for it.
+A launcher starts them and sets rank and size in the environment: deepspeed and torchrun (RANK), srun (SLURM_PROCID), mpirun
+(OMPI_COMM_WORLD_RANK, PMI_RANK). They meet at a store held by process 0, which on one machine listens on 127.0.0.1 only.
 """
 
 from __future__ import annotations
@@ -31,19 +30,18 @@ from torch import Tensor
 from dpdmd import command
 from dpdmd.config import ConfigError, EngineConfig
 
-MEETING_SECONDS = 300.0  # that a process waits for the others at the start
-_COLLECTIVE = timedelta(minutes=30)  # that a process waits for the others later on
+MEETING_SECONDS = 300.0  # the longest wait for the other processes at the start
+_COLLECTIVE = timedelta(minutes=30)  # the longest wait for them later
 _DEFAULT_PORT = 29500
-_SILENT_SECONDS = 10.0  # that a process waits before it says so
+_SILENT_SECONDS = 10.0  # a longer wait is reported
 LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says of this process.
+    """This process, as the launcher's variables describe it.
 
-    address: where process 0 is met; on one machine LOOPBACK, whatever MASTER_ADDR says. by: the launcher's variables, for
-    messages.
+    address: process 0's; on one machine LOOPBACK, whatever MASTER_ADDR says. by: the variables' names, for messages.
     """
 
     rank: int
@@ -54,13 +52,8 @@ class Launch:
     port: int
     by: str
 
-    @property
-    def one_machine(self) -> bool:
-        return self.local_size == self.size
 
-
-# Launchers that have variables of their own: rank, size, rank and size on this machine. Where several
-# say the same, the first counts.
+# Other launchers' variables: rank, size, rank and size on this machine. If several agree, the first is used.
 _LAUNCHERS = (
     ("SLURM_PROCID", ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"), "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("OMPI_COMM_WORLD_RANK", ("OMPI_COMM_WORLD_SIZE",), "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
@@ -72,43 +65,55 @@ _LAUNCHERS = (
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
-    """Reads the launcher's variables; one process on its own where there are none.
-
-    Raises ConfigError for numbers that cannot be, and for a launcher that does not say where the processes are to meet.
-    """
-    if "RANK" in environment or "WORLD_SIZE" in environment:
-        return _by_rank(environment)
-    found = _started_by(environment)
-    if found is None:
-        return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
-    (rank_name, _, local_rank_name, local_size_name), size_name = found
-    rank, size = _number(environment, rank_name), _number(environment, size_name)
+    """Reads the launcher's variables; without any, a single process. Raises ConfigError for impossible numbers, and if the
+    address of process 0 is needed and not given."""
+    port, host = _DEFAULT_PORT, LOOPBACK
+    if "RANK" in environment or "WORLD_SIZE" in environment:  # deepspeed's and torchrun's
+        rank_name, size_name, local_rank_name = "RANK", "WORLD_SIZE", "LOCAL_RANK"
+        if absent := [name for name in (rank_name, size_name) if name not in environment]:
+            other = "the other of RANK and WORLD_SIZE"
+            raise ConfigError(f"{absent[0]} is not set, and {other} is: a launcher sets both, or unset both")
+        rank, size = _rank_and_size(environment, rank_name, size_name)
+        # deepspeed's, torchrun's; if neither is set, all processes are on this machine.
+        local_size_name = "LOCAL_SIZE" if environment.get("LOCAL_SIZE") else "LOCAL_WORLD_SIZE"
+        local_size = _number(environment, local_size_name, default=size)
+    else:
+        found = _started_by(environment)
+        if found is None:
+            return Launch(0, 1, 0, 1, LOOPBACK, 0, "no launcher")
+        (rank_name, _, local_rank_name, local_size_name), size_name = found
+        rank, size = _rank_and_size(environment, rank_name, size_name)
+        local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
+        if not local_size:
+            names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
+            machines = max(1, next((_number(environment, name) for name in names if environment.get(name)), 1))
+            local_size = max(1, size // machines)
+        host = _first_host(environment)
+        if "SLURM_JOB_ID" in environment:  # two jobs may share a machine
+            port = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
     by = f"{rank_name} and {size_name}"
-    local_size = _number(_of_this_machine(environment, local_size_name), local_size_name, default=0)
-    machines = _machines(environment)
-    if not local_size:
-        local_size = size if machines == 1 else max(1, size // machines)
-    local_rank = _number(environment, local_rank_name, default=rank % local_size)
-    _check_local(local_rank, local_size, size, f"{local_rank_name} and {local_size_name}")
-    address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or _first_host(environment)
+    local_rank = _number(environment, local_rank_name, default=rank % max(1, local_size))
+    if not (1 <= local_size <= size and 0 <= local_rank < local_size):
+        raise ConfigError(
+            f"{local_rank_name} and {local_size_name} say that this is process {local_rank} of {local_size} on this machine, "
+            f"counted from 0, and there are {size} in all: the number on the machine must be 1 to {size}, and above the rank"
+        )
+    address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or host
     if address is None:
         raise ConfigError(
             f"{by} say that this is process {rank} of {size} on several machines: set MASTER_ADDR, for all of them, to "
             "the name of the machine of process 0 (and MASTER_PORT to a free port there)"
         )
-    default = _DEFAULT_PORT
-    if "SLURM_JOB_ID" in environment:  # two jobs may share a machine
-        default = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
-    port = _port(environment, default)
+    port = _number(environment, "MASTER_PORT", port)
+    if not 1 <= port <= 65535:
+        raise ConfigError(f"MASTER_PORT = {port} in the environment: ports go from 1 to 65535")
     return Launch(rank, size, local_rank, local_size, address, port, by)
 
 
 def _started_by(environment: Mapping[str, str]) -> tuple[tuple, str] | None:
-    """The launcher of several processes whose variables count, and the one that holds their number. None where this process
-    is alone.
+    """The launcher to believe, and the name of its variable for the size; None for a single process.
 
-    mpirun may have been started by srun, or in a job's script, which have SLURM's variables too: where they say something
-    else they are not about this process.
+    Under srun or in a job's script mpirun's processes have SLURM's variables too, which are not about them if they differ.
     """
     said: dict[tuple[int, int], tuple[tuple, str]] = {}  # by rank and size
     for launcher in _LAUNCHERS:
@@ -119,35 +124,17 @@ def _started_by(environment: Mapping[str, str]) -> tuple[tuple, str] | None:
         if size_name is None:
             of_a_step = bool({"SLURM_STEP_ID", "SLURM_STEPID"} & environment.keys())
             if rank_name == "SLURM_PROCID" and environment[rank_name] == "0" and not of_a_step:
-                continue  # a job's script itself
-            if said:  # srun tells PMIx's rank and leaves out its number
+                continue  # the job's script itself
+            if said:  # srun sets PMIx's rank without its size
                 continue
             raise ConfigError(
                 f"{rank_name} = {environment[rank_name]!r} is set, and none of {', '.join(size_names)}: this process cannot "
                 "tell how many there are; start it with deepspeed, torchrun, srun or mpirun, or unset that variable"
             )
-        rank, size = _number(environment, rank_name), _number(environment, size_name)
-        _check_rank(rank, size, f"{rank_name} and {size_name}")
-        said.setdefault((rank, size), (launcher, size_name))
+        said.setdefault(_rank_and_size(environment, rank_name, size_name), (launcher, size_name))
     several = [each for (_, size), each in said.items() if size > 1]
     others = [each for each in several if each[0][0] != "SLURM_PROCID"]
     return next(iter(others or several), None)
-
-
-def _by_rank(environment: Mapping[str, str]) -> Launch:
-    """The variables of deepspeed and torchrun."""
-    by = "RANK and WORLD_SIZE"
-    if absent := [name for name in ("RANK", "WORLD_SIZE") if name not in environment]:
-        raise ConfigError(f"{absent[0]} is not set, and the other of {by} is: a launcher sets both, or unset both")
-    rank, size = _number(environment, "RANK"), _number(environment, "WORLD_SIZE")
-    _check_rank(rank, size, by)
-    # deepspeed's, torchrun's; where neither is set, all are on this machine.
-    size_name = next((name for name in ("LOCAL_SIZE", "LOCAL_WORLD_SIZE") if environment.get(name)), "LOCAL_WORLD_SIZE")
-    local_size = _number(environment, size_name, default=size)
-    local_rank = _number(environment, "LOCAL_RANK", default=rank % max(1, local_size))
-    _check_local(local_rank, local_size, size, f"LOCAL_RANK and {size_name}")
-    address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or LOOPBACK
-    return Launch(rank, size, local_rank, local_size, address, _port(environment, _DEFAULT_PORT), by)
 
 
 def _number(environment: Mapping[str, str], name: str, default: int | None = None) -> int:
@@ -160,47 +147,26 @@ def _number(environment: Mapping[str, str], name: str, default: int | None = Non
 
 
 def _of_this_machine(environment: Mapping[str, str], name: str) -> dict[str, str]:
-    """The variable alone. SLURM's has the numbers of all machines in it: 2(x3),1 for 2, 2, 2, 1."""
+    """The variable's value for this machine. SLURM's lists all machines: 2(x3),1 for 2, 2, 2, 1."""
     text = environment.get(name, "")
-    numbers = []
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
-        if match is None:
-            return {name: text}
-        numbers += [match[1]] * min(int(match[2] or 1), 10**6)
-    if not numbers:
+    parts = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in text.split(",")]
+    numbers = [part[1] for part in parts if part for _ in range(min(int(part[2] or 1), 10**6))]
+    if None in parts or not numbers:
         return {name: text}
     machine = _number(environment, "SLURM_NODEID", default=0)
     return {name: numbers[machine if machine < len(numbers) else 0]}
 
 
-def _port(environment: Mapping[str, str], default: int) -> int:
-    port = _number(environment, "MASTER_PORT", default)
-    if not 1 <= port <= 65535:
-        raise ConfigError(f"MASTER_PORT = {port} in the environment: ports go from 1 to 65535")
-    return port
-
-
-def _check_rank(rank: int, size: int, by: str) -> None:
+def _rank_and_size(environment: Mapping[str, str], rank_name: str, size_name: str) -> tuple[int, int]:
+    rank, size = _number(environment, rank_name), _number(environment, size_name)
     if not 0 <= rank < size:
+        by = f"{rank_name} and {size_name}"
         raise ConfigError(f"{by} say that this is process {rank} of {size}: ranks go from 0 to {size - 1}")
-
-
-def _check_local(rank: int, size: int, of_all: int, by: str) -> None:
-    if not (1 <= size <= of_all and 0 <= rank < size):
-        raise ConfigError(
-            f"{by} say that this is process {rank} of {size} on this machine, counted from 0, and there are {of_all} in "
-            f"all: ranks go from 0 to the number on the machine less one, and that is 1 to {of_all}"
-        )
-
-
-def _machines(environment: Mapping[str, str]) -> int:
-    names = ("SLURM_STEP_NUM_NODES", "SLURM_NNODES", "SLURM_JOB_NUM_NODES")
-    return max(1, next((_number(environment, name) for name in names if environment.get(name)), 1))
+    return rank, size
 
 
 def _first_host(environment: Mapping[str, str]) -> str | None:
-    """Of SLURM's list of machines, such as node[03-05,9],other."""
+    """The first machine of SLURM's list, such as node[03-05,9],other."""
     hosts = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or ""
     match = re.match(r"([^\[,]+)(?:\[([^\],-]+)[^\]]*\]([^,]*))?", hosts)
     return None if match is None else "".join(part or "" for part in match.groups())
@@ -208,10 +174,8 @@ def _first_host(environment: Mapping[str, str]) -> str | None:
 
 @dataclass(frozen=True)
 class World:
-    """The processes of this run: rank and size, and the device of this one.
-
-    background: a group of their own for the threads that write checkpoints; None with one process.
-    """
+    """This process's rank and device, and the number of processes. background: the process group of the threads that write
+    checkpoints; None with one process."""
 
     rank: int
     size: int
@@ -227,7 +191,7 @@ class World:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)
 
     def on_main(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the function on the main process. Its result, or the ConfigError that it raised, is every process's."""
+        """Calls the function on the main process; every process returns its result or raises its ConfigError."""
         outcome, problem = None, None
         if self.main:
             try:
@@ -239,24 +203,20 @@ class World:
             raise ConfigError(problem)
         return outcome
 
-    def gather(self, value: Any) -> list[Any]:
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
         """A Python object of every process, in order of rank, on every process."""
         if self.size == 1:
             return [value]
         values = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=group)
         return values
 
     def gather_in_background(self, value: Any) -> list[Any]:
-        """`gather` for a thread beside the training's; the threads of all processes call."""
-        if self.size == 1:
-            return [value]
-        values = [None] * self.size
-        dist.all_gather_object(values, value, group=self.background)
-        return values
+        """`gather` for a second thread of every process."""
+        return self.gather(value, self.background)
 
     def mean(self, values: Tensor) -> Tensor:
-        """The mean over the processes of each of (n,) numbers, on the device."""
+        """Means over the processes of (n,) numbers, on the device."""
         values = values.double()
         if self.size > 1:
             dist.all_reduce(values)
@@ -264,24 +224,21 @@ class World:
 
 
 def resolve_device(name: str) -> str:
-    """'auto' to 'cuda' where there is one, else 'cpu'. Raises ConfigError for CUDA that is not there."""
+    """'auto' is 'cuda' if there is one, else 'cpu'. Raises ConfigError for cuda without a device."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("engine.device = cuda: torch sees no CUDA device here; engine.device=cpu or auto would run")
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
 def join(config: EngineConfig, run: str = "") -> World:
-    """Joins the processes that a launcher started, or stands alone when there was none.
+    """Joins the processes that a launcher started; without a launcher this process is alone.
 
-    run: names what is run. Processes of different runs that meet by mistake, at one port, are told apart by it.
-    Raises ConfigError for a launcher's variables that cannot be, a port that is taken, and processes that do not come.
+    run: the run's name, which tells processes of different runs at one port apart.
+    Raises ConfigError for a launcher's impossible variables, a port in use, and processes that do not come in time.
     """
     device = resolve_device(config.device)
     launch = launched(os.environ)
-    if device == "cpu":
-        # DeepSpeed asks the environment, not us, which accelerator to work on.
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    elif launch.local_rank >= torch.cuda.device_count():
+    if device == "cuda" and launch.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"{launch.by} say that this is process {launch.local_rank} on this machine, counted from 0, and torch sees "
             f"{torch.cuda.device_count()} GPUs: start one process a GPU, or set engine.device=cpu"
@@ -294,16 +251,21 @@ def join(config: EngineConfig, run: str = "") -> World:
         MASTER_ADDR=launch.address,
         MASTER_PORT=str(launch.port),
     )
-    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # mpirun's, of a torchrun; DeepSpeed wants it to be the same
+    if "OMPI_COMM_WORLD_LOCAL_RANK" in os.environ:  # DeepSpeed requires it to agree; a torchrun under mpirun differs
         os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] = str(launch.local_rank)
     end_with_launcher()
     if device == "cuda":
         torch.cuda.set_device(launch.local_rank)
     if (device == "cpu" or config.offload != "none") and not _threads_given(os.environ):
-        # Processes that share cores stall one another when each starts a thread for every core.
+        # Processes that share cores slow one another down if each starts a thread for every core.
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.local_size))
     backend = "nccl" if device == "cuda" else "gloo"
-    _join(launch, backend, run)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds the store itself
+        dist.init_process_group(backend, init_method="env://", timeout=_COLLECTIVE)
+    else:
+        store = meet(launch, run)
+        command.met(lambda text: store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
+        dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=_COLLECTIVE)
     _join_deepspeed(backend)
     background = dist.new_group(backend="gloo", timeout=_COLLECTIVE) if launch.size > 1 else None
     place = torch.device(device, launch.local_rank) if device == "cuda" else torch.device(device)
@@ -311,22 +273,13 @@ def join(config: EngineConfig, run: str = "") -> World:
 
 
 def _threads_given(environment: Mapping[str, str]) -> bool:
-    """Whether the user has said how many threads a process is to have. torchrun says 1 where the user says nothing."""
+    """Whether the user has set the number of threads. torchrun sets 1 if the user does not."""
     threads = environment.get("OMP_NUM_THREADS")
     return bool(threads) and not (threads == "1" and "TORCHELASTIC_RUN_ID" in environment)
 
 
-def _join(launch: Launch, backend: str, run: str) -> None:
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":  # torchrun holds the store itself
-        dist.init_process_group(backend, init_method="env://", timeout=_COLLECTIVE)
-        return
-    store = meet(launch, run)
-    command.met(lambda text: store.add(f"said/{hashlib.sha256(text.encode()).hexdigest()}", 1) == 1)
-    dist.init_process_group(backend, store=store, rank=launch.rank, world_size=launch.size, timeout=_COLLECTIVE)
-
-
 def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
-    """The store at which all processes of the run have met. seconds: to wait for them, MEETING_SECONDS by default."""
+    """The store at which all processes of the run have met. seconds: the longest wait, by default MEETING_SECONDS."""
     seconds = MEETING_SECONDS if seconds is None else seconds
     limit = timedelta(seconds=seconds)
     where = f"{launch.address}:{launch.port}"
@@ -339,7 +292,7 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
             True,
             limit,
             wait_for_workers=False,
-            master_listen_fd=listener.detach(),  # the store's from now on
+            master_listen_fd=listener.detach(),  # the store closes it
         )
         store.set("run", run)
     else:
@@ -347,7 +300,7 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
             _wait_for_listener(launch, seconds)
             store = dist.TCPStore(launch.address, launch.port, launch.size, False, limit, wait_for_workers=False)
             found = store.get("run").decode()
-        except (OSError, RuntimeError) as error:  # torch's are RuntimeErrors
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError
             raise ConfigError(
                 f"process {launch.rank} of {launch.size} ({launch.by}) found no process 0 at {where} within {seconds:.0f} s: "
                 f"it has ended, or was not started ({_first_line(error)})"
@@ -368,8 +321,8 @@ def meet(launch: Launch, run: str, seconds: float | None = None) -> dist.Store:
 
 
 def _listen(launch: Launch) -> socket.socket:
-    """Where the store is to listen: on one machine nowhere but there."""
-    host = LOOPBACK if launch.one_machine else ""
+    """The store's socket: on one machine it listens on LOOPBACK only."""
+    host = LOOPBACK if launch.local_size == launch.size else ""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
@@ -388,20 +341,18 @@ def _listen(launch: Launch) -> socket.socket:
 
 
 def _wait_for_listener(launch: Launch, seconds: float) -> None:
-    """Returns when something listens where process 0 is to be: torch, which would wait as well, fills pages with how its
-    attempts failed."""
+    """Waits until something listens at process 0's address; torch's own wait would print pages about failed attempts."""
     began, told = time.monotonic(), False
     while True:
         try:
             socket.create_connection((launch.address, launch.port), timeout=10).close()
             return
-        except OSError as error:  # also of a name that is not known yet, as where machines start together
+        except OSError as error:  # also for a name that is not known yet, when machines start together
             waited = time.monotonic() - began
             if waited > seconds:
                 raise
             if waited > _SILENT_SECONDS and not told:
-                where = f"{launch.address}:{launch.port}"
-                _say_waiting(launch, where, f"process 0 ({_first_line(error)})")
+                _say_waiting(launch, f"{launch.address}:{launch.port}", f"process 0 ({_first_line(error)})")
                 told = True
         time.sleep(0.1)
 
@@ -423,19 +374,16 @@ def _wait_for_all(store: dist.Store, launch: Launch, where: str, seconds: float)
 
 
 def _say_waiting(launch: Launch, where: str, which: str) -> None:
-    print(
-        f"process {launch.rank} of {launch.size} ({launch.by}) is waiting at {where} for {which}",
-        file=sys.stderr,
-        flush=True,
-    )
+    process = f"process {launch.rank} of {launch.size} ({launch.by})"
+    print(f"{process} is waiting at {where} for {which}", file=sys.stderr, flush=True)
 
 
 def _join_deepspeed(backend: str) -> None:
-    """DeepSpeed takes over the processes that have met. Its own library for the CPU, which serves tensor-parallel
-    inference alone, is not compiled: that takes a minute and a compiler, and leaves 69 MB a process in shared memory."""
+    """Gives DeepSpeed the process group. Its library for the CPU, which serves only tensor-parallel inference, is not
+    compiled: that takes a minute and a compiler, and leaves 69 MB a process in shared memory."""
     import deepspeed
 
-    # Not deepspeed.comm.torch: as an attribute that is torch itself.
+    # Not the attribute deepspeed.comm.torch, which is torch itself.
     vars(importlib.import_module("deepspeed.comm.torch"))["build_shm_op"] = lambda: None
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, verbose=False)
 
@@ -444,20 +392,17 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-# Launchers that die
-
-
 def end_with_launcher() -> None:
-    """Under the launchers of deepspeed and torch: SIGTERM for this process when the launcher dies. Otherwise a run whose
-    launcher was killed would train on unseen, and keep its GPUs."""
+    """Under deepspeed and torchrun: has the kernel send SIGTERM to this process when the launcher dies. Otherwise a run whose
+    launcher was killed would go on unseen, and keep its GPUs."""
     if _is_deepspeeds(os.getppid()) or "TORCHELASTIC_RUN_ID" in os.environ:
         with contextlib.suppress(OSError, AttributeError):  # not Linux
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 class Launcher:
-    """deepspeed's two processes above this one: `deepspeed` itself, which leaves when it is killed without a word, and the
-    one that it started on this machine."""
+    """deepspeed's two processes above this one: `deepspeed` itself, which may be killed without a signal to this process, and
+    the one that it started on this machine."""
 
     def __init__(self):
         self._parent = os.getppid()
@@ -477,7 +422,7 @@ def _is_deepspeeds(process: int) -> bool:
 
 def _parent_of(process: int) -> int | None:
     try:
-        # The name before it, in brackets, may hold spaces.
+        # The process's name before it, in brackets, may contain spaces.
         return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
     except (OSError, ValueError, IndexError):
         return None

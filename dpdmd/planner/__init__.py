@@ -1,1 +1,1 @@
-"""What a configuration needs and how fast it would be, before anything is loaded; and what `auto` stands for."""
+"""Memory and speed of a configuration, before anything is loaded; and the choice of `auto`."""

@@ -1,4 +1,4 @@
-"""What a cycle does: which passes there are, which of them are differentiated, and what a chain of them keeps."""
+"""The passes of a cycle: how many, which are differentiated, and what a chain of them keeps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dpdmd.planner.footprint import Block, Footprint, Footprints, Pass
 
 
 def steps_with_graph(config: Config) -> tuple[int, int]:
-    """The student's: of the first step alone (1 or 0), and of the chain that DMD trains."""
+    """The student's steps that are differentiated: the first by itself (1 or 0), and those of the chain that DMD trains."""
     distill = config.distill
     first = 1 if distill.method == "dpdmd" else 0
     rest = distill.student_steps - first
@@ -19,7 +19,7 @@ def steps_with_graph(config: Config) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Passes:
-    """Of a cycle. rollouts: the student's without gradient; student, critic: those with a backward pass."""
+    """Passes of a cycle. rollouts: the student's without gradient; student, critic: those with a backward pass."""
 
     rollouts: int
     teacher: int
@@ -42,25 +42,25 @@ class Passes:
 
 
 def chain_lengths(config: Config, in_parts: bool) -> list[int]:
-    """Steps of each chain that is differentiated in a student update. in_parts: the first step's by itself."""
+    """Steps of each chain that a student update differentiates. in_parts: the first step is a chain of its own."""
     first, rest = steps_with_graph(config)
     return [steps for steps in ([first, rest] if in_parts else [first + rest]) if steps]
 
 
 def block_passes(config: Config, footprints: Footprints, role: str, in_parts: bool) -> int:
-    """Of the longest forward chain with a graph."""
+    """Block passes of the longest forward chain with a graph."""
     steps = 1 if role == "critic" else max(chain_lengths(config, in_parts))
     return steps * len(footprints.of(config, role, config.engine.batch_size).blocks)
 
 
 @dataclass
 class Chain:
-    """A forward chain of a role's network with a graph: `steps` passes one after the other, and its backward pass."""
+    """A forward chain of a role's network with a graph, `steps` consecutive passes, and its backward pass."""
 
     footprint: Footprint
     steps: int
     how: str  # engine.checkpointing
-    keep: int  # block passes, the first ones, that keep everything
+    keep: int  # the first block passes keep everything, this many
 
     @cached_property
     def passes(self) -> list[tuple[Block, Pass]]:
@@ -73,15 +73,15 @@ class Chain:
 
     @cached_property
     def kept(self) -> float:
-        """Bytes between forward and backward pass."""
+        """Bytes kept between forward and backward pass."""
         return sum(each.kept for _, each in self.passes) + self.steps * self.footprint.outer_kept
 
     def backward(self, *, held: bool, earlier: bool, shard: float = 0.0) -> tuple[float, float]:
-        """(activations, gradients) at the fullest moment of the backward pass.
+        """Bytes of (activations, gradients) at the fullest moment of the backward pass.
 
-        held: the gradients stay with the parameters; earlier: some are there already, which these are added to. A block's
-        own gradients of this pass count in full while its backward pass runs. shard: what the first gradients that are
-        complete are reduced to, and all others after them.
+        held: the gradients stay with the parameters; earlier: earlier gradients are held, and these are added. A block's own
+        gradients of this pass count in full while its backward pass runs. shard: bytes of the shard that all gradients are
+        reduced to, allocated with the first.
         """
         fp = self.footprint
         width, count = fp.dtype_bytes, len(fp.blocks)

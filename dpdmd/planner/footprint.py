@@ -1,16 +1,15 @@
-"""What one pass of a network allocates and computes, found out on the meta device: no weights, no GPU, a second.
+"""What one pass of a network allocates and computes, measured on the meta device: no weights, no GPU, a second.
 
 The family's own modules run on tensors that have shapes and no values, fused as on a GPU (`backend.shapes_only`), while a
-`Meter` sees every operation. Memory is that of the storages that are alive, each counted once, from the operation that
-made it until nothing holds it; parameters, buffers and inputs are there anyway and count nothing. So what a block keeps
-for its backward pass is not derived from formulas but is what autograd and the checkpoints really hold, and the most that
-a block's backward pass needs at once (gradients on the way, recomputed activations) is seen in the same way.
+`Meter` sees every operation. Memory is the sum of live storages, each counted once, from the operation that made it until
+nothing holds it; parameters, buffers and inputs do not count. So what a block keeps for its backward pass is what autograd
+and the checkpoints really hold, not a formula; the peak of its backward pass (gradients, recomputed activations) likewise.
 
-What a GPU does otherwise: sizes are rounded up to 512 bytes; products with an epilogue (gelu_mlp) keep the same but need a
-buffer less on the way; kernels' partial sums (megabytes) and cuDNN's workspace are not seen. Measured on an H100 the
-difference is below 2 % (tests/test_plan.py).
+Differences to a GPU: sizes are rounded up to 512 bytes; matmuls with an epilogue (gelu_mlp) need one temporary buffer less;
+kernels' partial sums (megabytes) and cuDNN's workspace are not seen. Measured on an H100 the difference is below 2 %
+(tests/test_plan.py).
 
-Of blocks of one kind two are run, and stand for all.
+At most two blocks of each kind are run; they represent all.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from dpdmd.kernels.fusion.fuse_transformer import _modules
 from dpdmd.kernels.runtime.backend import shapes_only
 
 CHECKPOINTING = ("none", "selective", "full")
-_ATTENTION = {"attention_forward_triton": 4, "attention_backward_triton": 10}  # operations: B H S T D times this
+_ATTENTION = {"attention_forward_triton": 4, "attention_backward_triton": 10}  # FLOP: B H S T D times this
 
 
 @dataclass(frozen=True)
 class Work:
-    """Floating-point operations of matrix products and of attention; bytes that other operations read and write."""
+    """FLOP of matmuls and of attention; bytes that other operations read and write."""
 
     gemm: float = 0
     attention: float = 0
@@ -62,10 +61,10 @@ class Work:
 
 @dataclass(frozen=True)
 class Pass:
-    """A block's forward and backward pass, in bytes beside weights and inputs.
+    """Bytes of a block's forward and backward pass, without weights and inputs.
 
-    kept: between the two, outputs included. forward, backward: the most at any time of it, kept included; in the backward
-    pass also the gradients of outputs, inputs and the block's own parameters.
+    kept: between the two, outputs included. forward, backward: the peak, kept included; in the backward pass also the
+    gradients of outputs, inputs and the block's own parameters.
     """
 
     kept: float
@@ -78,7 +77,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Block:
-    """parameters: elements; trained: those that get a gradient; passes by engine.checkpointing."""
+    """parameters: elements; trained: those with a gradient; passes by engine.checkpointing."""
 
     parameters: int
     trained: int
@@ -93,9 +92,8 @@ class Block:
 
 @dataclass(frozen=True)
 class Footprint:
-    """One network at one batch size. outer: what is before and after the blocks; no_grad: the most that a pass without
-    gradient needs at once; buffers: bytes (tables of positions); largest: elements of the largest parameter; dtype_bytes:
-    of a weight."""
+    """One network at one batch size. outer: what is before and after the blocks; no_grad: peak bytes of a pass without
+    gradient; buffers: bytes (tables of positions); largest: elements of the largest parameter; dtype_bytes: of a weight."""
 
     blocks: list[Block]
     outer_parameters: int
@@ -126,7 +124,7 @@ class Footprint:
         return sum((block.forward for block in self.blocks), self.outer)
 
     def scaled(self, factor: float) -> Footprint:
-        """Of `factor` times the batch. What does not grow with it, sums over samples, is less than 1 % of it."""
+        """The footprint at `factor` times the batch. Sums over samples, which do not grow with it, are less than 1 %."""
         scaled = {id(block): block * factor for block in self.blocks}
         return replace(
             self,
@@ -138,31 +136,26 @@ class Footprint:
 
 
 class Meter(TorchDispatchMode):
-    """Bytes alive on the meta device, now and at most, and the work done, inside the block."""
+    """Live bytes on the meta device, their peak, and the work done, inside the block. uncounted: modules, and trees of
+    tensors, that exist before it."""
 
-    def __init__(self):
+    def __init__(self, *uncounted: Any):
         super().__init__()
         self.live = self.peak = 0
         self.work = Work()
         self._sizes: dict[int, int] = {}
-
-    def ignore(self, tensors: Any) -> None:
-        """They are there anyway."""
-        for tensor in tree_iter(tensors):
-            if isinstance(tensor, Tensor):
+        for each in uncounted:
+            for tensor in _tensors([*each.parameters(), *each.buffers()] if isinstance(each, nn.Module) else each):
                 self._note(tensor.untyped_storage(), 0)
-
-    def reset_peak(self) -> None:
-        self.peak = self.live
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
-        made = [t for t in tree_iter(result) if isinstance(t, Tensor) and self._note(t.untyped_storage())]
+        made = [tensor for tensor in _tensors(result) if self._note(tensor.untyped_storage())]
         self.work += self._work(func, args, kwargs or {}, result, made)
         return result
 
     def _note(self, storage: torch.UntypedStorage, size: int | None = None) -> bool:
-        """Whether the storage is a new one."""
+        """Counts a storage; returns whether it is new."""
         key = storage._cdata
         if key in self._sizes or storage.device.type != "meta":
             return False
@@ -184,14 +177,13 @@ class Meter(TorchDispatchMode):
             return Work(gemm=flop_registry[packet](*args, **kwargs, out_val=result))
         factor = _ATTENTION.get(packet.__name__)
         if factor is not None:
-            q, k = [arg for arg in args if isinstance(arg, Tensor)][factor == 10 :][:2]
+            q, k = _tensors(args)[factor == 10 :][:2]
             batch, queries, heads, dim = q.shape
             return Work(attention=factor * batch * heads * queries * k.shape[1] * dim)
         writes_in_place = func._schema.is_mutable
         if (not made and not writes_in_place) or packet in (torch.ops.aten.empty, torch.ops.aten.empty_like):
             return Work()  # a view, or nothing yet
-        tensors = [t for t in tree_iter((args, kwargs, made)) if isinstance(t, Tensor)]
-        return Work(bytes=sum(t.numel() * t.element_size() for t in tensors))
+        return Work(bytes=sum(t.numel() * t.element_size() for t in _tensors((args, kwargs, made))))
 
 
 def measure(
@@ -206,8 +198,7 @@ def measure(
 ) -> Footprint:
     """The role's network on batches of `batch` samples at the backbone's resolution.
 
-    fused: its blocks in the fused operations, as `engine.fuse` does on a GPU; lora: a LoraConfig, for adapters on frozen
-    weights.
+    fused: with fused operations, as `engine.body.fuse` does on a GPU; lora: adapters on frozen weights.
     """
     model = _cast(backbone.empty_transformer(role), dtype).eval()
     buffers = sum(buffer.nbytes for buffer in model.buffers())
@@ -215,7 +206,7 @@ def measure(
     fp8_bytes = _fp8_bytes(model) if fp8 else 0
     blocks = [module for module in model.modules() if isinstance(module, backbone.block_classes)]
     outer_parameters = _count(model)[0] - sum(_count(block)[0] for block in blocks)
-    kinds = [_kind(block) for block in blocks]
+    kinds = [(type(each), tuple((name, tuple(p.shape)) for name, p in each.named_parameters())) for each in blocks]
     representatives = _representatives(kinds)
     _shorten(model, [blocks[i] for i in representatives])
     if lora is not None:  # one role's, as the engine has one for student and one for critic
@@ -226,19 +217,25 @@ def measure(
     counts = {kinds[i]: _count(blocks[i]) for i in representatives}
     if fused:
         fuse_transformer(model, verbose=False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:  # freed when complete: Chain.backward counts them
+            parameter.register_post_accumulate_grad_hook(_drop_gradient)
 
     arguments = _arguments(backbone, batch, dtype)
     predict = partial(backbone.predict, model, *arguments, dtype)
     with _as_on_a_gpu():
-        with torch.no_grad(), _meter(model, arguments) as meter:
+        with torch.no_grad(), Meter(model, arguments) as meter:
             predict()
         no_grad, forward = meter.peak, meter.work
-        calls, kept_blocks = {}, 0
-        with _meter(model, arguments) as meter, _recorded([blocks[i] for i in representatives], meter, calls):
+        with Meter(model, arguments) as meter:
+            calls, hooks = _record([blocks[i] for i in representatives], meter)
             output = predict()
         kept = meter.live
         del output
+        for hook in hooks:
+            hook.remove()
         measured: dict[Any, Block] = {}
+        kept_blocks = 0
         for i in representatives:
             call = calls[blocks[i]]
             kept_blocks += call.kept
@@ -261,7 +258,7 @@ def measure(
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    for module in model.modules():  # Module.to, of diffusers' classes, warns
+    for module in model.modules():  # Module.to of diffusers' classes warns
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad)
@@ -272,17 +269,13 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def _count(module: nn.Module) -> tuple[int, int]:
-    """Elements of parameters, and of those that are trained."""
+    """Elements of all parameters, and of trained ones."""
     parameters = list(module.parameters())
     return sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
 
 
-def _kind(block: nn.Module) -> tuple:
-    return type(block), tuple((name, tuple(parameter.shape)) for name, parameter in block.named_parameters())
-
-
 def _representatives(kinds: list[tuple]) -> list[int]:
-    """Places of the blocks that are run: of each kind the first two that follow one another, else its first."""
+    """Indices of the blocks that are run: each kind's first two consecutive ones, else its first."""
     chosen = []
     for kind in dict.fromkeys(kinds):
         places = [i for i, each in enumerate(kinds) if each == kind]
@@ -292,7 +285,7 @@ def _representatives(kinds: list[tuple]) -> list[int]:
 
 
 def _shorten(model: nn.Module, blocks: list[nn.Module]) -> None:
-    """Leaves the model those of its blocks."""
+    """Removes the model's other blocks."""
     for name, child in model.named_children():
         if isinstance(child, nn.ModuleList) and any(block in set(child) for block in blocks):
             setattr(model, name, nn.ModuleList([block for block in child if block in set(blocks)]))
@@ -305,16 +298,8 @@ def _arguments(backbone, batch: int, dtype: torch.dtype) -> tuple:
         return torch.empty(batch, *backbone.latent_shape), torch.empty(batch), cond
 
 
-@contextlib.contextmanager
-def _meter(*there: Any) -> Iterator[Meter]:
-    with Meter() as meter:
-        for each in there:
-            meter.ignore([*each.parameters(), *each.buffers()] if isinstance(each, nn.Module) else each)
-        yield meter
-
-
 class _RmsNorm(torch.autograd.Function):
-    """The shapes of torch's kernel."""
+    """The shapes that torch's kernel returns and saves."""
 
     @staticmethod
     def forward(ctx, x, weight):
@@ -329,9 +314,9 @@ class _RmsNorm(torch.autograd.Function):
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    """Fused operations take the way of their kernels, and torch's attention and RMS norm keep what its kernels on a GPU
-    keep, where on the meta device they are made of smaller operations: attention its inputs, its output and a number per
-    query and head, not the matrix of all weights; the norm its input and a number a row."""
+    """Inside the block fused operations take the path of their kernels, and torch's attention and RMS norm save what its GPU
+    kernels save, instead of running as smaller operations: attention saves its inputs, its output and a number per query and
+    head, not the attention matrix; the norm saves its input and a number per row."""
 
     def sdpa(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **options):
         scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -360,9 +345,9 @@ class _Call:
     kept: int = 0
 
 
-@contextlib.contextmanager
-def _recorded(blocks: list[nn.Module], meter: Meter, calls: dict[nn.Module, _Call]) -> Iterator[None]:
-    """Notes each block's call."""
+def _record(blocks: list[nn.Module], meter: Meter) -> tuple[dict[nn.Module, _Call], list[Any]]:
+    """Each block's call, recorded when it runs, and the hooks that do so."""
+    calls: dict[nn.Module, _Call] = {}
 
     def before(block, args, kwargs):
         calls[block] = _Call(args, kwargs, kept=meter.live)
@@ -373,11 +358,7 @@ def _recorded(blocks: list[nn.Module], meter: Meter, calls: dict[nn.Module, _Cal
 
     hooks = [block.register_forward_pre_hook(before, with_kwargs=True) for block in blocks]
     hooks += [block.register_forward_hook(after, with_kwargs=True) for block in blocks]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    return calls, hooks
 
 
 def _tensors(values: Any) -> tuple[Tensor, ...]:
@@ -385,14 +366,14 @@ def _tensors(values: Any) -> tuple[Tensor, ...]:
 
 
 def _measure_block(chain: list[nn.Module], calls: dict[nn.Module, _Call], count: tuple[int, int]) -> Block:
-    """Of the last of one or two blocks of a kind, the second of which is given what the first makes: what passes from
-    block to block beside the tensors themselves (kernels/flux.py) is there then as in the network."""
+    """The last of one or two blocks of a kind. The second gets the first's outputs, and with them what blocks pass on beside
+    the tensors (kernels/flux.py), as in the network."""
     measured = {how: _measure_chain(chain, calls, how) for how in CHECKPOINTING}
     return Block(*count, {how: each[0] for how, each in measured.items()}, *measured["none"][1:])
 
 
 def _measure_chain(chain: list[nn.Module], calls: dict[nn.Module, _Call], how: str) -> tuple[Pass, Work, Work]:
-    """The pass, the work of its forward and that of its backward pass."""
+    """The pass, and the work of its forward and backward pass."""
     leaves: dict[int, Any] = {}
 
     def given(value):
@@ -403,11 +384,11 @@ def _measure_chain(chain: list[nn.Module], calls: dict[nn.Module, _Call], how: s
         return leaves[id(value)]
 
     inputs = [tree_map(given, (calls[block].args, calls[block].kwargs)) for block in chain[:1]]
-    with _meter(*chain, inputs) as meter, _gradients_dropped(chain):
+    with Meter(*chain, inputs) as meter:
         outputs, before, work = (), 0, Work()
         for block in chain:
             before, work = meter.live, meter.work
-            meter.reset_peak()
+            meter.peak = meter.live
             args, kwargs = tree_map(given, (calls[block].args, calls[block].kwargs))
             outputs = _tensors(_run(block, how, args, kwargs))
             del args, kwargs
@@ -420,7 +401,7 @@ def _measure_chain(chain: list[nn.Module], calls: dict[nn.Module, _Call], how: s
         reached = [output for output in outputs if output.requires_grad]
         del outputs
         leaves.clear()
-        meter.reset_peak()
+        meter.peak = meter.live
         torch.autograd.backward(reached, [torch.empty_like(output) for output in reached])
         return Pass(kept, forward, meter.peak - before), forward_work, (meter.work - work) * (1 / len(chain))
 
@@ -433,49 +414,27 @@ def _run(block: nn.Module, how: str, args: tuple, kwargs: dict[str, Any]) -> Any
     return selective_checkpoint(block.forward, *args, parameters=list(block.parameters()), **kwargs)
 
 
-@contextlib.contextmanager
-def _gradients_dropped(blocks: list[nn.Module]) -> Iterator[None]:
-    """Of parameters, as soon as they are made: who keeps them is not the block's affair."""
-
-    def drop(parameter):
-        parameter.grad = None
-
-    parameters = [p for block in blocks for p in block.parameters() if p.requires_grad]
-    hooks = [parameter.register_post_accumulate_grad_hook(drop) for parameter in parameters]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+def _drop_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
 
 
 def _fp8_bytes(model: nn.Module) -> int:
-    """Of the copies that `fuse_transformer(model, fp8="no_grad")` comes to have: a byte a weight, four a row."""
+    """Bytes of the copies that `fuse_transformer(model, fp8="no_grad")` makes: one per weight, four per row."""
     blocks = [(block, kind.fp8_layers) for _, block, kind in _modules(model) if kind.fp8_layers]
-    layers = {
-        name: layer for block, names in blocks[1:-1] for name, layer in block.named_modules(prefix=str(id(block)))
-    }
-    total = 0
-    for block, names in blocks[1:-1]:
-        for name in names:
-            layer = layers.get(f"{id(block)}.{name}")
-            if isinstance(layer, nn.Linear):
-                total += layer.weight.numel() + 4 * layer.out_features
-    return total
+    layers = [layer for block, names in blocks[1:-1] for name, layer in block.named_modules() if name in names]
+    return sum(layer.weight.numel() + 4 * layer.out_features for layer in layers if isinstance(layer, nn.Linear))
 
 
 class Footprints:
-    """Those of a backbone's networks, each measured once.
-
-    Raises what the networks' classes raise for an architecture that cannot be built.
-    """
+    """The footprints of a backbone's networks, each measured once. Raises what the networks' classes raise for an
+    architecture that cannot be built."""
 
     def __init__(self, backbone):
         self.backbone = backbone
         self._measured: dict[tuple, tuple[int, dict[int, Footprint]]] = {}
 
     def of(self, config: Config, role: str, batch: int) -> Footprint:
-        """At `batch`. It is measured at the first batch that is asked for; other batches are in proportion."""
+        """The role's footprint at `batch`; measured at the first batch asked for, scaled for others."""
         model, lora = config.model, config.lora
         dtype = torch.float32 if model.dtype == "float32" else torch.bfloat16
         architecture = repr(self.backbone.transformer_config(role))
@@ -491,7 +450,7 @@ class Footprints:
         return by_batch[batch]
 
     def at_work(self, config: Config) -> dict[str, Footprint]:
-        """Each role's, at the batch that its passes have: the teacher's is twice as large where it is guided."""
+        """Each role's footprint at the batch of its passes: twice the configured one for a guided teacher."""
         batch, guided = config.engine.batch_size, config.distill.guidance_scale != 1.0
         batches = {"student": batch, "critic": batch, "teacher": 2 * batch if guided else batch}
         return {role: self.of(config, role, each) for role, each in batches.items()}

@@ -1,4 +1,4 @@
-"""What one settled configuration takes: memory of every phase of a cycle, bytes sent, and about how long."""
+"""The plan of one configuration without `auto`: memory of every phase of a cycle, bytes sent, and estimated time."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from dpdmd.planner.speed import floor, seconds, traffic
 
 @dataclass(frozen=True)
 class Plan:
-    """One configuration without `auto` on num_gpus GPUs of gpu_memory bytes (None: a CPU, of which nothing is judged).
+    """One configuration without `auto` on num_gpus GPUs of gpu_memory bytes (None: a CPU, which is not planned).
 
-    host: bytes of a machine's memory by what they are for; traffic: bytes a cycle that a GPU receives in gathers and sends
-    in reductions; seconds: about, a cycle by what they go to; floor: seconds that any implementation needs.
+    host: bytes of a machine's memory by use; traffic: bytes a cycle that a GPU receives in gathers and sends in reductions;
+    seconds: estimated, of a cycle, by use; floor: lower bound of the seconds for any implementation.
     """
 
     config: Config
@@ -34,22 +34,22 @@ class Plan:
 
     @property
     def peak(self) -> float:
-        """Bytes that torch will have allocated at most."""
+        """Peak bytes that torch allocates."""
         return max((phase.allocated for phase in self.phases), default=0.0)
 
     @property
     def needed(self) -> float:
-        """Bytes of a GPU, context and reserve included."""
+        """Bytes needed on a GPU, context and reserve included."""
         return self.fullest.total
 
     @property
     def fits(self) -> bool:
-        """With a reserve."""
+        """Whether it fits with the reserve."""
         return self.gpu_memory is None or self.needed <= self.gpu_memory
 
     @property
     def possible(self) -> bool:
-        """Without one."""
+        """Whether it fits without the reserve."""
         context = CONTEXT + (NCCL if self.num_gpus > 1 else 0.0)
         return self.gpu_memory is None or self.peak + context <= self.gpu_memory
 
@@ -65,7 +65,7 @@ class Plan:
 
     @property
     def choice(self) -> str:
-        """What `auto` and null have become, in the settings' words."""
+        """The values chosen for `auto` and null, as settings."""
         engine = self.config.engine
         line = f"engine.residency={engine.residency} engine.checkpointing={engine.checkpointing}"
         if engine.checkpointing != "none":
@@ -74,7 +74,7 @@ class Plan:
         return line
 
     def summary(self) -> str:
-        """One line for a run's beginning."""
+        """One line for the start of a run."""
         if self.gpu_memory is None:
             return f"plan: {self.choice}"
         tight = "" if self.fits else " (tight: less than the usual reserve is left)"
@@ -85,7 +85,7 @@ class Plan:
 
 
 def plan_of(config: Config, footprints: Footprints, num_gpus: int, gpu_memory: float | None) -> Plan:
-    """Of a configuration without `auto`."""
+    """The plan of a configuration without `auto`."""
     memory = Memory(config, footprints, num_gpus)
     return Plan(
         *(config, num_gpus, gpu_memory),

@@ -1,10 +1,11 @@
-"""What fits: what `auto` stands for, what else would do, and what is recommended.
+"""The choice of `auto`, other settings that fit, and the recommendation.
 
-`resolve` is what training calls: it replaces `auto` by the fastest that fits, and refuses what cannot fit.
+Training calls `resolve`: it replaces `auto` by the fastest that fits, and refuses what cannot fit.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from dataclasses import dataclass
 from functools import partial
@@ -24,41 +25,45 @@ from dpdmd.config import (
     read_overrides,
 )
 from dpdmd.engine.optimizer import STATE_BYTES
+from dpdmd.engine.residency import POLICIES
 from dpdmd.planner.cycle import block_passes
-from dpdmd.planner.footprint import Footprints
+from dpdmd.planner.footprint import CHECKPOINTING, Footprints
 from dpdmd.planner.memory import Memory
 from dpdmd.planner.plan import Plan, gib, plan_of
 from dpdmd.planner.residency import residencies
 
-ALIKE = 0.015  # estimates that differ by less are the same: what is simpler is taken
-WORTH = 0.05  # so much faster is what makes a change of settings one to recommend
+ALIKE = 0.015  # estimates that differ by less count as equal: the simpler setting is taken
+WORTH = 0.05  # a change of settings is recommended only if it is faster by more
 
 
 class Planner:
-    """Plans of configurations that share model and method. What was measured is kept for the next one."""
+    """Plans configurations that share model and method; they share the measured footprints."""
 
     def __init__(self, footprints: Footprints, num_gpus: int, gpu_memory: float):
         self.footprints, self.num_gpus, self.gpu_memory = footprints, num_gpus, gpu_memory
+
+    @property
+    def policies(self) -> list[str]:
+        """The values of engine.residency to choose from."""
+        return list(POLICIES) if self.num_gpus > 1 else ["whole"]
 
     def with_gpus(self, num_gpus: int) -> Planner:
         return Planner(self.footprints, num_gpus, self.gpu_memory)
 
     def plan(self, config: Config) -> Plan:
-        """Of a configuration without `auto`."""
+        """The plan of a configuration without `auto`."""
         return plan_of(config, self.footprints, self.num_gpus, self.gpu_memory)
 
     def resolve(self, config: Config) -> Plan:
-        """The fastest that fits of what `auto` leaves open; the one that needs least where nothing fits."""
+        """The fastest choice of `auto` that fits; if none fits, the one that needs least memory."""
         engine = config.engine
-        residencies = [engine.residency]
-        if engine.residency == "auto":
-            residencies = ["whole", "phase", "block"] if self.num_gpus > 1 else ["whole"]
-        ways = ["none", "selective", "full"] if engine.checkpointing == "auto" else [engine.checkpointing]
+        policies = self.policies if engine.residency == "auto" else [engine.residency]
+        ways = list(CHECKPOINTING) if engine.checkpointing == "auto" else [engine.checkpointing]
         if not config.model.fuse and engine.checkpointing == "auto":
-            ways.remove("selective")  # which is as full there
+            ways.remove("selective")  # without fusion it is the same as full
         plans = []
-        for residency, how in itertools.product(residencies, ways):
-            settled = with_engine(config, residency=residency, checkpointing=how)
+        for policy, how in itertools.product(policies, ways):
+            settled = with_engine(config, residency=policy, checkpointing=how)
             plans.append(self.plan(self._with_kept_passes(settled)))
         fitting = [plan for plan in plans if plan.fits]
         if fitting:
@@ -67,7 +72,8 @@ class Planner:
         return min(plans, key=lambda plan: plan.needed)
 
     def _with_kept_passes(self, config: Config) -> Config:
-        """null replaced by the largest number with which the role's updates fit, else 0; the roles do not meet."""
+        """Replaces null by the largest number with which the role's updates fit, else 0. Student and critic updates never
+        overlap."""
         in_parts = residencies(config, self.num_gpus)["student"].in_parts
         for role in reversed(TRAINED):
             if getattr(config.engine.kept_passes, role) is None:
@@ -88,38 +94,27 @@ def _with_kept(config: Config, role: str, number: int) -> Config:
 
 
 def _largest(fits, most: int) -> int:
-    """The largest number up to `most` that fits, 0 where none does; what fits does so with fewer too."""
-    if fits(most):
-        return most
-    low, high = 0, most  # high does not fit
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+    """The largest number up to `most` that fits, or 0. Assumes that all smaller numbers fit too."""
+    return most if fits(most) else bisect.bisect_left(range(1, most), True, key=lambda number: not fits(number))
 
 
 def with_engine(config: Config, **engine: Any) -> Config:
     return config.model_copy(update={"engine": config.engine.model_copy(update=engine)})
 
 
-# What train.py calls
-
-
 def resolve(config: Config, backbone, num_gpus: int, gpu_memory: float | None) -> tuple[Config, Plan]:
     """`config` with engine.residency, engine.checkpointing and engine.kept_passes decided, and its plan.
 
-    gpu_memory: bytes of the smallest GPU; None without GPUs, where weights are gathered by phase, activations kept, and
-    nothing is judged. Raises ConfigError for what cannot fit, naming the cheapest changes that would.
+    gpu_memory: bytes of the smallest GPU; None without GPUs: then weights are gathered by phase, activations are kept, and
+    memory is not checked. Raises ConfigError for what cannot fit, naming the cheapest changes that would.
     """
     if gpu_memory is None:
-        engine = config.engine
+        engine, kept = config.engine, config.engine.kept_passes
         settled = with_engine(
             config,
             residency=("phase" if num_gpus > 1 else "whole") if engine.residency == "auto" else engine.residency,
             checkpointing="none" if engine.checkpointing == "auto" else engine.checkpointing,
-            kept_passes=KeptPassesConfig(
-                student=engine.kept_passes.student or 0, critic=engine.kept_passes.critic or 0
-            ),
+            kept_passes=KeptPassesConfig(student=kept.student or 0, critic=kept.critic or 0),
         )
         return settled, Plan(settled, num_gpus, None)
     planner = Planner(Footprints(backbone), num_gpus, gpu_memory)
@@ -130,7 +125,7 @@ def resolve(config: Config, backbone, num_gpus: int, gpu_memory: float | None) -
 
 
 def refusal(config: Config, plan: Plan, planner: Planner) -> str:
-    """Why it does not fit, and the cheapest changes that would."""
+    """The message for what does not fit, with the cheapest changes that would."""
     gpus = f"{plan.num_gpus} GPU{'s' if plan.num_gpus > 1 else ''}"
     text = (
         f"this needs {gib(plan.needed)} GiB a GPU ({plan.fullest.name}, with {plan.choice}), and there are {gpus} of "
@@ -145,15 +140,12 @@ def refusal(config: Config, plan: Plan, planner: Planner) -> str:
     for factor in (2, 4, 8, 16, 32, 64):
         if planner.with_gpus(factor * plan.num_gpus).resolve(config).fits:
             return f"{text}; {factor * plan.num_gpus} such GPUs would do"
-    return f"{text}; no change that is known here would fit, nor 64 times as many GPUs: a smaller model is needed"
-
-
-# What else would do
+    return f"{text}; no change known here would fit, nor 64 times as many GPUs: a smaller model is needed"
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """changes: settings, as for the command line, of so many moves: a move may take two settings."""
+    """changes: settings, as for the command line, made in `moves` moves; a move may take two settings."""
 
     changes: tuple[str, ...]
     moves: int
@@ -161,9 +153,8 @@ class Alternative:
 
 
 def alternatives(config: Config, planner: Planner) -> list[Alternative]:
-    """Other ways to train the same: what was fixed of residency and checkpointing left to auto, batches in parts of an
-    update, smaller moments, offload; and adapters. Those that fit first, then those that train the whole network, then the
-    fastest."""
+    """Other settings: auto for fixed residency and checkpointing, accumulation of smaller batches, smaller moments, offload,
+    a teacher in FP8, and adapters. Sorted: those that fit first, then those that train the whole network, then the fastest."""
     engine = config.engine
     fixed = [f"engine.kept_passes.{role}=null" for role, kept in engine.kept_passes if kept is not None]
     if engine.checkpointing != "auto":
@@ -209,12 +200,12 @@ def _rank(each: Alternative) -> tuple:
 
 
 def changed(config: Config, changes: tuple[str, ...]) -> Config:
-    """`config` with settings as the command line has them."""
+    """`config` with settings in the command line's form."""
     return parse_config(merged(config.model_dump(mode="json"), read_overrides(changes)))
 
 
 def recommend(config: Config, planner: Planner, others: list[Alternative]) -> Alternative | None:
-    """The fastest that fits: as configured where that is as fast as any, else of what trains the whole network."""
+    """Of those within WORTH of the fastest that fits, the one with the fewest changes; adapters only if no whole network fits."""
     own = Alternative((), 0, planner.resolve(config))
     fitting = [each for each in (own, *others) if each.plan.fits]
     fitting = [each for each in fitting if _rank(each)[1] == _rank(fitting[0])[1]]

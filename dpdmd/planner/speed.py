@@ -1,7 +1,4 @@
-"""What a cycle sends, and about how long it takes.
-
-Times are estimates from rates that were measured elsewhere, good to rank settings and for nothing else.
-"""
+"""Bytes that a cycle sends, and an estimate of its time, from rates measured elsewhere: good only to rank settings."""
 
 from __future__ import annotations
 
@@ -12,23 +9,22 @@ from dpdmd.planner.footprint import Footprint, Footprints, Work
 from dpdmd.planner.memory import GPUS_A_NODE, stored_bytes
 from dpdmd.planner.residency import residencies
 
-# A second's work of an H100 or H200 (benchmarks/results/transformer.json, docs/transformer.md): bfloat16 products 600 to
-# 720 TFLOP/s; attention at D = 64 and D = 128, forward and backward; fused memory-bound kernels' share of 3 TB/s.
+# Rates of an H100 or H200 (benchmarks/results/transformer.json, docs/transformer.md): bfloat16 matmuls 600 to 720 TFLOP/s;
+# attention at D = 64 and D = 128, forward and backward; fused memory-bound kernels' share of 3 TB/s.
 GEMM, FP8_GEMM = 660e12, 1200e12
 ATTENTION = {64: (480e12, 380e12), 128: (590e12, 500e12)}
 MEMORY = 2.6e12
-# The best rates that any implementation was measured at on an H200: bfloat16 products, attention, copies.
+# The best measured rates of any implementation on an H200: bfloat16 matmuls, attention, copies.
 BEST_GEMM, BEST_ATTENTION, BEST_MEMORY = 764e12, {64: (480e12, 434e12), 128: (604e12, 525e12)}, 4.2e12
-HOST = 3e-3, 6e-3  # a block's forward and its backward pass are launched in: what bounds small batches
+HOST = 3e-3, 6e-3  # seconds to launch a block's forward and backward pass: they bound small batches
 NVLINK, NETWORK = 300e9, 50e9  # bytes a second and GPU that a gather receives, in a machine and between machines
-# Of a transfer beside a pass, so much of its time is lost to the pass: both want the GPU's memory and units.
-BESIDE = 0.3
+BESIDE = 0.3  # share of a transfer's time by which it slows the passes beside it: both use the GPU's memory and units
 # Pinned bytes each way; parameters of a process with 16 cores; bytes a second of a machine's disk (assumed).
 PCIE, CPU_ADAMW, NVME = 25e9, 1.15e9, 5e9
 
 
 def gathers(config: Config, num_gpus: int) -> dict[str, dict[str, float]]:
-    """How often a cycle gathers each role's weights: "blocks" and what is "outer" to them."""
+    """How often a cycle gathers each role's weights: those of its "blocks", and the "outer" ones."""
     distill, engine = config.distill, config.engine
     critic_updates, times = distill.critic_updates, engine.accumulation
     phases = {
@@ -51,8 +47,7 @@ def gathers(config: Config, num_gpus: int) -> dict[str, dict[str, float]]:
 def traffic(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
     """Bytes a cycle that one GPU receives in gathers and sends in reductions."""
     counts, chosen = gathers(config, num_gpus), residencies(config, num_gpus)
-    others = (num_gpus - 1) / num_gpus
-    gathered = reduced = 0.0
+    others, gathered, reduced = (num_gpus - 1) / num_gpus, 0.0, 0.0
     updates = {"critic": config.distill.critic_updates, "student": 1}
     for role in ROLES:
         fp, each = footprints.of(config, role, config.engine.batch_size), counts[role]
@@ -60,7 +55,7 @@ def traffic(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
         if config.lora is not None:
             if role != "teacher":
                 blocks, outer = 0, fp.trained
-            elif chosen[role].policy == "block":  # which all roles' passes gather; what is outside stays
+            elif chosen[role].policy == "block":  # all roles' passes gather the blocks; the rest stays whole
                 blocks = (blocks - fp.trained) * sum(of_role["blocks"] for of_role in counts.values()) / each["blocks"]
                 outer = 0
         if chosen[role].sharded:
@@ -72,15 +67,14 @@ def traffic(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
 
 
 def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
-    """A cycle by what its time goes to."""
+    """Estimated seconds of a cycle, by use."""
     engine, passes, at = config.engine, Passes.of(config), footprints.at_work(config)
     rates = ATTENTION[_kind_of_attention(footprints)]
     chosen = residencies(config, num_gpus)
+    lengths = chain_lengths(config, chosen["student"].in_parts)
     of_critic = Chain(at["critic"], 1, engine.checkpointing, engine.kept_passes.critic or 0)
-    of_student = [
-        Chain(at["student"], steps, engine.checkpointing, engine.kept_passes.student or 0)
-        for steps in chain_lengths(config, chosen["student"].in_parts)
-    ]
+    kept = engine.kept_passes.student or 0
+    of_student = [Chain(at["student"], steps, engine.checkpointing, kept) for steps in lengths]
 
     def no_grad(role: str) -> float:
         fp = at[role]
@@ -94,10 +88,10 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
     def backward(chain: Chain) -> float:
         blocks = chain.footprint.blocks
         once = sum(_time(block.backward, rates[1]) for block in blocks)
-        again = sum(
-            _time(block.forward if chain.how == "full" else Work(block.forward.gemm, 0, block.forward.bytes), rates[0])
-            for block in blocks
-        )
+        forwards = [block.forward for block in blocks]
+        if chain.how != "full":
+            forwards = [Work(each.gemm, 0, each.bytes) for each in forwards]
+        again = sum(_time(each, rates[0]) for each in forwards)
         launched = HOST[1] * chain.steps * len(blocks) + HOST[0] * chain.recomputed
         return max(chain.steps * once + again * chain.recomputed / len(blocks), launched)
 
@@ -113,24 +107,21 @@ def seconds(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, 
     if num_gpus > 1:
         rate = NVLINK if num_gpus <= GPUS_A_NODE else NETWORK
         sent = traffic(config, footprints, num_gpus)
-        everything = sum(result.values())
         differentiated = 0.7 * (result["critic's passes"] + result["student's passes"])
         gathering = sent["gathered"] / rate
         if engine.residency == "block":
-            gathering = _beside(gathering, everything)
+            gathering = _beside(gathering, sum(result.values()))
         result["communication"] = gathering + _beside(sent["reduced"] / rate, differentiated)
     return result
 
 
 def floor(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, float]:
-    """What a cycle in bfloat16 takes at least: each product and attention once, and one read and write of the optimizer's
-    state, at the best rates known of them."""
+    """Lower bound of a cycle's seconds in bfloat16: every matmul and attention once, and one read and write of the
+    optimizer's state, at the best measured rates."""
     passes, at = Passes.of(config), footprints.at_work(config)
     backwards = [(passes.critic, at["critic"]), (passes.student, at["student"])]
-    forwards = [
-        *backwards,
-        *((passes.rollouts, at["student"]), (passes.teacher, at["teacher"]), (passes.score, at["critic"])),
-    ]
+    frozen = [(passes.rollouts, at["student"]), (passes.teacher, at["teacher"]), (passes.score, at["critic"])]
+    forwards = [*backwards, *frozen]
     once = sum((fp.forward * count for count, fp in forwards), Work())
     again = sum((block.backward * count for count, fp in backwards for block in fp.blocks), Work())
     rates = BEST_ATTENTION[_kind_of_attention(footprints)]
@@ -144,7 +135,7 @@ def floor(config: Config, footprints: Footprints, num_gpus: int) -> dict[str, fl
 
 
 def _beside(transfer: float, passes: float) -> float:
-    """What a transfer costs that runs beside passes."""
+    """Seconds that a transfer beside passes adds."""
     return max(BESIDE * transfer, transfer - passes)
 
 
@@ -153,29 +144,27 @@ def _time(work: Work, attention_rate: float) -> float:
 
 
 def _kind_of_attention(footprints: Footprints) -> int:
-    """The head dimension whose rates are taken."""
+    """The head dimension whose rates are used."""
     return 64 if max(head_dim for head_dim, _ in footprints.backbone.attention_shapes()) <= 64 else 128
 
 
 def _update_bytes(config: Config, fp: Footprint, role: str) -> float:
-    """Read and written by an update on one GPU: gradient and weight in their width, master and moments twice."""
+    """Bytes that an update on one GPU reads and writes: gradient and weight once, master and moments twice."""
     moments = STATE_BYTES[config.optimizer(role).state]
     return fp.trained * (2 * fp.dtype_bytes + 8 + 2 * moments)
 
 
 def _update_seconds(config: Config, footprints: Footprints, num_gpus: int) -> float:
     total = 0.0
-    local = min(num_gpus, GPUS_A_NODE)
     for role, count in (("student", 1), ("critic", config.distill.critic_updates)):
         fp = footprints.of(config, role, config.engine.batch_size)
         trained = fp.trained / num_gpus
-        width = fp.dtype_bytes
         if config.engine.offload == "none":
             each = _update_bytes(config, fp, role) / num_gpus / MEMORY
         else:
-            each = trained * (2 * width / PCIE + 1 / CPU_ADAMW)
+            each = trained * (2 * fp.dtype_bytes / PCIE + 1 / CPU_ADAMW)
             if config.engine.offload == "nvme":
-                each += 2 * 12 * trained * local / NVME
+                each += 2 * 12 * trained * min(num_gpus, GPUS_A_NODE) / NVME
         total += count * each
     if config.ema is not None:
         fp = footprints.of(config, "student", config.engine.batch_size)

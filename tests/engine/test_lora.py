@@ -548,7 +548,7 @@ def test_what_cannot_be_loaded(tmp_path):
         load_adapter(model, "student", tmp_path)
     save_adapter(model, "student", tmp_path)
     for other, message in (
-        (adapted(sd3, rank=2), "is of r = 3; the student's is 2"),
+        (adapted(sd3, rank=2), "has rank 3; the student's adapter needs 2"),
         (adapted(sd3, targets=["to_q"]), "has besides .* tensors, such as transformer_blocks"),
         (adapted(flux), "lacks .* tensors, such as single_transformer_blocks"),
     ):
