@@ -31,14 +31,7 @@ from dpdmd.backbones.files import (
     reading,
 )
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import (
-    CLIP_LENGTH,
-    Clip,
-    EncodePrompt,
-    RandomText,
-    TextEncoders,
-    clip_length,
-)
+from dpdmd.backbones.text import CLIP_LENGTH, Clip, EncodePrompt, RandomText, TextEncoders, clip_length
 from dpdmd.backbones.vae import Decoder
 from dpdmd.config import Config, ConfigError, ModelConfig
 from dpdmd.diffusion import LATEST, NoiseProcess
@@ -152,8 +145,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def _check_widths(self, pipeline: PipelineFolder, encoders: dict[str, Any]) -> None:
-        """Raises ConfigError if the transformer does not fit the text encoders' embeddings. encoders: {component: settings}
-        of those present."""
+        """Raises ConfigError if the transformer does not fit the text encoders. encoders: {component: settings}."""
 
     @abstractmethod
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:

@@ -210,7 +210,7 @@ def _is_file_name(name: str) -> bool:
 def _no_pipeline(name: str, pipeline_class: str) -> str:
     """The error about a name that is neither a folder nor shaped like a hub id."""
     if os.path.isfile(name) or _is_file_name(name):
-        there = "is a file" if os.path.isfile(name) else "there is no such file, and a folder is needed"
+        there = "is a file" if os.path.isfile(name) else "there is no such file"
         if Path(name).name == "model_index.json":
             return f"{there}; name the folder that contains it"
         if name.lower().endswith(_ARCHIVES):

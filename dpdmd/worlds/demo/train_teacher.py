@@ -568,7 +568,21 @@ Measured on the folder loaded back, {card["evaluation"][0]["num_prompts"]:.0f} p
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+def _width(text: str) -> int:
+    if (width := command.count(text)) % 64:
+        raise argparse.ArgumentTypeError(f"{text!r}: a multiple of 64 is needed")
+    return width
+
+
+def _machine(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one {platform.machine()} CPU"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return command.run(_main, argv)
+
+
+def _main(argv: Sequence[str] | None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m dpdmd.worlds.demo.train_teacher", description=str(__doc__).split("\n")[0]
     )
@@ -599,25 +613,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     add("--num-prompts", type=command.whole(1, 4097), default=64, help="evaluation prompts")
     add("--num-samples", type=command.count, default=16, help="samples a prompt")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
 
-
-def _width(text: str) -> int:
-    if (width := command.count(text)) % 64:
-        raise argparse.ArgumentTypeError(f"{text!r}: a multiple of 64 is needed")
-    return width
-
-
-def _machine(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"one {platform.machine()} CPU"
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return command.run(_main, argv)
-
-
-def _main(argv: Sequence[str] | None) -> None:
-    args = _arguments(argv)
     device = torch.device(args.device)
     if args.evaluate:
         if not args.evaluate.is_dir():

@@ -14,7 +14,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -186,15 +186,12 @@ def caption(
 
 def parse(text: str) -> Prompt:
     """The attributes that a caption names. Raises ValueError for an unknown word."""
+    kinds = {name: attribute for attribute, names in ATTRIBUTES.items() for name in names}
     named: dict[str, str] = {}
     for word in text.split():
-        if word in {"a", "an", "at", "on", ANY_SHAPE}:
-            continue
-        for attribute, names in ATTRIBUTES.items():
-            if word in names:
-                named[attribute] = word
-                break
-        else:
+        if word in kinds:
+            named[kinds[word]] = word
+        elif word not in words():
             raise ValueError(f"prompt {text!r}: the picture world has no word {word!r}")
     return Prompt(text, **named)
 
@@ -216,18 +213,19 @@ def draw_prompts(scenes: Scenes, *, seed: int, index: int = 0) -> list[Prompt]:
     return [Prompt(caption(**row), **row) for row in rows]
 
 
-def _distinct_prompts(num: int, *, seed: int, without: Iterable[str] = ()) -> list[Prompt]:
-    seen, prompts, index = set(without), [], 0
-    captions = math.prod(len(names) + 1 for names in ATTRIBUTES.values())
-    if num > captions - len(seen):
-        raise ValueError(f"num must be at most {captions - len(seen)}, the number of captions, got {num}")
+def _distinct_prompts(num: int, *, seed: int, without: Collection[str] = ()) -> list[Prompt]:
+    """without: distinct texts."""
+    captions = math.prod(len(names) + 1 for names in ATTRIBUTES.values()) - len(without)
+    if num > captions:
+        raise ValueError(f"num must be at most {captions}, the number of captions, got {num}")
+    prompts: dict[str, Prompt] = {}
+    index = 0
     while len(prompts) < num:
         for prompt in draw_prompts(draw_scenes(256, seed=seed, index=2 * index), seed=seed, index=2 * index + 1):
-            if prompt.text not in seen and len(prompts) < num:
-                seen.add(prompt.text)
-                prompts.append(prompt)
+            if prompt.text not in without:
+                prompts.setdefault(prompt.text, prompt)
         index += 1
-    return prompts
+    return list(prompts.values())[:num]
 
 
 def evaluation_prompts(num: int = 64) -> list[Prompt]:
