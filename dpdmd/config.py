@@ -426,7 +426,7 @@ class RunConfig(_Section):
         default=6000, description="Updates in all, student's and critic's together (as the paper counts)."
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of every draw.")
-    log_every: Count = Field(default=1, description="Updates between lines of metrics.")
+    log_every: Count = Field(default=1, description="Updates of a role between its lines of metrics.")
     sample_every: CountFrom0 = Field(default=0, description="Student updates between sample grids; 0 for none.")
     sample_prompts: list[str] = Field(
         default=[], description="Prompts of the sample grids (default: the first of the prompt file)."

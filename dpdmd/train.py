@@ -30,12 +30,12 @@ from dpdmd.run.journal import Journal
 from dpdmd.run.progress import Progress
 from dpdmd.run.resume import continued, identity, run_folder, starts
 from dpdmd.run.stopping import Stop
-from dpdmd.trainer import Trainer, build, check, load_prompts, plan_run, role_of
+from dpdmd.trainer import Trainer, build, check, load_prompts, plan_run, role_of, updates_before
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> None:
-    """A whole run. Raises ConfigError for what cannot be run, before it starts, RunStopped for a broken run, RunEnded for one
-    that was asked to end, and OSError where something could not be written."""
+    """A whole run. Raises ConfigError for what cannot work, before it starts; RunStopped if the run breaks; RunEnded if it
+    was asked to end; OSError if a file cannot be written."""
     command.quieten()
     prompts = load_prompts(config)
     backbone = load_backbone(config.model)
@@ -89,7 +89,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> N
 
 @dataclass(frozen=True)
 class Run:
-    """Who takes part from the first update on. journal: of the main process alone. first: the update that comes next, from 0."""
+    """What the loop works with. journal: on the main process only. first: the next iteration, from 0."""
 
     trainer: Trainer
     checkpoints: Checkpoints
@@ -100,7 +100,7 @@ class Run:
 
 
 def loop(run: Run, stop: Stop) -> None:
-    """All updates that are left, each logged, sampled, measured and saved when that is due."""
+    """Runs the remaining updates; logs, samples, evaluates and saves when due."""
     trainer, checkpoints, journal, progress = run.trainer, run.checkpoints, run.journal, run.progress
     config, settings = trainer.config, trainer.config.run
     checkpoint_due = False
@@ -109,7 +109,7 @@ def loop(run: Run, stop: Stop) -> None:
         update = trainer.update(role, iteration)
         done = iteration + 1
         checkpoint_due |= due(done, settings.checkpoint_every) and done < settings.iterations
-        logged = iteration % settings.log_every == 0
+        logged = updates_before(iteration, config.distill.critic_updates) % settings.log_every == 0
         if logged or checkpoint_due or done == settings.iterations:
             trainer.settle()
         progress.advance(role)
@@ -155,7 +155,7 @@ def due(count: int, every: int) -> bool:
 
 
 def finish(run: Run, plan: Plan) -> None:
-    """After the last update: the student is exported, measured and described."""
+    """After the last update: exports, measures and describes the student."""
     trainer, student = run.trainer, run.folder / "student"
     config, main = trainer.config, trainer.world.main
     check_export(trainer)

@@ -1,5 +1,4 @@
-"""The trainer: three networks with all that an update of student or critic needs, how they are built, and what is checked
-before."""
+"""The trainer: what an update of student or critic needs, the checks before a run, and how the networks are built."""
 
 from __future__ import annotations
 
@@ -38,7 +37,7 @@ from dpdmd.run.prompts import PromptOrder, digest_of, read_prompts
 
 
 class Update:
-    """An update that is under way on the device; its numbers are fetched when they are asked for."""
+    """An update that the device is still computing; reading its numbers waits for it."""
 
     def __init__(self, role: str, iteration: int, step: Step, names: list[str], values: torch.Tensor):
         self.role, self.iteration = role, iteration
@@ -50,12 +49,12 @@ class Update:
 
     @property
     def requests(self) -> tuple[bool, bool]:
-        """Whether any process was asked to end, and whether any failed to write a checkpoint: the same on all of them."""
+        """Whether any process was asked to end, and whether any failed to write a checkpoint; equal on all processes."""
         stop, failed = self._values.read().tolist()[-2:]
         return stop > 0, failed > 0
 
     def numbers(self) -> dict[str, float]:
-        """Means over the processes of loss and its parts; gradient norm and rate."""
+        """Loss and its parts, averaged over the processes; gradient norm and learning rate."""
         means = dict(zip(self._names, self._values.read().tolist()[:-2], strict=True))
         return {**means, "gradient_norm": self._step.gradient_norm, "lr": self._step.lr}
 
@@ -88,8 +87,8 @@ class Trainer:
         self.order = PromptOrder(len(self.prompts), self.config.run.seed)
 
     def update(self, role: str, iteration: int) -> Update:
-        """Queues one update of student or critic, from `accumulation` micro-batches, on the device. The host waits for
-        the update before: it runs ahead of the device by one."""
+        """Queues one update of student or critic on the device: `accumulation` micro-batches and the optimizer step.
+        The host runs one update ahead: it waits for the previous one."""
         network, accumulation = self.networks[role], self.config.engine.accumulation
         totals: dict[str, torch.Tensor] = {}
         step: Any = None
@@ -109,8 +108,8 @@ class Trainer:
         return self._unsettled
 
     def loss(self, role: str, iteration: int, shard: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """What is left to differentiate of one micro-batch's loss, and the numbers to log. shard: its place in the global
-        batch of the iteration."""
+        """The part of a micro-batch's loss that still needs a backward pass, and the numbers to log. shard: the
+        micro-batch's place in the iteration's global batch."""
         batch_size = self.config.engine.batch_size
         cond = self.conditioner.cond(self.prompts_of_batch(iteration, shard))
         draws = Draws(self.config.run.seed, iteration, role, shard, self.world.device)
@@ -127,13 +126,13 @@ class Trainer:
         return losses.remaining, {"loss": losses.total, "dmd": losses.dmd, "diversity": losses.diversity}
 
     def prompts_of_batch(self, iteration: int, shard: int) -> list[str]:
-        """Those of one micro-batch."""
+        """The prompts of one micro-batch."""
         num_shards = self.world.size * self.config.engine.accumulation
         indices = self.order.indices(iteration, shard, num_shards, self.config.engine.batch_size)
         return [self.prompts[index] for index in indices]
 
     def settle(self) -> None:
-        """Waits for the update that is under way and counts it."""
+        """Waits for the queued update and records its outcome."""
         update, self._unsettled = self._unsettled, None
         if update is None:
             return
@@ -153,7 +152,7 @@ class Trainer:
         return sum(map(len, self.skipped.values()))
 
     def stop_if_broken(self, checkpoints: Checkpoints) -> None:
-        """Raises RunStopped where one role's updates have failed too often in a row."""
+        """Raises RunStopped if `run.max_bad_updates` updates of one role in a row were not finite."""
         for role, in_a_row in self.skipped_in_a_row.items():
             if in_a_row >= self.config.run.max_bad_updates:
                 good = checkpoints.give_up()
@@ -163,7 +162,7 @@ class Trainer:
                 )
 
     def skipped_prompts(self) -> dict[int, list[str]]:
-        """Those of all processes in each update that was skipped, by its iteration."""
+        """The prompts, of all processes, in each skipped update; by iteration."""
         shards = range(self.world.size * self.config.engine.accumulation)
         return {
             each: [prompt for shard in shards for prompt in self.prompts_of_batch(each, shard)]
@@ -172,7 +171,7 @@ class Trainer:
         }
 
     def describe_skipped(self, most: int = 5) -> str:
-        """How many updates were not finite, and prompts that were in them, the most frequent first."""
+        """The number of updates that were not finite, and the prompts in them, most frequent first."""
         counts = ", ".join(
             f"{len(self.skipped[role])} of the {role}'s {self.networks[role].updates + len(self.skipped[role])}"
             for role in TRAINED
@@ -183,8 +182,8 @@ class Trainer:
         return f"skipped as not finite: {counts} updates" + (f"; prompts in them: {shown}{more}" if prompts else "")
 
     def summary(self, iterations: int) -> dict:
-        """What became of the updates, and what this process received by gathers and reductions of ZeRO stage 3 in the last
-        `iterations` of them."""
+        """Counts of updates, and the bytes that this process received from gathers and reductions of ZeRO stage 3 in
+        the last `iterations` updates."""
         state = self.state()
         summary = {"updates": state["updates"], "skipped": state["skipped"]}
         if self.num_skipped:
@@ -197,7 +196,7 @@ class Trainer:
         return summary
 
     def state(self) -> dict:
-        """What a checkpoint keeps beside weights and optimizer state."""
+        """The part of a checkpoint beside weights and optimizer state."""
         self.settle()
         return {
             "updates": {role: self.networks[role].updates for role in TRAINED},
@@ -209,12 +208,12 @@ class Trainer:
         }
 
     def restore(self, state: dict) -> None:
-        """What `state` gave."""
+        """Takes back what `state` returned."""
         self.skipped = {role: list(iterations) for role, iterations in state["skipped"].items()}
         self.skipped_in_a_row = dict(state["skipped_in_a_row"])
 
     def close(self) -> None:
-        """Ends what runs beside the updates."""
+        """Ends the threads that run beside the updates."""
         self.conditioner.close()
 
 
@@ -223,8 +222,14 @@ def role_of(iteration: int, critic_updates: int) -> str:
     return "student" if (iteration + 1) % (critic_updates + 1) == 0 else "critic"
 
 
+def updates_before(iteration: int, critic_updates: int) -> int:
+    """Number of earlier updates of the iteration's own role."""
+    students = iteration // (critic_updates + 1)
+    return students if role_of(iteration, critic_updates) == "student" else iteration - students
+
+
 def load_prompts(config: Config) -> list[str]:
-    """Those of prompts.file, or of the world. Raises ConfigError where there are none."""
+    """Reads prompts.file, or the world's own prompts. Raises ConfigError if there are none."""
     if config.prompts.file is not None:
         return read_prompts(config.prompts.file, config.prompts.field)
     own = find_evaluation(config).prompts
@@ -236,7 +241,7 @@ def load_prompts(config: Config) -> list[str]:
 
 
 def check(config: Config, backbone) -> None:
-    """Raises ConfigError for what can be told to be impossible before processes meet and weights are read."""
+    """Raises ConfigError for what cannot work, before processes meet and weights are read."""
     check_place(Path(config.run.output_dir), config.prompts.cache_dir)
     check_evaluation(config)
     check_engine(config)
@@ -249,21 +254,20 @@ def check(config: Config, backbone) -> None:
         most = largest_rank(backbone.empty_transformer("teacher"), config.lora.targets)
         if config.lora.rank > most:
             raise ConfigError(
-                f"lora.rank = {config.lora.rank}: the weights that the adapters are for have a rank of at most {most}, and an "
-                f"adapter of rank {most} can be whatever one of a higher rank can"
+                f"lora.rank = {config.lora.rank}: the adapted weights have a rank of at most {most}, so a larger adapter adds "
+                f"nothing; {most} or less is needed"
             )
 
 
 def plan_run(config: Config, backbone, world: World) -> tuple[Config, Plan]:
-    """`config` with `auto` replaced by what fits the smallest GPU, the same on every process. Raises ConfigError where
-    nothing does."""
+    """Replaces `auto` by what fits the smallest GPU, alike on every process. Raises ConfigError if nothing fits."""
     memory = min(world.gather(gpu_bytes())) if world.device.type == "cuda" else None
     return resolve(config, backbone, world.size, memory)
 
 
 def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer:
     """Encodes the prompts, then loads the three networks. The caller closes the trainer."""
-    backbone.check_weights()  # Encoding takes long, and what is wrong with the files shows in their headers.
+    backbone.check_weights()  # before the prompts are encoded, which takes long
     dtype = resolve_dtype(config.model.dtype, world.device.type)
     cache_dir = config.prompts.cache_dir or str(Path(config.run.output_dir) / "embeddings")
     evaluation = find_evaluation(config) if config.evaluation.enabled else None
@@ -295,7 +299,7 @@ def build(config: Config, world: World, backbone, prompts: list[str]) -> Trainer
         if base is not None:
             base.shard(config, world, decided["teacher"])
         if world.main and not config.model.random_init and (config.run.sample_every or evaluation):
-            backbone.load_decoder("cpu")  # for what it refuses: pictures are made much later
+            backbone.load_decoder("cpu")  # refuses a broken VAE now: pictures are drawn much later
         distillation = Distillation(backbone.diffusion, config.distill, world.device)
         opened.pop_all()
     return Trainer(config, world, backbone, distillation, networks, prompts, conditioner, phases, evaluation)

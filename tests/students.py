@@ -23,7 +23,8 @@ class _Network:
     """What `export_student` asks of a trained network."""
 
     def __init__(self, transformer: nn.Module, state: dict[str, Tensor]):
-        self.base = SimpleNamespace(transformer=transformer)
+        adapted = hasattr(transformer, "peft_config")
+        self.base = SimpleNamespace(transformer=transformer) if adapted else None
         self._state = state
 
     def averaged(self):

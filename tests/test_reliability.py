@@ -254,7 +254,7 @@ def test_resume_says_from_where(options, straight, tmp_path):
     anew = [each for each in mine if each != "--resume"] + ["--overwrite"]
     for impossible, words in (
         ("lora.targets=['(']", "target '(' is no linear layer"),
-        ("lora.rank=129", "lora.rank = 129: the weights that the adapters are for have a rank of at most 128"),
+        ("lora.rank=129", "lora.rank = 129: the adapted weights have a rank of at most 128"),
         (f"prompts.cache_dir={TRAIN}", f"prompts.cache_dir: {TRAIN}"),
     ):
         done = checked(run_script(0, TRAIN, *anew, impossible), 2)

@@ -314,7 +314,7 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "processes, options",
+    "processes, options, logged",
     [
         (
             2,
@@ -326,6 +326,7 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
                 "student_optimizer.name=torch",
                 "engine.accumulation=2",
             ],
+            [0, 1, 2, 3, 4, 5],
         ),
         (
             0,
@@ -339,15 +340,17 @@ def test_exported_adapter_gives_the_same_pictures_in_a_stock_pipeline(settings, 
                 "engine.checkpointing=selective",
                 "engine.clip=0.5",
                 "distill.normalizer=sample",
+                "run.log_every=2",
             ],
+            [0, 2, 3],  # of the critic's updates 0, 1, 3, 4 and the student's 2, 5 every second
         ),
     ],
 )
-def test_runs_with_other_settings(settings, tmp_path, processes, options):
+def test_runs_with_other_settings(settings, tmp_path, processes, options, logged):
     folder = tmp_path / "run"
     checked(run_script(processes, TRAIN, "--config", settings, *options, f"run.output_dir={folder}"))
     lines = entries(folder)
-    assert [entry["skipped"] for entry in lines] == [0] * 6
+    assert [(entry["iteration"], entry["skipped"]) for entry in lines] == [(iteration, 0) for iteration in logged]
     assert all(torch.isfinite(value).all() for value in weights(folder).values())
     assert json.loads((folder / "student" / STUDENT_FILE).read_text())["times"][-1] == 0.0
 
@@ -438,3 +441,4 @@ def test_bad_input_stops_before_anything_is_loaded(settings, tmp_path, capsys, m
 
 def test_roles_take_turns():
     assert [train.role_of(iteration, 2) for iteration in range(6)] == ["critic", "critic", "student"] * 2
+    assert [train.updates_before(iteration, 2) for iteration in range(9)] == [0, 1, 0, 2, 3, 1, 4, 5, 2]

@@ -31,7 +31,7 @@ class EncodingProgress:
 
 
 class Progress:
-    """A bar with rates and the time left on the main process, and the run's timings."""
+    """The bar of the main process (time left, each role's latest loss), and the run's timings."""
 
     def __init__(self, config: Config, first: int, world: World):
         self._world = world
@@ -39,6 +39,7 @@ class Progress:
         self._last = time.perf_counter()
         self._seconds = {role: [] for role in TRAINED}
         self._latest: dict[str, float] = {}
+        self._losses: dict[str, str] = {}
         self._bar = tqdm(
             total=config.run.iterations,
             initial=first,
@@ -56,7 +57,8 @@ class Progress:
         self._bar.update()
 
     def show(self, role: str, numbers: dict[str, float]) -> None:
-        self._bar.set_postfix({f"{role} loss": f"{numbers['loss']:.4f}"}, refresh=False)
+        self._losses[f"{role} loss"] = f"{numbers['loss']:.4f}"
+        self._bar.set_postfix(self._losses, refresh=False)
 
     def rates(self) -> dict[str, float]:
         return self._latest

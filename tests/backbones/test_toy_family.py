@@ -12,16 +12,24 @@ from processes import run_script
 from runs import SHORT, TRAIN, checked
 
 from dpdmd import plan, sample
-from dpdmd.backbones import load_backbone
+from dpdmd.backbones import family, load_backbone
 from dpdmd.backbones.family import find, register
 from dpdmd.config import ConfigError, ModelConfig
 from dpdmd.engine.lora import adapter_parameters, add_adapters
 from dpdmd.run.export import STUDENT_FILE
 
-FILE = Path(__file__).with_name("toy_family.py")
+FILE = Path(__file__).parents[2] / "examples" / "toy_family.py"
 LENGTH = 8
 PROMPTS = ["a red ring", "a blue square at left", ""]
 WORDS = "[pad] [unk] a red ring blue square at left big green cross yellow circle"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def known_here_alone():
+    """Other tests' families are those that ship."""
+    yield
+    family._REGISTERED.pop("toy", None)
+    family._from_file.cache_clear()
 
 
 def toy():

@@ -1,8 +1,10 @@
-"""A model family of one's own in one file: nothing else in the house knows of it.
+"""Your own model family in one file; dpdmd itself does not know it:
 
-It is what SD3 and FLUX are not: text from a language model, of variable length and with a mask; latents with frames, whose
-statistics are means and standard deviations; a shift that depends on the number of steps; guidance counted from the
-conditional prediction.
+    deepspeed dpdmd/train.py model.family=examples/toy_family.py model.pipeline=FOLDER prompts.file=PROMPTS.txt ...
+
+It has what SD3 and FLUX lack: a language model as text encoder, with variable length and a mask; video latents, normalised by
+a mean and a standard deviation a channel; a shift that depends on the number of steps; guidance counted from the conditional
+prediction.
 """
 
 from __future__ import annotations
