@@ -2,13 +2,13 @@
 
 
 def __getattr__(name: str) -> str:
-    """`__version__`, which has one source, pyproject.toml, and is looked up when it is asked for."""
+    """Looks up `__version__` on demand; its only source is pyproject.toml."""
     if name != "__version__":
         raise AttributeError(f"module 'dpdmd' has no attribute {name!r}")
     import re
     from pathlib import Path
 
-    # In a checkout the file itself: what is installed beside it may be another version.
+    # A checkout's own file comes first: another version may be installed.
     project = Path(__file__).parents[1] / "pyproject.toml"
     if project.is_file():
         found = re.search(r'^name = "dpdmd"\nversion = "(.+)"$', project.read_text(encoding="utf-8"), re.MULTILINE)

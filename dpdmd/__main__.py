@@ -1,4 +1,4 @@
-"""The command `dpdmd`, and `python -m dpdmd`: hands its arguments to the command that its first one names.
+"""The command `dpdmd` and `python -m dpdmd`: the first argument names a command, which gets the others.
 
     dpdmd train --config configs/sd35_medium.yaml    is    python -m dpdmd.train --config configs/sd35_medium.yaml
 
@@ -14,7 +14,7 @@ import sys
 import dpdmd
 from dpdmd import command
 
-# Its module, whose `main` takes the arguments that follow and returns the exit status, and what it does.
+# {command: (its module, whose `main` takes the arguments that follow and returns the exit status; its help)}
 COMMANDS = {
     "train": ("dpdmd.train", "distil a student, in one process (in several: deepspeed dpdmd/train.py)"),
     "plan": ("dpdmd.plan", "what fits on how many GPUs, and how fast about"),
@@ -26,7 +26,7 @@ USAGE = "\n".join(
         "",
         *(f"  {name:<8}{purpose}" for name, (_, purpose) in COMMANDS.items()),
         "",
-        "dpdmd COMMAND --help lists what a command takes.",
+        "dpdmd COMMAND --help lists the options of a command.",
     )
 )
 
@@ -45,11 +45,8 @@ def _main(argv: list[str]) -> int | None:
     if name == "--version":
         return print(f"dpdmd {dpdmd.__version__}")
     near = difflib.get_close_matches(name, COMMANDS, 1)
-    given = (
-        f"{name[:120]!r} is no command" + (f"; did you mean {near[0]!r}?" if near else "")
-        if name
-        else "no command is given"
-    )
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    given = f"{name[:120]!r} is no command{hint}" if name else "no command is given"
     raise command.ConfigError(f"dpdmd: {given} (commands: {', '.join(COMMANDS)}; dpdmd --help says what each does)")
 
 

@@ -1,8 +1,8 @@
 """Pictures from a distilled student:  python -m dpdmd.sample --student runs/demo/student --prompt "a red ring"
 
-The student walks the time grid that it was trained with (dpdmd.json beside its weights) without classifier-free
-guidance; where the network takes a guidance value, it is that of the run. The rest of the pipeline (text encoders, VAE)
-comes from the run's base pipeline unless --pipeline names another.
+The student takes the steps it was trained with (dpdmd.json beside its weights) without classifier-free guidance; a network
+that takes a guidance value gets the run's. Text encoders and VAE come from the run's base pipeline unless --pipeline names
+another.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ class Student:
     device: torch.device
 
     def encode(self, prompts: list[str]) -> dict[str, Tensor]:
-        """Embeddings {name: (B, ...)} of B prompts; the text encoders are loaded for it and freed again."""
+        """Embeddings {name: (B, ...)} of B prompts; loads the text encoders and frees them."""
         return self.backbone.load_text(self.device, self.dtype).encode(prompts)
 
     @torch.no_grad()
     def latents(self, cond: dict[str, Tensor], noise: Tensor) -> Tensor:
-        """Final latents (B, *latent_shape) float32 from noise of that shape, one embedding a row."""
+        """Final latents (B, *latent_shape) float32 from noise of that shape and one embedding a row."""
 
         def network(x, t, cond):
             return self.backbone.predict(self.transformer, x, t, cond, self.dtype)
@@ -63,7 +63,7 @@ class Student:
 
 
 def _read_description(folder: Path) -> Description:
-    path = folder / STUDENT_FILE
+    path, what = folder / STUDENT_FILE, f"--student {folder}: {STUDENT_FILE}"
     if not path.exists():
         raise ConfigError(
             f"--student {folder}: has no {STUDENT_FILE}; the folder `student` of a finished run is needed"
@@ -72,27 +72,25 @@ def _read_description(folder: Path) -> Description:
     version = values.get("format")
     if version != STUDENT_FORMAT or isinstance(version, bool):
         newer = isinstance(version, int) and version > STUDENT_FORMAT
-        by = "was written by a newer dpdmd" if newer else "is of no kind that is known"
-        raise ConfigError(f"--student {folder}: {STUDENT_FILE} {by} (format = {version!r}; {STUDENT_FORMAT} is needed)")
+        by = "was written by a newer dpdmd" if newer else "has an unknown format"
+        raise ConfigError(f"{what} {by} (format = {version!r}; {STUDENT_FORMAT} is needed)")
     try:
         description = Description.model_validate(values)
     except pydantic.ValidationError as error:
         raise _refusal(folder, error) from error
     times = description.times
     if not all(map(math.isfinite, times)) or any(a <= b for a, b in itertools.pairwise(times)):
-        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; falling numbers are needed")
+        raise ConfigError(f"{what} has times = {times}; falling numbers are needed")
     if not (EARLIEST_START <= times[0] <= LATEST and times[-1] == 0):
-        raise ConfigError(f"--student {folder}: {STUDENT_FILE} has times = {times}; they fall from 1, noise, to 0")
+        raise ConfigError(f"{what} has times = {times}; they must fall from 1 (noise) to 0")
     if description.num_steps not in (None, len(times) - 1):
-        raise ConfigError(
-            f"--student {folder}: {STUDENT_FILE} has num_steps = {description.num_steps} and times for {len(times) - 1}"
-        )
+        raise ConfigError(f"{what} has num_steps = {description.num_steps} and times for {len(times) - 1}")
     return description
 
 
 def _refusal(folder: Path, error: pydantic.ValidationError) -> ConfigError:
     problem = error.errors()[0]
-    key = ".".join(map(str, problem["loc"])).replace("embedded_guidance", "guidance_scale")  # as dpdmd.json calls it
+    key = ".".join(map(str, problem["loc"])).replace("embedded_guidance", "guidance_scale")  # its name in dpdmd.json
     given = f"no {key}" if problem["type"] == "missing" else f"{key} = {problem['input']!r}"
     return ConfigError(
         f"--student {folder}: {STUDENT_FILE} has {given}; {problem['msg'][:1].lower()}{problem['msg'][1:]}"
@@ -107,9 +105,9 @@ def load_student(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Student:
-    """Reads an exported student. family: the Python file of the model family, where it is not one that ships: what a
-    student's folder names is not run. Raises ConfigError for a folder that is none or is damaged, and for a pipeline that
-    does not fit it."""
+    """Reads an exported student. family: the Python file of its model family, if that does not ship: a file that the
+    student's folder names is not run. Raises ConfigError for a folder that is missing, damaged or no student, and for a
+    pipeline that does not fit it."""
     if family is not None:
         find(family)
     folder = Path(folder)
@@ -141,8 +139,7 @@ def load_student(
         check_adapter(transformer, folder)
         if description.base not in (None, backbone.weights_fingerprint("transformer")):
             print(
-                f"warning: --student {folder} is an adapter of other weights than those of {model.pipeline}: it was not trained "
-                "for these",
+                f"warning: --student {folder} is an adapter that was trained for other weights than those of {model.pipeline}",
                 file=sys.stderr,
                 flush=True,
             )
@@ -154,7 +151,7 @@ def load_student(
 
 
 def next_number(folder: Path) -> int:
-    """Of the next prompt's pictures: beyond those that are there, so that none is written over."""
+    """Number of the next prompt's pictures, after all present ones, so that none is overwritten."""
     numbers = [int(match[1]) for path in folder.iterdir() if (match := re.fullmatch(r"(\d+)-\d+-\d+\.png", path.name))]
     return max(numbers, default=-1) + 1
 
@@ -168,7 +165,9 @@ def _main(argv: list[str] | None) -> None:
     parser.add_argument("--student", type=command.path, required=True, help="folder `student` of a finished run")
     parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
     parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")
-    parser.add_argument("--family", type=command.location, help="Python file of a model family of one's own")
+    parser.add_argument(
+        "--family", type=command.location, help="Python file of the student's model family, if it does not ship"
+    )
     parser.add_argument("--num-images", type=command.count, default=4, help="pictures a prompt")
     parser.add_argument("--seed", type=command.seed, default=0)
     parser.add_argument("--output", type=command.new_folder, default="samples", help="folder of the PNG files")
@@ -179,19 +178,15 @@ def _main(argv: list[str] | None) -> None:
     for prompt in args.prompt:
         if any("\ud800" <= character <= "\udfff" for character in prompt):
             raise ConfigError(f"--prompt {prompt!r}: is not UTF-8")
-    student = load_student(
-        args.student, pipeline=args.pipeline, family=args.family, device=args.device, dtype=args.dtype
-    )
+    options = {name: getattr(args, name) for name in ("pipeline", "family", "device", "dtype")}
+    student = load_student(args.student, **options)
     args.output.mkdir(parents=True, exist_ok=True)
     embeddings = student.encode(args.prompt)
     decoder = student.backbone.load_decoder(student.device)
-    shape = student.backbone.latent_shape
-    noise = first_noises(args.seed, args.num_images, shape)
+    noise = first_noises(args.seed, args.num_images, student.backbone.latent_shape)
     first = next_number(args.output)
     for number in range(len(args.prompt)):
-        cond = {
-            name: value[number : number + 1].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()
-        }
+        cond = {name: value[number].expand(len(noise), *value.shape[1:]) for name, value in embeddings.items()}
         for index, image in enumerate(decode(decoder, student.latents(cond, noise))):
             path = args.output / f"{first + number:03d}-{args.seed}-{index:03d}.png"
             save_png(image, path)

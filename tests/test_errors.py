@@ -282,7 +282,7 @@ def test_what_options_accept(kind, good, bad):
 
 def mains():
     from dpdmd import plan, sample, train
-    from dpdmd.worlds.demo import curves, train_teacher
+    from dpdmd.worlds.demo import train_teacher
 
     return {
         "train": (train.main, ["--config", "{tmp}/none.yaml"]),
@@ -294,30 +294,13 @@ def mains():
         "plan for too many": (plan.main, ["--gpu-memory", "16", "--gpus", str(10**20)]),
         "sample": (sample.main, ["--student", "{tmp}/none", "--prompt", "x"]),
         "sample with half a character": (sample.main, ["--student", "{tmp}", "--prompt", "\udcff"]),
-        "curves": (curves.main, ["draw", "{tmp}/none.json"]),
-        "curves of something else": (curves.main, ["draw", "{tmp}/list.json"]),
-        "curves of no runs": (curves.main, ["draw", "{tmp}/object.json"]),
-        "curves of no JSON": (curves.main, ["draw", "{tmp}/broken.json"]),
-        "curves of other numbers": (curves.main, ["draw", "{tmp}/other.json"]),
-        "curves as text": (curves.main, ["draw", "{tmp}/runs.json", "--output", "{tmp}/curves.txt"]),
-        "curves with a typo": (curves.main, ["train", "--runs", "{tmp}/runs", "engine.batchsize=3"]),
-        "teacher": (train_teacher.main, ["--device", "toaster"]),
-        "teacher without GPU": (train_teacher.main, ["--device", "cuda:99"]),
-        "teacher on nothing": (train_teacher.main, ["--device", "meta"]),
         "teacher of another folder": (train_teacher.main, ["--evaluate", "{tmp}", "--device", "cpu"]),
-        "teacher's autoencoder": (train_teacher.main, ["--autoencoder", "{tmp}", "--device", "cpu"]),
         "teacher's card": (train_teacher.main, ["--evaluate", "{tmp}/none", "--device", "cpu"]),
     }
 
 
 @pytest.mark.parametrize("name", sorted(mains()))
 def test_every_command_answers_in_one_line(name, tmp_path, capsys):
-    numbers = {name: [0.5] for name in ("accuracy", "validity", "background_entropy", "position_spread")}
-    run = {"variant": "a", "updates": [1], **numbers, "table": {"teacher": dict.fromkeys(numbers, 0.5)}}
-    runs, other = ({"last": 1, "runs": [run, run | changed]} for changed in ({}, {"updates": [1, 2]}))
-    texts = {"list": "[]", "object": "{}", "broken": "{", "runs": json.dumps(runs), "other": json.dumps(other)}
-    for file, text in texts.items():
-        (tmp_path / f"{file}.json").write_text(text)
     main, arguments = mains()[name]
     status = main([argument.format(tmp=tmp_path) for argument in arguments])
     err = capsys.readouterr().err
@@ -334,13 +317,15 @@ def test_every_command_answers_in_one_line(name, tmp_path, capsys):
         ["plan", "--gpu-memory", "nan"],
         ["plan", "--gpu-memory", "0"],
         ["plan", "--output", "~nobody-here/x"],
-        ["curves", "train", "--parallel", "0"],
+        ["demo_curves", "train", "--parallel", "0"],
         ["train_teacher", "--steps", "-1"],
         ["train_teacher", "--rate", "inf"],
-        ["train_teacher", "--decay", "5"],
         ["train_teacher", "--shift", "1e300"],
         ["train_teacher", "--shift", "nan"],
         ["train_teacher", "--width", "65"],
+        ["train_teacher", "--device", "toaster"],
+        ["train_teacher", "--device", "cuda:99"],
+        ["train_teacher", "--device", "meta"],
         ["train_teacher", "--num-prompts", "100000"],
         ["chaos", "--jobs", "0"],
         ["chaos", "--damages", "-1"],
@@ -349,9 +334,9 @@ def test_every_command_answers_in_one_line(name, tmp_path, capsys):
         # Where what takes long would be written.
         ["sample", "--student", "x", "--prompt", "x", "--output", "/dev/null/x"],
         ["plan", "--output", "/none/x.yaml"],
-        ["curves", "train", "--output", "/none/x.json"],
-        ["curves", "train", "--runs", "/dev/null"],
-        ["curves", "draw", "x", "--output", "/"],
+        ["demo_curves", "train", "--output", "/none/x.json"],
+        ["demo_curves", "train", "--runs", "/dev/null"],
+        ["demo_curves", "draw", "x", "--output", "/"],
         ["train_teacher", "--out", "/dev/null"],
         ["chaos", "--json", "/none/x.json"],
         ["checkpoint", "--json", "/"],
@@ -366,11 +351,11 @@ def test_every_command_answers_in_one_line(name, tmp_path, capsys):
 )
 def test_options_have_ranges(arguments, monkeypatch, capsys):
     name, *arguments = arguments
-    if name in ("chaos", "checkpoint", "cycle", "gpu_tests", "run"):
+    if name in ("chaos", "checkpoint", "cycle", "demo_curves", "gpu_tests", "run"):
         monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "benchmarks"))
         package = ""
     else:
-        package = "dpdmd.worlds.demo." if name in ("curves", "train_teacher") else "dpdmd."
+        package = "dpdmd.worlds.demo." if name == "train_teacher" else "dpdmd."
     before = set(sys.modules)
     with pytest.raises(SystemExit) as ending:
         importlib.import_module(f"{package}{name}").main(arguments)
@@ -946,7 +931,7 @@ def test_mutated_prompt_files(tmp_path, suffix):
 
 
 COMMANDS = ("dpdmd/train.py", "dpdmd/sample.py", "dpdmd/plan.py", "dpdmd/worlds/demo/train_teacher.py",
-            "dpdmd/worlds/demo/curves.py", "benchmarks/cycle.py", "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py",
+            "benchmarks/demo_curves.py", "benchmarks/cycle.py", "benchmarks/gpu_tests.py", "benchmarks/checkpoint.py",
             "benchmarks/run.py", "benchmarks/chaos.py")  # fmt: skip
 
 

@@ -109,11 +109,11 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize
         ("[]", "holds a list where an object is needed"),
         ("null", "holds a NoneType where an object is needed"),
         (POINTER, "git lfs pull"),
-        ("{}", "is of no kind that is known (format = None; 1 is needed)"),
+        ("{}", "has an unknown format (format = None; 1 is needed)"),
         ('{"format": 2}', "was written by a newer dpdmd (format = 2; 1 is needed)"),
-        ('{"format": "1"}', "is of no kind that is known (format = '1'; 1 is needed)"),
-        ('{"format": true}', "is of no kind that is known (format = True; 1 is needed)"),
-        ('{"format": 0}', "is of no kind that is known (format = 0; 1 is needed)"),
+        ('{"format": "1"}', "has an unknown format (format = '1'; 1 is needed)"),
+        ('{"format": true}', "has an unknown format (format = True; 1 is needed)"),
+        ('{"format": 0}', "has an unknown format (format = 0; 1 is needed)"),
     ],
 )
 def test_a_damaged_description(folder, content, words):
@@ -171,14 +171,14 @@ def test_a_description_of_wrong_kinds(folder, key):
         ({"pipeline": ""}, "has pipeline = ''; "),
         (
             {"times": [1.0, 0.5, -3.0], "num_steps": 2},
-            "has times = [1.0, 0.5, -3.0]; they fall from 1, noise, to 0",
+            "has times = [1.0, 0.5, -3.0]; they must fall from 1 (noise) to 0",
         ),
         (
             {"times": [900.0, 0.5, 0.0], "num_steps": 2},
-            "has times = [900.0, 0.5, 0.0]; they fall from 1, noise, to 0",
+            "has times = [900.0, 0.5, 0.0]; they must fall from 1 (noise) to 0",
         ),
-        ({"times": [0.2, 0.1, 0.0], "num_steps": 2}, "has times = [0.2, 0.1, 0.0]; they fall from 1, noise, to 0"),
-        ({"times": [1.0, 0.5, 0.1], "num_steps": 2}, "has times = [1.0, 0.5, 0.1]; they fall from 1, noise, to 0"),
+        ({"times": [0.2, 0.1, 0.0], "num_steps": 2}, "has times = [0.2, 0.1, 0.0]; they must fall from 1 (noise) to 0"),
+        ({"times": [1.0, 0.5, 0.1], "num_steps": 2}, "has times = [1.0, 0.5, 0.1]; they must fall from 1 (noise) to 0"),
         ({"num_steps": 7}, "has num_steps = 7 and times for 4"),
         ({"prediction": "noise"}, "has prediction = 'noise', and the pipeline's is 'velocity'"),
     ],
@@ -268,7 +268,10 @@ def test_an_adapter_on_other_weights(intact, tiny_pipeline, tmp_path, capsys):
     save_file({name: -tensor for name, tensor in load_file(path).items()}, path, metadata={"format": "pt"})
     sample.load_student(intact[True], device="cpu", pipeline=str(other))
     said = capsys.readouterr().err
-    assert f"warning: --student {intact[True]} is an adapter of other weights than those of {other}" in said
+    assert (
+        f"warning: --student {intact[True]} is an adapter that was trained for other weights than those of {other}"
+        in said
+    )
 
 
 def test_the_command_line_says_it_in_one_line(folder, capsys):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dpdmd.backbones.family import backbones, find
+from dpdmd.backbones.family import backbones, families, find
 from dpdmd.backbones.pipeline import PipelineFolder
 
 if TYPE_CHECKING:
@@ -14,18 +14,16 @@ if TYPE_CHECKING:
 
 
 def load_backbone(config: ModelConfig) -> Backbone:
-    """Reads and checks the configuration files of config.pipeline; no weights yet. Raises ConfigError.
+    """Reads and checks the configuration files of config.pipeline, without weights. Raises ConfigError.
 
-    The family is config.family; where that is None the one of the pipeline's class, or, under random_init, the one that
-    knows the name.
+    The family is config.family; if that is None, the family of the pipeline's class, or under random_init the one whose
+    `known` has the name.
     """
     if config.family is not None:
         return find(config.family)(config)
-    there = backbones().values()
     if config.random_init and not Path(config.pipeline).is_dir():
-        for backbone in there:
+        for backbone in backbones().values():
             if config.pipeline in backbone.family.known:
                 return backbone(config)
-    families = [backbone.family for backbone in there]
-    pipeline = PipelineFolder("model.pipeline", config.pipeline, families, config.revision)
+    pipeline = PipelineFolder("model.pipeline", config.pipeline, families(), config.revision)
     return find(pipeline.family.name)(config, pipeline)

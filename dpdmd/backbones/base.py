@@ -1,7 +1,7 @@
-"""What the backbones of all families do alike: open the roles' pipelines, check that their parts fit, load, export.
+"""What the backbones of all families share: opening the roles' pipelines, checking that their parts fit, loading, export.
 
-Text encoders, VAE and folder are parts of their own (text.py, vae.py, pipeline.py), which a family picks in its `Family`.
-It adds how its network is called and its prompts are encoded, and its noise process.
+A family picks its text encoders (text.py) and VAE (vae.py) in its `Family`. It adds how to call its network and encode its
+prompts, and its noise process.
 """
 
 from __future__ import annotations
@@ -31,16 +31,7 @@ from dpdmd.backbones.files import (
     reading,
 )
 from dpdmd.backbones.pipeline import PipelineFolder
-from dpdmd.backbones.text import (
-    CLIP_LENGTH,
-    Clip,
-    EncodePrompt,
-    RandomText,
-    TextEncoders,
-    clip_length,
-    read_configs,
-    read_parts,
-)
+from dpdmd.backbones.text import CLIP_LENGTH, Clip, EncodePrompt, RandomText, TextEncoders, clip_length
 from dpdmd.backbones.vae import Decoder
 from dpdmd.config import Config, ConfigError, ModelConfig
 from dpdmd.diffusion import LATEST, NoiseProcess
@@ -49,26 +40,25 @@ from dpdmd.files import disk_errors, follow_umask
 Role = Literal["teacher", "student", "critic"]
 
 _INIT_SEED = 0
-# Whole numbers of an architecture that cannot be meant, and would build layers or tables without end; of others 2^20.
+# Largest integers of an architecture: larger ones must be a mistake, and would build endless layers or tables. Others: 2^20.
 _MOST = {"num_layers": MOST_LAYERS, "num_single_layers": MOST_LAYERS, "pos_embed_max_size": 1024}
 
 
 class Backbone(ABC):
     """The backbone of one run: three roles on one VAE, one scheduler and one set of text encoders (the teacher's).
 
-    Constructing it reads configuration files alone. Raises ConfigError, naming the setting and the file, for a pipeline
-    that is absent, incomplete, of another class or pickled, for files of weights that are git-lfs pointers, for roles that
-    do not fit each other, the text encoders or the VAE, and for a resolution that the transformer cannot take.
-    `check_weights` looks further, and what loads weights raises ConfigError for numbers that are not finite too.
+    The constructor reads configuration files only. It raises ConfigError, naming the setting and the file, for a pipeline
+    that is missing, incomplete, of another class or pickled, for weights that are git-lfs pointers, for roles that do not
+    fit each other, the text encoders or the VAE, and for a resolution that the transformer cannot take. `check_weights`
+    checks more; loading weights also raises ConfigError for NaN and infinity.
 
     config.revision is that of config.pipeline; student and critic from another hub id come from its default branch.
-    Under random_init nothing but configuration is ever read: random weights, random (but repeatable) text embeddings,
-    no decoder; and for a name that the family knows no file at all.
+    Under random_init only configuration is read, and for a name in `Family.known` no file at all: weights are random,
+    text embeddings random but repeatable, and there is no decoder.
 
-    teacher: config.pipeline, where it has been opened. config: as given, with what the family decides (`resolved`).
-    diffusion: the noise process, on the teacher's scheduler. latent_shape: (C, H, W) or (C, F, H, W) at
-    config.resolution. folder: the teacher's, None where there is none. text_shapes: {name: shape} of one prompt's
-    encoding, without the batch.
+    teacher: config.pipeline, if already opened. config: as given, with the family's decisions (`resolved`). diffusion:
+    the noise process of the teacher's scheduler. latent_shape: (C, H, W) or (C, F, H, W) at config.resolution. folder:
+    the teacher's, or None. text_shapes: {name: shape} of one prompt's encoding, without the batch.
     """
 
     family: ClassVar[Family]
@@ -82,7 +72,7 @@ class Backbone(ABC):
                 f"model.fp8 = {config.fp8}: there are no fused operations for the family {self.family.name}, and fp8 needs "
                 "them; set model.fp8=off"
             )
-        self._pipelines: dict[str, PipelineFolder] = {}  # by role; without those whose settings the family knows
+        self._pipelines: dict[str, PipelineFolder] = {}  # by role; models of `Family.known` have none
         self._architectures: dict[str, dict[str, Any]] = {}
         opened: dict[str, PipelineFolder | None] = {} if teacher is None else {config.pipeline: teacher}
         for role, key, name in (
@@ -91,7 +81,9 @@ class Backbone(ABC):
             ("critic", "model.critic", config.critic or config.pipeline),
         ):
             if name not in opened:
-                opened[name] = self._open(key, name)
+                known = config.random_init and name in self.family.known and not Path(name).is_dir()
+                revision = config.revision if name == config.pipeline else None
+                opened[name] = None if known else PipelineFolder(key, name, [self.family], revision)
             pipeline = opened[name]
             if pipeline is None:
                 self._architectures[role] = dict(self.family.known[name])
@@ -107,10 +99,12 @@ class Backbone(ABC):
         self._vae_scale, vae_channels = self.family.vae.read(pipeline)
         self._check_roles(vae_channels)
         self._check_resolution()
-        text = self.family.text
         self._text = [
-            each for each in text if not each.optional or (pipeline and pipeline.component_class(each.component))
+            encoder
+            for encoder in self.family.text
+            if not encoder.optional or (pipeline and pipeline.component_class(encoder.component))
         ]
+        self._text_encoders = [encoder.component for encoder in self._text]
         tokens = CLIP_LENGTH
         if pipeline is not None and not config.random_init:
             tokens = self._check_text(pipeline)
@@ -124,8 +118,7 @@ class Backbone(ABC):
                 pipeline.check_tokenizer(encoder.tokenizer)
 
         self.text_shapes = self._text_shapes(tokens)
-        side = config.resolution // self._vae_scale
-        self.latent_shape = self._latent_shape(vae_channels, side)
+        self.latent_shape = self._latent_shape(vae_channels, config.resolution // self._vae_scale)
         self.diffusion = self._make_process(pipeline)
 
     # What a family adds
@@ -134,11 +127,11 @@ class Backbone(ABC):
     def predict(
         self, transformer, x: Tensor, t: Tensor, cond: dict[str, Tensor], dtype: torch.dtype | None = None
     ) -> Tensor:
-        """The prediction (B, *latent_shape) that the noise process is for, in the transformer's dtype.
+        """The prediction (B, *latent_shape) that the noise process expects, in the transformer's dtype.
 
-        transformer: one of `load_transformer`'s or what wraps one and is called alike (DeepSpeedEngine, compiled
-        module). x (B, *latent_shape) and cond {name: (B, *text_shapes[name])} of any dtype; t (B,) float32, a time of the
-        noise process. dtype: the transformer's, for one without parameters to ask.
+        transformer: from `load_transformer`, or a wrapper with the same call (DeepSpeedEngine, compiled module).
+        x (B, *latent_shape) and cond {name: (B, *text_shapes[name])} of any dtype; t (B,) float32, times of the noise
+        process. dtype: the transformer's, needed if it has no parameters of its own.
         """
 
     @abstractmethod
@@ -152,32 +145,29 @@ class Backbone(ABC):
 
     @abstractmethod
     def _check_widths(self, pipeline: PipelineFolder, encoders: dict[str, Any]) -> None:
-        """Raises ConfigError where the transformer is made for other embeddings than the text encoders'.
-
-        encoders: {component: settings} of those that are there.
-        """
+        """Raises ConfigError if the transformer does not fit the text encoders. encoders: {component: settings}."""
 
     @abstractmethod
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
-        """text_shapes, where CLIP's tokenizer makes clip_length tokens."""
+        """text_shapes, if CLIP's tokenizer makes clip_length tokens."""
 
     @abstractmethod
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:
-        """What encodes B prompts, as the stock pipeline does, with its tokenizers and text encoders `parts`: a function to
-        {name: (B, *text_shapes[name])}."""
+        """A function from B prompts to {name: (B, *text_shapes[name])}, equal to the stock pipeline's. parts: {component:
+        tokenizer or text encoder}."""
 
     @abstractmethod
     def _process(self, scheduler, where: str) -> NoiseProcess:
-        """The noise process of the teacher's scheduler at config.resolution. where: begins the message of a ConfigError."""
+        """The noise process of the teacher's scheduler at config.resolution. A ConfigError begins with `where`."""
 
     def _latent_shape(self, channels: int, side: int) -> tuple[int, ...]:
         return (channels, side, side)
 
     def _tables(self, architecture: dict[str, Any]) -> dict[str, nn.Module]:
-        """The transformer's children that hold buffers which are computed and not drawn, on the default device."""
+        """The transformer's children whose buffers are computed, not drawn at random; on the default device."""
         return {}
 
-    # What all have
+    # What all families share
 
     @property
     def block_classes(self) -> tuple[type[nn.Module], ...]:
@@ -186,24 +176,23 @@ class Backbone(ABC):
 
     @property
     def pipeline_guidance_scale(self) -> float:
-        """The `guidance_scale` to call a stock pipeline with that samples the student."""
+        """The `guidance_scale` for a stock pipeline that samples the student."""
         return self.config.embedded_guidance if self.takes_guidance else self.family.guidance.counted(1.0)
 
     def resolved(self, config: Config) -> Config:
-        """A run's configuration with what the family decides: its name is there, and where it has no fused operations
-        they are off."""
+        """A run's configuration with the family's decisions: its name, and `fuse` off if it has no fused operations."""
         decided = {name: getattr(self.config, name) for name in ("family", "fuse")}
         return config.model_copy(update={"model": config.model.model_copy(update=decided)})
 
     def transformer_config(self, role: Role) -> dict[str, Any]:
-        """Every argument of the transformer's class, as the role's pipeline has it."""
+        """Every argument of the transformer's class in the role's pipeline."""
         return dict(self._architectures[role])
 
     def check_weights(self) -> None:
-        """Reads the headers of all weights that are here, which takes a second where loading them takes minutes.
+        """Reads the headers of all local weights, which takes a second; loading them takes minutes.
 
-        Raises ConfigError, naming setting and file, for files that are cut off or damaged, hold other numbers than floats,
-        or (the transformers') lack tensors of the configuration's, or have others or of other shapes.
+        Raises ConfigError, naming setting and file, for files that are cut off or damaged or hold other numbers than
+        floats, and for transformers whose tensors are not those of their configuration.
         """
         if self.config.random_init:
             return
@@ -217,9 +206,8 @@ class Backbone(ABC):
                 pipeline.shapes(component)
 
     def teacher_fingerprint(self) -> dict[str, Any]:
-        """What a student learns from: of the teacher's transformer and text encoders hex digests, as
-        `PipelineFolder.weights_fingerprint` says, and the settings of its scheduler. Weights on the hub are downloaded for
-        it. Empty under random_init."""
+        """What a student learns from: `weights_fingerprint` of the teacher's transformer and text encoders, and the
+        settings of its scheduler. Downloads weights from the hub. Empty under random_init."""
         if self.config.random_init:
             return {}
         pipeline = self._pipelines["teacher"]
@@ -230,36 +218,30 @@ class Backbone(ABC):
         }
 
     def weights_fingerprint(self, component: str) -> str | None:
-        """Hex digest of the weights of one of the teacher's components; None under random_init."""
+        """Hex digest of a teacher component's weights (`PipelineFolder.weights_fingerprint`); None under random_init."""
         if self.config.random_init:
             return None
         return self._pipelines["teacher"].weights_fingerprint(component)[:24]
 
     def empty_transformer(self, role: Role) -> nn.Module:
-        """The role's transformer without memory: on the meta device."""
+        """The role's transformer on the meta device, without memory."""
         return self._build(self._architectures[role])
 
     def load_transformer(self, role: Role, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The role's transformer on `device`, in eval mode, its parameters requiring gradients.
 
-        Under random_init the weights are drawn in float32 on `device`, the same for each role, and rounded to dtype; a
-        CPU and a CUDA device draw different ones.
+        Under random_init the weights are drawn in float32 on `device`, the same for each role, and rounded to dtype; they
+        differ between CPU and CUDA.
         """
         if self.config.random_init:
             return self._random_transformer(self._architectures[role], dtype, torch.device(device))
         pipeline = self._pipelines[role]
-        weights = pipeline.weights("transformer")
-        return self._read_transformer(
-            pipeline.path / "transformer",
-            weights,
-            self._architectures[role],
-            dtype,
-            device,
-            f"{pipeline}: transformer",
-        )
+        folder, weights = pipeline.path / "transformer", pipeline.weights("transformer")
+        what = f"{pipeline}: transformer"
+        return self._read_transformer(folder, weights, self._architectures[role], dtype, device, what)
 
     def load_exported(self, folder: str | Path, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-        """A transformer that `export` wrote, in eval mode. Raises ConfigError where it does not fit this pipeline."""
+        """A transformer that `export` wrote, in eval mode. Raises ConfigError if it does not fit this pipeline."""
         folder = Path(folder)
         what = f"student folder {str(folder)!r}"
         settings = read_json(folder / "config.json", what)
@@ -269,25 +251,25 @@ class Backbone(ABC):
         for name in self.family.common:
             if student[name] != teacher[name]:
                 raise ConfigError(
-                    f"{what} has {name} = {student[name]}, but the pipeline "
-                    f"{self.config.pipeline!r} has {teacher[name]}: it is not the one that the student was made from"
+                    f"{what} has {name} = {student[name]}, but the pipeline {self.config.pipeline!r} has {teacher[name]}: "
+                    "use the pipeline that the student was trained from"
                 )
         weights = find_weights(folder, "diffusion_pytorch_model", what)
         return self._read_transformer(folder, weights, student, dtype, device, what)
 
     def load_text(self, device: torch.device | str, dtype: torch.dtype) -> TextEncoders | RandomText:
-        """What encodes prompts: the pipeline's own encoders; under random_init numbers drawn from the prompt."""
+        """The pipeline's text encoders; under random_init random embeddings that depend on the prompt."""
         if self.config.random_init:
             return RandomText(self.text_shapes, device, dtype)
-        parts = read_parts(self._pipelines["teacher"], self._text, device, dtype)
-        return TextEncoders(self._encode_prompt(parts, torch.device(device)), str(self._pipelines["teacher"]))
+        pipeline, parts = self._pipelines["teacher"], {}
+        for encoder in self._text:
+            parts[encoder.tokenizer], parts[encoder.component] = encoder.read(pipeline, device, dtype)
+        return TextEncoders(self._encode_prompt(parts, torch.device(device)), str(pipeline))
 
     @cached_property
     def text_key(self) -> str:
-        """Names what embeddings depend on beside prompt and dtype: encoders and tokenizers by content, and the length.
-
-        Files are hashed as `PipelineFolder.fingerprint` says. Weights on the hub are downloaded for it.
-        """
+        """Names what embeddings depend on besides prompt and dtype: encoders and tokenizers by content
+        (`PipelineFolder.fingerprint`), and the length. Downloads weights from the hub."""
         shapes = ["x".join(map(str, shape)) for shape in self.text_shapes.values()]
         if self.config.random_init:
             return "-".join(["random", *shapes])
@@ -301,10 +283,10 @@ class Backbone(ABC):
         return self.family.vae.load(self._pipelines["teacher"], device)
 
     def export(self, state_dict: dict[str, Tensor], folder: str | Path, role: Role = "student") -> None:
-        """Writes a stock diffusers transformer folder: config.json and safetensors, sharded where large.
+        """Writes a stock diffusers transformer folder: config.json and safetensors, sharded if large.
 
-        state_dict: the whole transformer's, on the CPU; every tensor keeps its dtype. Raises ValueError when its names
-        or shapes are not the role's, OSError where the folder cannot be written.
+        state_dict: the whole transformer's, on the CPU; every tensor keeps its dtype. Raises ValueError if its names or
+        shapes are not the role's, OSError if the folder cannot be written.
         """
         transformer = self._build(self._architectures[role])
         try:
@@ -312,7 +294,7 @@ class Backbone(ABC):
         except RuntimeError as error:
             raise ValueError(f"this is not the state of the {role}'s transformer: {error}") from error
         with disk_errors(folder, sum(tensor.nbytes for tensor in state_dict.values())):
-            Path(folder).mkdir(parents=True, exist_ok=True)  # save_pretrained returns without a word where it cannot
+            Path(folder).mkdir(parents=True, exist_ok=True)  # save_pretrained fails silently if it cannot
             transformer.save_pretrained(folder, safe_serialization=True)
             follow_umask(folder)
 
@@ -320,22 +302,11 @@ class Backbone(ABC):
     def _class(self) -> Any:
         return self.family.transformer_class
 
-    @property
-    def _text_encoders(self) -> list[str]:
-        """The teacher's, those that there are."""
-        return [encoder.component for encoder in self._text]
-
-    def _open(self, key: str, name: str) -> PipelineFolder | None:
-        if self.config.random_init and name in self.family.known and not Path(name).is_dir():
-            return None
-        revision = self.config.revision if name == self.config.pipeline else None
-        return PipelineFolder(key, name, [self.family], revision)
-
     def _read_architecture(self, settings: dict[str, Any], what: str) -> dict[str, Any]:
-        """Every argument of the transformer's class, from its config.json, which `what` names. Raises ConfigError."""
+        """Every argument of the transformer's class, from its config.json. A ConfigError begins with `what`."""
         arguments = inspect.signature(self._class.__init__).parameters.values()
         defaults = {argument.name: argument.default for argument in arguments if argument.name != "self"}
-        # Older folders lack the settings that came later; their defaults are what those models were made with.
+        # Older folders lack newer settings; those models were made with the defaults.
         architecture = {**defaults, **{name: value for name, value in settings.items() if name in defaults}}
         if architecture["out_channels"] is None:
             architecture["out_channels"] = architecture["in_channels"]
@@ -348,18 +319,18 @@ class Backbone(ABC):
                 raise ConfigError(f"{what} has {name} = {value}, where at most {most} makes sense")
             if isinstance(value, list):
                 architecture[name] = tuple(value)
-        with reading(what):  # Whoever builds it later has no need to ask whether it can be built.
+        with reading(what):  # fails now if it cannot be built later
             self._build(architecture)
         return architecture
 
     def _build(self, architecture: dict[str, Any]) -> Any:
-        """`empty_transformer` of any architecture: a diffusers model."""
+        """A diffusers model of any architecture, on the meta device."""
         with torch.device("meta"):
             return self._class.from_config(architecture)
 
     def _check_transformer(self, shapes: dict[str, tuple[int, ...]], architecture: dict[str, Any], what: str) -> None:
-        transformer = self._build(architecture)
-        check_fit(shapes, {name: tensor.shape for name, tensor in transformer.state_dict().items()}, what)
+        needed = {name: tensor.shape for name, tensor in self._build(architecture).state_dict().items()}
+        check_fit(shapes, needed, what)
 
     def _check_roles(self, vae_channels: int) -> None:
         teacher = self._architectures["teacher"]
@@ -369,12 +340,12 @@ class Backbone(ABC):
                 if architecture[name] != teacher[name]:
                     raise ConfigError(
                         f"model.{role}: {whose} has {name} = {architecture[name]}, but the teacher's "
-                        f"({self._name('teacher')}) has {teacher[name]}: all roles are given the same inputs"
+                        f"({self._name('teacher')}) has {teacher[name]}: all roles get the same inputs"
                     )
             if architecture["out_channels"] != architecture["in_channels"]:
                 raise ConfigError(
                     f"{whose} has out_channels = {architecture['out_channels']}, but in_channels = "
-                    f"{architecture['in_channels']}: a velocity has the channels of its latents"
+                    f"{architecture['in_channels']}: they must be equal"
                 )
         channels = vae_channels * self.family.packing**2
         if channels != teacher["in_channels"]:
@@ -385,11 +356,12 @@ class Backbone(ABC):
 
     def _check_resolution(self) -> None:
         resolution = self.config.resolution
-        patch = math.lcm(*(_patch(each["patch_size"]) for each in self._architectures.values()))
+        sizes = [each["patch_size"] for each in self._architectures.values()]
+        patch = math.lcm(*(size if isinstance(size, int) else size[-1] for size in sizes))
         unit = self._vae_scale * self.family.packing * patch
         if resolution % unit:
             below = resolution // unit * unit
-            nearest = f"{below} and {below + unit} are the nearest that would do" if below else f"{unit} would do"
+            nearest = f"the nearest are {below} and {below + unit}" if below else f"{unit} would do"
             raise ConfigError(
                 f"model.resolution = {resolution}: must be a multiple of {unit} (VAE scale times patch); {nearest}"
             )
@@ -401,7 +373,7 @@ class Backbone(ABC):
                 f"model.max_sequence_length = {self.config.max_sequence_length}: "
                 f"the stock pipeline takes {self.family.longest_text} tokens at most"
             )
-        configs = read_configs(pipeline, self._text)
+        configs = {encoder.component: encoder.read_config(pipeline) for encoder in self._text}
         self._check_widths(pipeline, configs)
         clips = [configs[encoder.component] for encoder in self._text if isinstance(encoder, Clip)]
         return clip_length(pipeline, clips) if clips else 0
@@ -416,10 +388,22 @@ class Backbone(ABC):
             settings = self.family.schedulers[self.config.pipeline]
             return self._process(FlowMatchEulerDiscreteScheduler(**settings), self.config.pipeline)
         pipeline.require("scheduler", "FlowMatchEulerDiscreteScheduler")
+        settings = pipeline.read("scheduler", "scheduler_config.json")
+        where = f"{pipeline}: scheduler/scheduler_config.json"
+        kinds = typing.get_type_hints(FlowMatchEulerDiscreteScheduler.__init__)
+        kinds["num_train_timesteps"] = typing.Annotated[int, pydantic.Field(ge=2, le=2**20)]
+        kinds["shift_terminal"] = float | None  # which diffusers declares as float = None
+        for name in (name for name in kinds if name in settings):
+            check_setting(name, settings[name], kinds[name], where)
+        if settings.get("stochastic_sampling"):
+            raise ConfigError(
+                f"{where} has stochastic_sampling = true: its steps add noise, and the teacher's steps here do not; "
+                "set it to false"
+            )
         with pipeline.reading("scheduler", "scheduler_config.json"):
-            flow = self._process(read_scheduler(pipeline), str(pipeline))
+            flow = self._process(FlowMatchEulerDiscreteScheduler.from_config(settings), str(pipeline))
         for times in (flow.train_times, flow.renoise_times):
-            # From noise, at 1, towards the data.
+            # from 1 (noise) towards 0 (data)
             if not (times.isfinite().all() and (times.diff() < 0).all() and times[0] <= LATEST and times[-1] > 0):
                 raise ConfigError(
                     f"{pipeline}: the times of its scheduler/scheduler_config.json run from {times[0]:.4g} to "
@@ -446,7 +430,7 @@ class Backbone(ABC):
         return transformer
 
     def _random_transformer(self, architecture: dict[str, Any], dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """Weights as torch draws them by default, but one at a time: a float32 copy of the whole never exists."""
+        """Draws weights as torch does by default, one tensor at a time, so that no float32 copy of the whole exists."""
         transformer = self._build(architecture)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.device(device):
             for name, table in self._tables(architecture).items():
@@ -469,29 +453,5 @@ class Backbone(ABC):
 
 
 def network_dtype(transformer: nn.Module) -> torch.dtype:
-    """What a transformer computes in."""
+    """The dtype that a transformer computes in."""
     return next(parameter.dtype for parameter in transformer.parameters() if parameter.is_floating_point())
-
-
-def _patch(size: int | tuple[int, ...]) -> int:
-    """Latents a side of a patch."""
-    return size if isinstance(size, int) else size[-1]
-
-
-def read_scheduler(pipeline: PipelineFolder):
-    """The pipeline's FlowMatchEulerDiscreteScheduler."""
-    from diffusers import FlowMatchEulerDiscreteScheduler
-
-    settings = pipeline.read("scheduler", "scheduler_config.json")
-    where = f"{pipeline}: scheduler/scheduler_config.json"
-    kinds = typing.get_type_hints(FlowMatchEulerDiscreteScheduler.__init__)
-    kinds["num_train_timesteps"] = typing.Annotated[int, pydantic.Field(ge=2, le=2**20)]
-    kinds["shift_terminal"] = float | None  # which diffusers declares as float = None
-    for name in (name for name in kinds if name in settings):
-        check_setting(name, settings[name], kinds[name], where)
-    if settings.get("stochastic_sampling"):
-        raise ConfigError(
-            f"{where} has stochastic_sampling = true: its steps would add noise, and those of the teacher that is distilled here "
-            "do not; set it to false"
-        )
-    return FlowMatchEulerDiscreteScheduler.from_config(settings)

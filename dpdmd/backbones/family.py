@@ -1,7 +1,7 @@
-"""A model family: all that the rest of the house needs to know of it, and where families are found.
+"""A model family: what the rest of the package needs to know about it, and how families are found.
 
-A family is one file: a `Backbone` under `@register` whose attribute `family` is a `Family`. The files in this folder are
-found by themselves. One that lies elsewhere is known once a program has imported it, or where `model.family` names it.
+A family is one file: a `Backbone` under `@register` whose attribute `family` is a `Family`. Files in this folder are found
+automatically; a file elsewhere is registered when a program imports it or `model.family` names it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from dpdmd.backbones.text import Encoder
 
 Registered = TypeVar("Registered", bound="type[Backbone]")
-# Of diffusers' joint blocks: the projections of both streams' attention and feed-forwards.
+# The projections of attention and feed-forwards, of both streams of diffusers' joint blocks.
 JOINT_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
     *("net.0.proj", "net.2"),
@@ -36,38 +36,38 @@ BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")  # diffusers' 
 
 
 class Guidance(Enum):
-    """How a pipeline counts its guidance scale s, with the predictions c and u; the value is its s for no guidance.
+    """How a pipeline counts its guidance scale s (c, u: conditional and unconditional prediction); value: s for no guidance.
 
-    distill.guidance_scale is counted from u, whatever the family, so that 1 is none everywhere. What a network takes
-    as an input (FLUX.1-dev) is `Backbone.pipeline_guidance_scale`. Guidance whose norm is rescaled afterwards is no
-    matter of counting: it belongs into a noise process of its own, whose `step` and `dmd_loss` see both predictions.
+    distill.guidance_scale is counted from u in every family, so that 1 means no guidance. The value that a network takes
+    as an input (FLUX.1-dev) is `Backbone.pipeline_guidance_scale`. Guidance that rescales the norm needs its own noise
+    process, whose `step` and `dmd_loss` see both predictions.
     """
 
     FROM_UNCOND = 1.0  # u + s (c - u)
     FROM_COND = 0.0  # c + s (c - u)
 
     def counted(self, guidance_scale: float) -> float:
-        """`distill.guidance_scale` as the pipeline counts it."""
+        """The pipeline's value for `distill.guidance_scale`."""
         return guidance_scale - 1.0 + self.value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     name: str  # in model.family and dpdmd.json
-    pipeline: str  # class of its pipelines, as model_index.json has it
-    transformer: str | type[nn.Module]  # a class of diffusers, by its name, or the class itself
-    blocks: tuple[str, ...]  # classes of the transformer blocks, by their names in the transformer's module
-    block_lists: tuple[str, ...] = BLOCK_LISTS  # attributes of the transformer that hold blocks, where they are there
-    lora_targets: tuple[str, ...] = JOINT_TARGETS  # endings of names: linear layers of the blocks with adapters
+    pipeline: str  # class of its pipelines in model_index.json
+    transformer: str | type[nn.Module]  # name of a class in diffusers, or the class itself
+    blocks: tuple[str, ...]  # names of the transformer blocks' classes in the transformer's module
+    block_lists: tuple[str, ...] = BLOCK_LISTS  # attributes of the transformer that hold blocks, if present
+    lora_targets: tuple[str, ...] = JOINT_TARGETS  # endings of the names of linear layers that get adapters
     text: tuple[Encoder, ...]
-    longest_text: int = 512  # tokens that the pipeline takes at most
-    text_parameters: float = 0.0  # of a published model's text encoders together, for the planner
+    longest_text: int = 512  # tokens; a run takes model.max_sequence_length, and this is the most that it may be
+    text_parameters: float = 0.0  # total of a published model's text encoders, for the planner
     vae: Vae = AUTOENCODER_KL
     guidance: Guidance = Guidance.FROM_UNCOND
-    common: tuple[str, ...]  # settings of the transformer that all roles must have alike
-    optional: tuple[str, ...] = ()  # settings that may be null, whatever the transformer's class says
-    packing: int = 1  # the pipeline makes one pixel of the network's input of packing x packing latents
-    # Published models, which random_init builds where their files are not: transformer's and scheduler's settings.
+    common: tuple[str, ...]  # settings of the transformer that must be equal in all roles
+    optional: tuple[str, ...] = ()  # settings that may be null even if the transformer's class does not allow it
+    packing: int = 1  # packing x packing latents are one pixel of the network's input
+    # Published models, which random_init builds without their files: settings of transformer and scheduler.
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     schedulers: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -77,7 +77,7 @@ class Family:
 
     @property
     def fused(self) -> bool:
-        """Whether there are fused forwards for the blocks."""
+        """Whether the blocks have fused forwards."""
         return self.transformer_name in FAMILIES
 
     @property
@@ -99,8 +99,7 @@ _REGISTERED: dict[str, type[Backbone]] = {}
 
 
 def register(backbone: Registered) -> Registered:
-    """Makes a backbone's family known, and returns the backbone: a decorator. Raises ValueError for a name or a pipeline
-    class that another family has."""
+    """Decorator that registers a backbone's family. Raises ValueError for a name or pipeline class of another family."""
     family = backbone.family
     for other in _REGISTERED.values():
         if other.family.name == family.name or other.family.pipeline == family.pipeline:
@@ -112,7 +111,7 @@ def register(backbone: Registered) -> Registered:
 
 
 def backbones() -> dict[str, type[Backbone]]:
-    """Every family's, by the family's name."""
+    """{family's name: backbone}."""
     package = __name__.rpartition(".")[0]
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
         importlib.import_module(f"{package}.{module.name}")
@@ -124,12 +123,12 @@ def families() -> list[Family]:
 
 
 def family_of(transformer: str) -> Family | None:
-    """The family whose transformers are of the class of that name; None where there is none."""
+    """The family whose transformer class has that name, or None."""
     return next((family for family in families() if family.transformer_name == transformer), None)
 
 
 def find(name: str) -> type[Backbone]:
-    """What model.family names: a family, or the Python file of one's own, which is run. Raises ConfigError."""
+    """The backbone that model.family names: a family, or a Python file that registers one. Raises ConfigError."""
     if name.endswith(".py"):
         return _from_file(Path(name).resolve())
     there = backbones()

@@ -1,5 +1,5 @@
-"""A user's files before a library reads them: what is no such file, is damaged or holds no finite numbers is refused in
-one line that names it. Weights are safetensors; nothing is unpickled.
+"""Checks of a user's files before a library reads them: a file that is missing or damaged, or holds NaN or infinity, is
+refused in one line that names it. Weights are safetensors; nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ from dpdmd.config import POINTER_BYTES, ConfigError, refuse_pointer
 from dpdmd.files import is_finite, open_file
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# What stands in the names of a model's copies in other precisions, best first. A copy is read only where it is all there is.
+# In the names of a model's copies in other precisions, best first. A copy is read only if there is no file without one.
 VARIANTS = ("fp32", "bf16", "fp16")
 
-MOST_LAYERS = 1024  # of a network; more cannot be meant, and would be built without end
+MOST_LAYERS = 1024  # of a network; more must be a mistake, and building them would take too long
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @contextlib.contextmanager
 def reading(what: str, purpose: str = "") -> Iterator[None]:
-    """Around a library that reads a user's file: whatever it raises becomes a ConfigError of one line about `what`.
+    """Turn whatever a library raises while it reads a user's file into a ConfigError of one line about `what`.
 
-    purpose: what it was to be read as, " as an adapter" for example. A ConfigError passes as it is, and so do running
-    out of memory and a device's own errors, which say nothing about the file.
+    purpose: what the file is read as, for example " as an adapter". A ConfigError, running out of memory and a device's
+    errors, which say nothing about the file, pass unchanged.
     """
     try:
         yield
     except (ConfigError, MemoryError, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except BaseException as error:
-        # tokenizers and safetensors are written in Rust, whose panics are no Exception.
+        # tokenizers and safetensors are written in Rust; a panic is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise ConfigError(f"{what} cannot be read{purpose} ({type(error).__name__}: {_reason(error)})") from error
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of its message, and the next where the first only announces it."""
+    """The first line of the message, and the second if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no reason given"]
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def check_file(path: Path, what: str) -> None:
-    """Raises ConfigError, which begins with `what`, unless path is a file, and itself here."""
+    """Raises ConfigError, which begins with `what`, unless path is a readable file and not a git-lfs pointer."""
     if path.is_symlink() and not path.exists():
         raise ConfigError(f"{what}: {path} cannot be read (it is a link to {path.readlink()}, which is not there)")
     if path.is_dir():
@@ -82,8 +82,8 @@ def read_json(path: Path, what: str) -> dict:
 
 
 def check_setting(name: str, value: Any, kind: Any, what: str) -> None:
-    """Raises ConfigError, which begins with `what`, unless a value from a JSON file is of a kind (a type or a union of
-    types); a whole number has to be 1 or more."""
+    """Raises ConfigError, which begins with `what`, unless a value from a JSON file has the type `kind` (or one of a union);
+    an int must be 1 or more."""
     if kind is int:
         kind = typing.Annotated[int, pydantic.Field(ge=1)]
     try:
@@ -95,28 +95,28 @@ def check_setting(name: str, value: Any, kind: Any, what: str) -> None:
 
 @dataclass(frozen=True)
 class Weights:
-    """One model's safetensors files and the variant in their names, None for none: from_pretrained wants to be told."""
+    """One model's safetensors files, and the variant in their names (or None), which from_pretrained takes."""
 
     files: list[Path]
     variant: str | None
 
 
 def has_weights(folder: Path, stem: str) -> bool:
-    """Whether there is something for `find_weights`, whatever it holds."""
+    """Whether the folder has a file or an index for `find_weights`."""
     return any(path.exists() for variant in (None, *VARIANTS) for path in _names(folder, stem, variant))
 
 
 def find_weights(folder: Path, stem: str, what: str, of: str = "") -> Weights:
     """The weights that from_pretrained reads from a folder.
 
-    stem: "diffusion_pytorch_model" for diffusers, "model" for transformers. of: whose they are, as " of its vae".
+    stem: "diffusion_pytorch_model" for diffusers, "model" for transformers. of: for messages, as " of its vae".
 
-    Raises ConfigError, which begins with `what`, where there are none or only pickled ones, for a shard that is absent or
-    lies elsewhere, and for a git-lfs pointer.
+    Raises ConfigError, which begins with `what`, if there are none or only pickled ones, for a shard that is missing or in
+    another folder, and for a git-lfs pointer.
     """
     for variant in (None, *VARIANTS):
         index, single = _names(folder, stem, variant)
-        # Where there are both, diffusers reads the shards and transformers the single file.
+        # If both exist, diffusers reads the shards and transformers the single file.
         for path in (index, single) if stem.startswith("diffusion") else (single, index):
             if path.exists() or path.is_symlink():
                 files = [single] if path == single else _shards(index, what, of)
@@ -163,32 +163,28 @@ def read_shapes(weights: Weights, what: str) -> dict[str, tuple[int, ...]]:
     Raises ConfigError, which begins with `what`, for a file that is empty, cut off or damaged, and for a tensor that is in
     two files or holds other numbers than floats.
     """
+    from safetensors import safe_open
+
     shapes: dict[str, tuple[int, ...]] = {}
     where: dict[str, Path] = {}
     for path in weights.files:
-        for name, (dtype, shape) in read_header(path, what).items():
+        if not path.stat().st_size:
+            raise ConfigError(f"{what}: {path} cannot be read (it is empty)")
+        with reading(f"{what}: {path}"), safe_open(path, framework="pt") as file:  # checks that the file is whole
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            header = {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+        for name, (dtype, shape) in header.items():
             if name in where:
                 raise ConfigError(f"{what}: {name} is in both {where[name]} and {path.name}")
-            # Old CLIP models keep the numbers 0, 1, 2, ... beside their weights.
+            # Old CLIP models keep the integers 0, 1, 2, ... beside their weights.
             if dtype not in _FLOATS and not name.endswith("position_ids"):
                 raise ConfigError(f"{what}: {path} holds {name} as {dtype}; one of {', '.join(_FLOATS)} is needed")
             where[name], shapes[name] = path, shape
     return shapes
 
 
-def read_header(path: Path, what: str) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{name: (dtype as safetensors names it, shape)}; the library checks that the file is whole."""
-    from safetensors import safe_open
-
-    if not path.stat().st_size:
-        raise ConfigError(f"{what}: {path} cannot be read (it is empty)")
-    with reading(f"{what}: {path}"), safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
-        return {name: (each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
-
-
 def check_fit(shapes: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raises ConfigError, which begins with `what`, unless there are the tensors that are needed and no others."""
+    """Raises ConfigError, which begins with `what`, unless exactly the needed tensors are present."""
     other = [
         f"{name} of shape {tuple(shapes[name])}, where {tuple(needed[name])} is needed"
         for name in needed.keys() & shapes.keys()
@@ -198,8 +194,8 @@ def check_fit(shapes: Mapping[str, tuple[int, ...]], needed: Mapping[str, tuple[
 
 
 def refuse_misfits(what: str, lacking: Collection[str], besides: Collection[str], other: Collection[str]) -> None:
-    """Raises ConfigError, which begins with `what`, where any of these is not empty: names of tensors that are not there,
-    of those that should not be, and of those that have another shape."""
+    """Raises ConfigError, which begins with `what`, if any of these names of tensors is given: missing ones, unexpected
+    ones, and ones of another shape."""
     groups = (("lacks", lacking), ("has besides", besides), ("has in another shape", other))
     problems = [f"{verb} {_count(names)}, such as {min(names)}" for verb, names in groups if names]
     if problems:
@@ -211,12 +207,12 @@ def _count(names: Collection) -> str:
 
 
 def check_finite(tensors: Mapping[str, Tensor] | nn.Module, what: str) -> None:
-    """Raises ConfigError, which begins with `what`, where a floating-point tensor holds NaN or infinity.
+    """Raises ConfigError, which begins with `what`, if a floating-point tensor holds NaN or infinity.
 
-    Reads every number once and copies none: 3 to 8 GB/s a CPU core.
+    It reads every number once and copies none: 3 to 8 GB/s a CPU core.
     """
     if isinstance(tensors, nn.Module):
-        # What a module has under two names counts once.
+        # A tensor under two names counts once.
         distinct = {id(tensor): (name, tensor) for name, tensor in tensors.state_dict(keep_vars=True).items()}
         tensors = dict(distinct.values())
     bad = [name for name, tensor in tensors.items() if not is_finite(tensor)]
@@ -225,5 +221,5 @@ def check_finite(tensors: Mapping[str, Tensor] | nn.Module, what: str) -> None:
         count = sum(int((~piece.isfinite()).sum()) for piece in first.flatten().split(1 << 20))
         raise ConfigError(
             f"{what}: NaN or infinity in {len(bad)} of {_count(tensors)}, such as {bad[0]} ({count} of {first.numel()} "
-            "values): the file is damaged, or what wrote it had broken"
+            "values): the file is damaged, or the run that wrote it had diverged"
         )

@@ -1,9 +1,9 @@
 """FLUX.1: how to call the transformer and encode prompts, and which time grids the pipeline walks.
 
-Everything stays what diffusers makes of it: the transformer is a stock FluxTransformer2DModel, embeddings come from
-FluxPipeline.encode_prompt and images from its VAE, bit for bit. The network predicts the velocity v = noise - x of
-z_t = (1 - t) x + t noise. It sees 2 x 2 latents as one token of four times the channels and their places as numbers, and
-takes t as a timestep in [0, 1]. Models that were guidance-distilled (FLUX.1-dev) take a guidance value as well.
+Everything is diffusers', bit for bit: the transformer is a stock FluxTransformer2DModel, embeddings come from
+FluxPipeline.encode_prompt and images from its VAE. The network predicts the velocity v = noise - x of
+z_t = (1 - t) x + t noise. Its tokens are 2 x 2 latents with four times the channels, and their positions; t is a timestep
+in [0, 1]. Guidance-distilled models (FLUX.1-dev) also take a guidance value.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _architecture(guidance_embeds: bool) -> dict[str, Any]:
     }
 
 
-# What random_init needs of the published models, so that a benchmark runs where their files are not.
+# The published models' settings for random_init, so that a benchmark runs without their files.
 KNOWN: dict[str, dict[str, Any]] = {
     "black-forest-labs/FLUX.1-dev": _architecture(guidance_embeds=True),
     "black-forest-labs/FLUX.1-schnell": _architecture(guidance_embeds=False),
@@ -84,10 +84,9 @@ class Flux(Backbone):
             guidance = torch.full((1,), self.config.embedded_guidance, dtype=torch.float32, device=x.device).expand(
                 len(x)
             )
-        # The network rounds its timestep before it multiplies by 1000, so float32 does not get through. Rounded as the
-        # pipeline does it, what it makes its sines from in bfloat16 is 0.9 off 1000 t on average and 2.0 at most over
-        # FLUX.1-dev's training times at 1024 x 1024; with a float32 t 1.1 and 3.8, and at every second step of a
-        # four-step student another time than the pipeline samples at.
+        # The network rounds its timestep before it multiplies by 1000, so float32 is lost anyway. Rounded here, as in the
+        # pipeline, bfloat16 times are 0.9 off 1000 t on average and 2.0 at most over FLUX.1-dev's training times at
+        # 1024 x 1024; with a float32 t 1.1 and 3.8, and every second step of a four-step student differs from the pipeline's.
         timestep = self.diffusion.timestep(t).to(dtype) / self.diffusion.num_train_timesteps
         velocity = transformer(
             hidden_states=pack(x.to(dtype)),
@@ -102,15 +101,15 @@ class Flux(Backbone):
         return unpack(velocity, height, width)
 
     def attention_shapes(self) -> list[tuple[int, int]]:
-        """Of image and text together, in every block."""
+        """Attention over image and text, in every block."""
         _, height, width = self.latent_shape
         text, _ = self.text_shapes["prompt_embeds"]
         tokens = (height // 2) * (width // 2) + text
         return sorted({(architecture["attention_head_dim"], tokens) for architecture in self._architectures.values()})
 
     def _ids(self, rows: int, columns: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Places of the tokens, float32: (0, row, column) of the image's, (rows columns, 3), and the text's,
-        (length, 3), which are all 0. Made once, as every forward pass needs them."""
+        """Positions of the tokens, float32: (0, row, column) of the image's (rows * columns, 3), and 0 of the text's
+        (length, 3). Cached, as every forward pass needs them."""
         key = (rows, columns, length, device)
         if key not in self._places:
             row, column = torch.meshgrid(
@@ -124,8 +123,7 @@ class Flux(Backbone):
         architecture = super()._read_architecture(settings, what)
         if architecture["patch_size"] != 1:
             raise ConfigError(
-                f"{what} has patch_size = {architecture['patch_size']}; 1 is needed, as "
-                "FluxPipeline makes the patches itself"
+                f"{what} has patch_size = {architecture['patch_size']}; 1 is needed, as FluxPipeline makes the patches itself"
             )
         axes, width = architecture["axes_dims_rope"], architecture["attention_head_dim"]
         if "axes_dims_rope" in settings and (sum(axes) != width or any(axis < 1 or axis % 2 for axis in axes)):
@@ -146,7 +144,7 @@ class Flux(Backbone):
                 )
 
     def _text_shapes(self, clip_length: int) -> dict[str, tuple[int, ...]]:
-        # CLIP's embedding is the pooled one alone.
+        # CLIP gives the pooled embedding only.
         return sequence_and_pooled(self.config.max_sequence_length, self._architectures["teacher"])
 
     def _encode_prompt(self, parts: dict[str, Any], device: torch.device) -> EncodePrompt:

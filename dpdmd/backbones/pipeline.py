@@ -1,6 +1,6 @@
-"""A diffusers pipeline on disk or on the hub: its configuration files first, its weights when they are wanted.
+"""A diffusers pipeline on disk or on the hub: its configuration files first, its weights on demand.
 
-Nothing that comes from elsewhere is unpickled: weights are safetensors or refused.
+Nothing is unpickled: weights are safetensors or refused.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from dpdmd.backbones.family import Family, families
 from dpdmd.backbones.files import (
@@ -17,17 +20,19 @@ from dpdmd.backbones.files import (
     VARIANTS,
     Weights,
     check_file,
+    check_finite,
     find_weights,
     has_weights,
     read_json,
     read_shapes,
     reading,
+    refuse_misfits,
 )
 from dpdmd.config import WORLDS, ConfigError
 from dpdmd.files import open_file
 
 _CONFIGURATION = ["model_index.json", "*/*config.json", "tokenizer*/*"]
-_COPIES = [f"*.{variant}*" for variant in VARIANTS]  # stand beside the weights under names of their own
+_COPIES = [f"*.{variant}*" for variant in VARIANTS]  # the weights again, in another precision
 _SINGLE_FILES = (".safetensors", ".gguf", *PICKLED)
 _ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
 
@@ -36,27 +41,30 @@ class PipelineFolder:
     """The folder of a diffusers pipeline of a family.
 
     key: the setting that named it, for messages. name: a folder, a hub id, or a world that ships ("demo"). expected: the
-    families of which it may be. revision: of a hub id. family: the one that it is of. path: the folder; of a hub id the
-    local snapshot, which holds the configuration and such weights as were fetched.
+    families it may belong to. revision: of a hub id. family: its family. path: the folder, or the local snapshot of a hub
+    id with the configuration and the weights fetched so far. is_local: whether `name` is no hub id, so that weights are
+    read in place.
 
-    Raises ConfigError where there is no such folder or repository, and where it is no pipeline or one of another class.
+    Raises ConfigError if there is no such folder or repository, or if it is no pipeline of an expected class.
     """
 
     def __init__(self, key: str, name: str, expected: Sequence[Family], revision: str | None = None):
         self.key, self.name = key, name
-        self._is_remote = False
+        self.is_local = True
         needed = " or ".join(family.pipeline for family in expected)
-        # os.path.isdir takes any string, where Path.is_dir raises for one that is too long.
+        # os.path.isdir takes any string; Path.is_dir raises for one that is too long.
         if name.isidentifier() and os.path.isdir(WORLDS / name / "teacher"):
             self.path = WORLDS / name / "teacher"
         elif name and os.path.isdir(name):
             self.path = Path(name)
         elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not _is_file_name(name):
-            self._is_remote = True
+            self.is_local = False
             self.path = self._fetch(_CONFIGURATION, revision, _COPIES)
         else:
             raise ConfigError(f"{self}: {_no_pipeline(name, needed)}")
-        self._index = self._read_index()
+        if not (self.path / "model_index.json").exists():
+            raise ConfigError(f"{self}: {_describe(self.path)}; a diffusers pipeline folder has a model_index.json")
+        self._index = read_json(self.path / "model_index.json", str(self))
         found = self._index.get("_class_name")
         known = {family.pipeline: family for family in families()}
         if found not in [family.pipeline for family in expected]:
@@ -65,7 +73,7 @@ class PipelineFolder:
         self.family = known[found]
 
     def component_class(self, component: str) -> str | None:
-        """Class name of a component as model_index.json has it; None where the pipeline has none."""
+        """Class name of a component in model_index.json; None if the pipeline has none."""
         entry = self._index.get(component)
         if entry is None:
             return None
@@ -76,7 +84,7 @@ class PipelineFolder:
         return entry[1]
 
     def require(self, component: str, *classes: str) -> None:
-        """Raises ConfigError where a component or its folder is missing, or its class is none of `classes`."""
+        """Raises ConfigError if a component or its folder is missing, or its class is none of `classes`."""
         found = self.component_class(component)
         if found is None or not (self.path / component).is_dir():
             where = f"no folder {self.path / component}" if found else f"none in {self.path / 'model_index.json'}"
@@ -89,14 +97,14 @@ class PipelineFolder:
         return read_json(self.path / component / file, str(self))
 
     def reading(self, component: str, file: str = "config.json"):
-        """`files.reading` around a library that makes something of a component's file."""
+        """`files.reading` around a library that uses a component's file."""
         return reading(f"{self}: {self.path / component / file}")
 
     def weights(self, component: str) -> Weights:
         """The safetensors files of a component, fetched from the hub if need be. Raises as `files.find_weights`."""
         folder = self.path / component
-        if self._is_remote:
-            # The snapshot's folder bears its commit's name: a branch that has moved on since cannot mix in.
+        if not self.is_local:
+            # The snapshot's folder is named after its commit, so files of a later commit cannot mix in.
             self._fetch([f"{component}/*.json", f"{component}/*.safetensors"], self.path.name, _COPIES)
             for variant in VARIANTS:
                 if not has_weights(folder, _stem(component)):
@@ -109,18 +117,48 @@ class PipelineFolder:
         """Shape of each tensor in a component's weights, from the files' headers. Raises as `files.read_shapes`."""
         return read_shapes(self.weights(component), f"{self}: {component}")
 
-    @property
-    def is_local(self) -> bool:
-        """Whether weights are read from where they are, and not first fetched from the hub."""
-        return not self._is_remote
+    def load(
+        self, component: str, model_class: Any, device: torch.device | str, part: bool = False, **options: Any
+    ) -> Any:
+        """A component's model on `device`, frozen and in eval mode. Raises ConfigError for weights that are damaged or do
+        not fit.
+
+        part: the weights may be those of a larger model, whose other modules are ignored. options: of from_pretrained.
+        """
+        from transformers.utils import logging
+
+        folder, what = self.path / component, f"{self}: {component}"
+        weights = self.weights(component)
+        read_shapes(weights, what)
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()  # the error below replaces its report of what does not fit
+        try:
+            with reading(f"{what} in {folder}"):
+                model, info = model_class.from_pretrained(
+                    folder,
+                    variant=weights.variant,
+                    use_safetensors=True,
+                    local_files_only=True,
+                    output_loading_info=True,
+                    **options,
+                )
+        finally:
+            logging.set_verbosity(verbosity)
+        modules = dict(model.named_children())
+        besides = [name for name in info["unexpected_keys"] if not part or name.split(".")[0] in modules]
+        other = [name for name, *_ in info["mismatched_keys"]]
+        refuse_misfits(f"{what} in {folder}", info["missing_keys"], besides, other)
+        model = model.eval().requires_grad_(False).to(device)
+        check_finite(model, f"{what}'s weights in {folder}")
+        return model
 
     def check_tokenizer(self, component: str) -> None:
-        """Raises ConfigError where one of a tokenizer's files is a git-lfs pointer."""
+        """Raises ConfigError if one of a tokenizer's files is a git-lfs pointer."""
         for path in self._vocabularies(component):
             check_file(path, str(self))
 
     def fingerprint(self, components: list[str]) -> str:
-        """Hex digest of what the components compute: classes, settings, weights, vocabularies; see `_digest_file`."""
+        """Hex digest of the components' classes, settings, weights and vocabularies; see `_digest_file`."""
         digest = hashlib.sha256()
         for component in components:
             digest.update(f"{component} {self.component_class(component)}\n".encode())
@@ -152,18 +190,12 @@ class PipelineFolder:
                     self.name, revision=revision, allow_patterns=patterns, ignore_patterns=ignored
                 )
             )
-        except Exception as error:  # the hub's own kinds and those of whichever HTTP client it uses
+        except Exception as error:  # the hub's errors and its HTTP client's
             reason = str(error).strip().split("\n")[0]
             raise ConfigError(
                 f"{self}: there is no such folder here, and the hub could not deliver it "
-                f"({type(error).__name__}: {reason}). A local diffusers pipeline folder would do: "
-                f"set {self.key} to its path"
+                f"({type(error).__name__}: {reason}). Set {self.key} to the path of a local diffusers pipeline folder"
             ) from error
-
-    def _read_index(self) -> dict:
-        if not (self.path / "model_index.json").exists():
-            raise ConfigError(f"{self}: {_describe(self.path)}; a diffusers pipeline folder has a model_index.json")
-        return read_json(self.path / "model_index.json", str(self))
 
 
 def _stem(component: str) -> str:
@@ -176,11 +208,11 @@ def _is_file_name(name: str) -> bool:
 
 
 def _no_pipeline(name: str, pipeline_class: str) -> str:
-    """What is wrong with a name that is neither a folder nor the form of a hub id."""
+    """The error about a name that is neither a folder nor shaped like a hub id."""
     if os.path.isfile(name) or _is_file_name(name):
-        there = "is a file" if os.path.isfile(name) else "there is no such file, and a file would not do"
+        there = "is a file" if os.path.isfile(name) else "there is no such file"
         if Path(name).name == "model_index.json":
-            return f"{there}; the folder that it lies in is needed"
+            return f"{there}; name the folder that contains it"
         if name.lower().endswith(_ARCHIVES):
             return f"{there}; a diffusers pipeline folder is needed: unpack the archive and name the folder"
         if name.lower().endswith(_SINGLE_FILES):
@@ -191,7 +223,7 @@ def _no_pipeline(name: str, pipeline_class: str) -> str:
         return f"{there}; a diffusers pipeline folder is needed"
     hint = ""
     if "://" in name:
-        hint = "; of an address on the hub the last two parts, owner/name, are needed"
+        hint = "; use only the last two parts of an address on the hub, owner/name"
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*/+", name):
         hint = "; a hub id has no slash at its end"
     return f"neither a folder nor the id of a repository on the hub (owner/name){hint}"
@@ -217,11 +249,11 @@ def _digest_files(paths: list[Path]) -> bytes:
 
 
 def _digest_file(path: Path) -> bytes:
-    """SHA-256 of a file up to 64 MB; of a larger one, of its size, its beginning and 64 blocks of 64 kB spread over it.
+    """SHA-256 of a file up to 64 MB; for a larger one, of its size, its first 4 MB and 64 blocks of 64 kB spread over it.
 
-    T5-XXL has 19 GB of float32 weights, which take longer to read than a small prompt file to encode. A safetensors
-    header (names, shapes, offsets) lies in the beginning. Other training changes every block, so what could pass unseen
-    is an edit of a few rows by hand.
+    Reading T5-XXL's 19 GB of float32 weights takes longer than encoding a small prompt file. The safetensors header
+    (names, shapes, offsets) is at the beginning. Training changes every block; only an edit of a few rows by hand could
+    go unnoticed.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())

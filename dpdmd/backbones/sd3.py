@@ -1,8 +1,8 @@
 """Stable Diffusion 3 and 3.5: how to call the transformer and encode prompts, and which time grids the pipeline walks.
 
-Everything stays what diffusers makes of it: the transformer is a stock SD3Transformer2DModel, embeddings come from
-StableDiffusion3Pipeline.encode_prompt and images from its VAE, bit for bit. The network predicts the velocity
-v = noise - x of z_t = (1 - t) x + t noise, and takes t as a timestep in [0, 1000].
+Everything is diffusers', bit for bit: the transformer is a stock SD3Transformer2DModel, embeddings come from
+StableDiffusion3Pipeline.encode_prompt and images from its VAE. The network predicts the velocity v = noise - x of
+z_t = (1 - t) x + t noise, and takes t as a timestep in [0, 1000].
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from dpdmd.config import ConfigError
 from dpdmd.diffusion import Flow
 
 
-def _architecture(**values: Any) -> dict[str, Any]:
-    shared = {
+def _architecture(depth: int, positions: int, dual_layers: int = 0, qk_norm: str | None = "rms_norm") -> dict[str, Any]:
+    """The width grows with the depth: as many heads as layers."""
+    return {
         "sample_size": 128,
         "patch_size": 2,
         "in_channels": 16,
@@ -30,36 +31,20 @@ def _architecture(**values: Any) -> dict[str, Any]:
         "attention_head_dim": 64,
         "joint_attention_dim": 4096,
         "pooled_projection_dim": 2048,
+        "num_layers": depth,
+        "num_attention_heads": depth,
+        "caption_projection_dim": 64 * depth,
+        "pos_embed_max_size": positions,
+        "dual_attention_layers": tuple(range(dual_layers)),
+        "qk_norm": qk_norm,
     }
-    return {**shared, **values}
 
 
-# What random_init needs of the published models, so that a benchmark runs where their files are not.
+# The published models' settings for random_init, so that a benchmark runs without their files.
 KNOWN: dict[str, dict[str, Any]] = {
-    "stabilityai/stable-diffusion-3.5-medium": _architecture(
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        pos_embed_max_size=384,
-        dual_attention_layers=tuple(range(13)),
-        qk_norm="rms_norm",
-    ),
-    "stabilityai/stable-diffusion-3.5-large": _architecture(
-        num_layers=38,
-        num_attention_heads=38,
-        caption_projection_dim=2432,
-        pos_embed_max_size=192,
-        dual_attention_layers=(),
-        qk_norm="rms_norm",
-    ),
-    "stabilityai/stable-diffusion-3-medium-diffusers": _architecture(
-        num_layers=24,
-        num_attention_heads=24,
-        caption_projection_dim=1536,
-        pos_embed_max_size=192,
-        dual_attention_layers=(),
-        qk_norm=None,
-    ),
+    "stabilityai/stable-diffusion-3.5-medium": _architecture(24, 384, dual_layers=13),
+    "stabilityai/stable-diffusion-3.5-large": _architecture(38, 192),
+    "stabilityai/stable-diffusion-3-medium-diffusers": _architecture(24, 192, qk_norm=None),
 }
 
 
@@ -90,7 +75,7 @@ class SD3(Backbone):
         dtype = dtype or network_dtype(transformer)
         return transformer(
             hidden_states=x.to(dtype),
-            # Stays float32: the network makes its sines and cosines from it before it rounds.
+            # float32: the network computes its sines and cosines before it rounds.
             timestep=self.diffusion.timestep(t),
             encoder_hidden_states=cond["prompt_embeds"].to(dtype),
             pooled_projections=cond["pooled_prompt_embeds"].to(dtype),
@@ -98,7 +83,7 @@ class SD3(Backbone):
         )[0]
 
     def attention_shapes(self) -> list[tuple[int, int]]:
-        """Of image and text together; of the image alone in the blocks of dual_attention_layers."""
+        """Attention over image and text, and over the image alone in the blocks of dual_attention_layers."""
         _, height, width = self.latent_shape
         text, _ = self.text_shapes["prompt_embeds"]
         shapes = set()
@@ -151,7 +136,7 @@ class SD3(Backbone):
         from diffusers import StableDiffusion3Pipeline
 
         pipeline = text_pipeline(StableDiffusion3Pipeline, {"text_encoder_3": None, "tokenizer_3": None, **parts})
-        # encode_prompt asks the transformer for nothing but the width of the zeros that stand for T5.
+        # encode_prompt reads only the width of the zeros that replace T5 from the transformer.
         joint_attention_dim = self._architectures["teacher"]["joint_attention_dim"]
         pipeline.transformer = SimpleNamespace(config=SimpleNamespace(joint_attention_dim=joint_attention_dim))
 
@@ -171,10 +156,10 @@ class SD3(Backbone):
     def _process(self, scheduler, where: str) -> Flow:
         if scheduler.config.use_dynamic_shifting:
             raise ConfigError(
-                f"{where}: its scheduler shifts by resolution (use_dynamic_shifting), which has no fixed grid"
+                f"{where}: its scheduler has use_dynamic_shifting = true, so its grid is not fixed; false is needed"
             )
         return Flow(scheduler)
 
     def _tables(self, architecture: dict[str, Any]) -> dict[str, nn.Module]:
-        # The table of positions; a model of one block is the way to have it computed.
+        # A model of one block computes the table of positions.
         return {"pos_embed": self._class.from_config({**architecture, "num_layers": 1}).pos_embed}

@@ -1,7 +1,7 @@
-"""The VAE: what a family says of its own, what is read from its settings, and the decoder.
+"""The VAE: a family's description of it, its settings, and the decoder.
 
-Networks see latents of mean 0 and size 1, of shape (C, H, W) or, with frames, (C, F, H, W). How they are brought to the
-VAE's own scale is its `LatentStatistics`.
+Networks see latents of mean 0 and variance 1, of shape (C, H, W) or, with frames, (C, F, H, W). `LatentStatistics` brings
+them to the VAE's own scale.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from dpdmd.backbones.files import check_finite, check_setting, read_shapes, reading, refuse_misfits
+from dpdmd.backbones.files import check_setting
 from dpdmd.config import ConfigError
 
 if typing.TYPE_CHECKING:
@@ -27,8 +27,8 @@ _SCALE = typing.Annotated[list[pydantic.PositiveInt], pydantic.Field(min_length=
 
 @dataclass(frozen=True)
 class LatentStatistics:
-    """settings: those of vae/config.json that `undo` reads, with their kinds. undo: (VAE, the networks' latents
-    (B, C, ...)) -> what the VAE decodes. Statistics that are the VAE's weights (a BatchNorm's) have no settings."""
+    """settings: {name: type} of those in vae/config.json that `undo` reads; none for statistics that are weights of the VAE
+    (a BatchNorm's). undo: (VAE, the networks' latents (B, C, ...)) -> the latents that the VAE decodes."""
 
     settings: dict[str, Any]
     undo: Callable[[Any, Tensor], Tensor]
@@ -51,9 +51,9 @@ MEAN_AND_STD = LatentStatistics(
 
 @dataclass(frozen=True)
 class Vae:
-    """class_name: in diffusers. scale, channels: settings that hold the pixels a latent (or the widths of the levels,
-    each half as large as the one before) and the channels of the latents. published: both, of the models that the
-    family knows by name."""
+    """class_name: in diffusers. scale: the setting with the pixels a latent, or with the widths of the levels, each half as
+    large as the one before. channels: the setting with the channels of the latents. published: the two values for models
+    in `Family.known`."""
 
     class_name: str = "AutoencoderKL"
     scale: str = "block_out_channels"
@@ -68,7 +68,7 @@ class Vae:
         return getattr(diffusers, self.class_name)
 
     def read(self, pipeline: PipelineFolder | None) -> tuple[int, int]:
-        """(pixels a latent, latent channels); pipeline None: a published model's. Raises ConfigError."""
+        """(pixels a latent, latent channels); those of the published models if pipeline is None. Raises ConfigError."""
         if pipeline is None:
             return self.published
         pipeline.require("vae", self.class_name)
@@ -83,23 +83,8 @@ class Vae:
         return scale if isinstance(scale, int) else 2 ** (len(scale) - 1), config[self.channels]
 
     def load(self, pipeline: PipelineFolder, device: torch.device | str) -> Decoder:
-        """In float32. Raises ConfigError for weights that are damaged or do not fit."""
-        folder, what = pipeline.path / "vae", f"{pipeline}: vae"
-        weights = pipeline.weights("vae")
-        read_shapes(weights, what)
-        with reading(f"{what} in {folder}"):
-            vae, info = self._class.from_pretrained(
-                folder,
-                torch_dtype=torch.float32,
-                variant=weights.variant,
-                use_safetensors=True,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-        refuse_misfits(f"{what} in {folder}", info["missing_keys"], info["unexpected_keys"], ())
-        vae = vae.eval().requires_grad_(False).to(device)
-        check_finite(vae, f"{what}'s weights in {folder}")
-        return Decoder(vae, self.statistics)
+        """The VAE in float32. Raises ConfigError for weights that are damaged or do not fit."""
+        return Decoder(pipeline.load("vae", self._class, device, torch_dtype=torch.float32), self.statistics)
 
 
 AUTOENCODER_KL = Vae()
@@ -114,8 +99,8 @@ class Decoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """latents (B, C, H, W) -> images (B, 3, scale H, scale W) float32 in [0, 1], on the VAE's device; of latents
-        (B, C, F, H, W) the frames side by side."""
+        """latents (B, C, H, W) -> images (B, 3, scale H, scale W) float32 in [0, 1], on the VAE's device. The frames of
+        latents (B, C, F, H, W) are side by side."""
         latents = self._statistics.undo(self._vae, latents.to(self._vae.device, torch.float32))
         images = self._vae.decode(latents, return_dict=False)[0]
         if images.ndim == 5:  # (B, 3, F, H, W)

@@ -1,1 +1,1 @@
-"""Measuring a run: what a world has to bring, and all that is of no world."""
+"""Measuring a run: the interface of a world, and the reports that are the same in every world."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def decode(decoder, latents: Tensor) -> Tensor:
-    """Pictures (B, 3, H, W) of latents (B, C, h, w), one at a time: a VAE's activations at 1024 x 1024 are gigabytes."""
+    """Pictures (B, 3, H, W) of latents (B, C, h, w), one at a time: a VAE's activations at 1024 x 1024 take gigabytes."""
     return torch.cat([decoder.decode(each[None]) for each in latents])
 
 
@@ -25,22 +25,22 @@ def _pil(image: Tensor):
 
 
 def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> None:
-    """A picture of pictures: a titled row for each prompt, and in it titled blocks of images side by side.
+    """Draws a titled row for each prompt, with titled blocks of images side by side.
 
     rows: (title, [(block title, images (n, 3, H, W) in [0, 1]), ...]).
     """
     from PIL import Image, ImageDraw
 
     height, width = rows[0][1][0][1].shape[-2:]
-    # Small pictures are enlarged by whole pixels, large ones shown at 256 at most.
+    # Small pictures are enlarged by an integer factor, large ones reduced to 256 pixels a side.
     scale = max(1, 64 // height)
     cell = min(256, height * scale), min(256, width * scale)
     gap, text = 6, 16
     widths = [len(images) * cell[1] for _, images in rows[0][1]]
-    canvas = Image.new(
-        "RGB", (sum(widths) + gap * (len(widths) + 1), text + len(rows) * (cell[0] + text + gap)), "white"
-    )
+    size = sum(widths) + gap * (len(widths) + 1), text + len(rows) * (cell[0] + text + gap)
+    canvas = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(canvas)
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
     left = gap
     for (title, _), block_width in zip(rows[0][1], widths, strict=True):
         draw.text((left, 2), title, fill="black")
@@ -51,7 +51,6 @@ def save_grid(path: Path, rows: list[tuple[str, list[tuple[str, Tensor]]]]) -> N
         left = gap
         for _, images in blocks:
             for image in images:
-                resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS
                 canvas.paste(_pil(image).resize((cell[1], cell[0]), resample), (left, top + text))
                 left += cell[1]
             left += gap

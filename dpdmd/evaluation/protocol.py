@@ -1,8 +1,7 @@
-"""What a world brings so that a run is measured in it, and how it is found.
+"""The interface of a world that measures runs, and how a world is found.
 
-A world knows what its pictures show. It says what to sample, measures the samples, and says what of it to report; all the rest
-is report.py's. The demo's (dpdmd/worlds/demo/evaluation.py) is an example, and `evaluation.world=package.module:attribute`
-takes any other.
+A world chooses the prompts to sample, measures the pictures and names the measurements to print; report.py does the rest.
+dpdmd/worlds/demo/evaluation.py is an example. `evaluation.world=package.module:attribute` selects a world elsewhere.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from dpdmd.config import Config, ConfigError, EvaluationConfig
 
 @runtime_checkable
 class Evaluation(Protocol):
-    """A class that derives from this one has to define `texts` and `measure`, and has the rest as it stands here.
+    """A derived class must define `texts` and `measure`; the rest has defaults.
 
-    prompts: file of training prompts, for runs that are given no other. resolution: the side of the pictures that it
-    measures, in pixels; None for any. columns: the heading of each measurement that the printed table has, in order;
-    table.json and metrics.jsonl have all measurements.
+    prompts: file of training prompts for runs without prompts.file. resolution: side in pixels of the pictures that it
+    measures; None for any. columns: {name of a measurement: its heading} for the printed table, in order; table.json and
+    metrics.jsonl have all measurements.
     """
 
     prompts: Path | None = None
@@ -31,33 +30,31 @@ class Evaluation(Protocol):
     columns: Mapping[str, str] = {}
 
     def problem(self, config: Config) -> str | None:
-        """Why runs of this configuration cannot be measured, beside the resolution: a line that names the setting, what it
-        is, and what to set instead. None where they can. Called before anything is loaded."""
+        """Why runs of this configuration cannot be measured, apart from the resolution: one line with the setting, its value
+        and what to set instead. None if they can. Called before anything is loaded."""
         return None
 
     def texts(self, config: EvaluationConfig) -> list[str]:
-        """The evaluation prompts, the same at each call. Each is sampled config.num_samples times."""
+        """The evaluation prompts, the same at every call. Each is sampled config.num_samples times."""
         raise NotImplementedError
 
     def measure(self, images: Tensor, texts: Sequence[str]) -> dict[str, float]:
-        """Named numbers of float32 images (prompts * samples, 3, H, W) in [0, 1], on the run's device. Images number
-        i * samples to (i + 1) * samples are those of texts[i]. The main process alone calls."""
+        """{name: measurement} of float32 images (prompts * samples, 3, H, W) in [0, 1], on the run's device;
+        images[i * samples : (i + 1) * samples] belong to texts[i]. Called by the main process only."""
         raise NotImplementedError
 
     def shown(self, texts: Sequence[str]) -> list[int]:
-        """The prompts, by their place in `texts`, whose pictures grid.png shows."""
+        """Indices into `texts` of the prompts in grid.png."""
         return list(range(min(len(texts), 8)))
 
 
 def find_evaluation(config: Config) -> Evaluation:
-    """The evaluation of `config.world`, imported. Raises ConfigError where there is none."""
+    """Imports the evaluation of `config.world`. Raises ConfigError if there is none."""
     name = config.world
     if name is None:
         raise ConfigError("evaluation.world is not set, and model.pipeline names no world that ships")
     shipped = ":" not in name
-    module, _, attribute = (
-        f"dpdmd.worlds.{name}.evaluation:EVALUATION".partition(":") if shipped else name.partition(":")
-    )
+    module, _, attribute = (f"dpdmd.worlds.{name}.evaluation:EVALUATION" if shipped else name).partition(":")
     try:
         found = getattr(importlib.import_module(module), attribute)
     except Exception as error:
@@ -65,7 +62,7 @@ def find_evaluation(config: Config) -> Evaluation:
             raise
         raise ConfigError(
             f"evaluation.world = {name!r}: it cannot be imported ({type(error).__name__}: {' '.join(str(error).split())}); "
-            "the folder of its module or package has to be on PYTHONPATH"
+            "put the folder of its module or package on PYTHONPATH"
         ) from error
     if isinstance(found, type) or not isinstance(found, Evaluation):
         raise ConfigError(
@@ -76,7 +73,7 @@ def find_evaluation(config: Config) -> Evaluation:
 
 
 def check_evaluation(config: Config) -> None:
-    """Raises ConfigError where the run is to be measured, and cannot be."""
+    """Raises ConfigError if the run is to be measured and cannot be."""
     if not config.evaluation.enabled:
         return
     evaluation, side = find_evaluation(config), config.model.resolution

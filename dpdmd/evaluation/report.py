@@ -1,9 +1,9 @@
-"""A run measured in a world: teacher and student from the same noise, as a table and a grid of pictures.
+"""Measures a run in a world: teacher and student from the same noise, as a table and a grid of pictures.
 
 Rows: the teacher with all its steps and guidance; the teacher in the student's steps with guidance, and without (the
-student's own number of network evaluations); the student.
+student's number of network evaluations); the student.
 
-All functions are called by all processes. trainer: trainer.py's, whose networks make the pictures.
+All processes call all functions. trainer: trainer.py's, whose networks make the pictures.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd.config import Config
+from dpdmd.config import Config, ConfigError
 from dpdmd.distill import first_noises, rollout, sampling_noise
 from dpdmd.evaluation.pictures import decode, save_grid
 from dpdmd.files import write_json
 from dpdmd.run.journal import without_infinities
 
-_BATCH = {"cpu": 128, "cuda": 1024}  # pictures a forward pass: what keeps the device busy
+_BATCH = {"cpu": 128, "cuda": 1024}  # pictures a forward pass, enough to keep the device busy
 _SHOWN = 6  # samples of a prompt in the grid
 _EVALUATIONS = "network_evaluations"
 
@@ -29,14 +29,14 @@ _EVALUATIONS = "network_evaluations"
 def _images(trainer, network: str, times: Tensor, guidance_scale: float) -> Tensor:
     """Pictures (prompts * samples, 3, H, W) float32 on the CPU of every process, prompt-major.
 
-    Each process makes its share. Noise depends on the prompt's and the sample's number alone, so rows of the table
-    differ by the network and its steps, not by luck.
+    Each process makes its share. Noise depends only on the prompt's and the sample's number, so all rows of the table
+    use the same noise.
     """
     config, world = trainer.config, trainer.world
     texts = trainer.evaluation.texts(config.evaluation)
     samples = config.evaluation.num_samples
     jobs = [(text, number * samples + index) for number, text in enumerate(texts) for index in range(samples)]
-    # The same number of batches on every process: each forward pass gathers weights from all.
+    # Every process runs the same number of batches, as each forward pass gathers weights from all processes.
     share = -(-len(jobs) // world.size)
     mine = [jobs[min(world.rank * share + place, len(jobs) - 1)] for place in range(share)]
     decoder = trainer.backbone.load_decoder(world.device)
@@ -44,26 +44,26 @@ def _images(trainer, network: str, times: Tensor, guidance_scale: float) -> Tens
     with torch.no_grad():
         for start in range(0, share, _BATCH[world.device.type]):
             batch = mine[start : start + _BATCH[world.device.type]]
-            noise = [sampling_noise(config.run.seed + 1, index, trainer.backbone.latent_shape) for _, index in batch]
+            noises = [sampling_noise(config.run.seed + 1, index, trainer.backbone.latent_shape) for _, index in batch]
+            noise = torch.cat(noises).to(world.device)
             cond = trainer.conditioner.cond([text for text, _ in batch])
             uncond = trainer.conditioner.uncond(len(batch)) if guidance_scale != 1.0 else None
-            latents = rollout(
-                trainer.backbone.diffusion,
-                trainer.networks[network],
-                torch.cat(noise).to(world.device),
-                times,
-                cond,
-                uncond,
-                guidance_scale,
-            )
+            diffusion, model = trainer.backbone.diffusion, trainer.networks[network]
+            latents = rollout(diffusion, model, noise, times, cond, uncond, guidance_scale)
             made.append((decoder.decode(latents) * 255).round().byte().cpu())
     shares = world.gather(torch.cat(made))
     return torch.cat(shares)[: len(jobs)].float() / 255
 
 
 def _measure(trainer, images: Tensor) -> dict[str, float]:
-    texts = trainer.evaluation.texts(trainer.config.evaluation)
-    return trainer.evaluation.measure(images.to(trainer.world.device), texts)
+    evaluation = trainer.evaluation
+    found = evaluation.measure(images.to(trainer.world.device), evaluation.texts(trainer.config.evaluation))
+    if absent := [name for name in evaluation.columns if name not in found]:
+        raise ConfigError(
+            f"evaluation.world = {trainer.config.world!r}: its columns have {', '.join(absent)}, which its measure did not "
+            f"return ({', '.join(found)}): make them agree"
+        )
+    return found
 
 
 def measure_student(trainer) -> dict[str, float] | None:
@@ -74,8 +74,8 @@ def measure_student(trainer) -> dict[str, float] | None:
 
 
 def report(trainer, folder: Path) -> dict[str, Any] | None:
-    """Measures all rows, prints the table, writes evaluation/table.json and evaluation/grid.png. The main process gets the
-    rows, the others None."""
+    """Measures all rows, prints the table, writes evaluation/table.json and evaluation/grid.png. Returns the rows on the
+    main process, None on the others."""
     distillation, scale = trainer.distillation, trainer.config.distill.guidance_scale
     teacher_times, student_times = distillation.teacher_times, distillation.student_times
     num_teacher, num_student = len(teacher_times) - 1, len(student_times) - 1
@@ -122,12 +122,12 @@ def _print_table(title: str, table: dict[str, dict[str, float]], columns: Mappin
 
 
 def sample_prompts(config: Config, prompts: list[str]) -> list[str]:
-    """Those of the sample grids."""
+    """The prompts of the sample grids."""
     return config.run.sample_prompts or prompts[:4]
 
 
 def draw_samples(trainer, path: Path, images_a_prompt: int = 4) -> None:
-    """A grid with the teacher's pictures beside the student's from the same noise, of no world."""
+    """Writes a grid with the teacher's pictures beside the student's from the same noise; it needs no world."""
     prompts = sample_prompts(trainer.config, trainer.prompts)
     shape, distill = trainer.backbone.latent_shape, trainer.config.distill
     noise = first_noises(trainer.config.run.seed, images_a_prompt, shape).to(trainer.world.device)

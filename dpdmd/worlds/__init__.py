@@ -1,2 +1,2 @@
-"""The worlds that ship. Each is a folder whose name stands for it: evaluation.py with an EVALUATION (evaluation/protocol.py says
-what that is), and, where model.pipeline may name it too, a small teacher in teacher/."""
+"""The shipped worlds. Each is a folder, named as the world, with evaluation.py and its EVALUATION (evaluation/protocol.py has
+the interface) and, if model.pipeline may name it too, a small teacher in teacher/."""

@@ -626,10 +626,12 @@ def test_other_names_that_are_no_pipeline(tiny_pipeline, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     Path("notes.txt").write_text("x")
     assert "is a file; a diffusers pipeline folder is needed" in refusal("notes.txt")
-    assert "the folder that it lies in is needed" in refusal(tiny_pipeline / "model_index.json")
+    assert "name the folder that contains it" in refusal(tiny_pipeline / "model_index.json")
     for name in ("./x/y", "/no/such/place/", "a/b/c", "x" * 5000, "runs", "~/no/such/place"):
         assert "neither a folder nor the id of a repository on the hub (owner/name)" in refusal(name)
-    assert "owner/name, are needed" in refusal("https://huggingface.co/stabilityai/stable-diffusion-3.5-medium")
+    assert "use only the last two parts of an address on the hub, owner/name" in refusal(
+        "https://huggingface.co/stabilityai/stable-diffusion-3.5-medium"
+    )
     assert "a hub id has no slash at its end" in refusal("stabilityai/stable-diffusion-3.5-medium/")
     load_backbone(config(f"{tiny_pipeline}/"))
 

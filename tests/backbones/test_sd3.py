@@ -516,7 +516,7 @@ def test_hub_out_of_reach(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     message = refusal("somebody/some-model")
     assert "model.pipeline = 'somebody/some-model'" in message and "no connection" in message
-    assert "local diffusers pipeline folder would do" in message
+    assert "Set model.pipeline to the path of a local diffusers pipeline folder" in message
 
 
 def test_hub_downloads_weights_only_when_they_are_wanted(tiny_pipeline, tmp_path, monkeypatch):

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from types import SimpleNamespace
 
 import brightness
 import pytest
+import torch
 import yaml
 from processes import run_script
 from runs import TRAIN, checked
 
 from dpdmd import trainer
 from dpdmd.config import ConfigError, parse_config
+from dpdmd.evaluation import report
 from dpdmd.evaluation.protocol import check_evaluation, find_evaluation
 from dpdmd.worlds.demo import PROMPTS
 from dpdmd.worlds.demo.evaluation import EVALUATION as DEMO
@@ -118,6 +121,22 @@ def test_how_it_is_found():
 def test_what_is_refused(given, words):
     with pytest.raises(ConfigError, match=f"^[^\n]*{re.escape(words)}[^\n]*$"):
         check_evaluation(config(**given))
+
+
+class Mistaken(brightness.Brightness):
+    columns = {"brightness": "brightness", "contrast": "contrast"}  # noqa: RUF012
+
+
+def test_a_column_that_is_not_measured_is_refused_at_the_first_measurement():
+    run = SimpleNamespace(config=config(), evaluation=Mistaken(), world=SimpleNamespace(device=torch.device("cpu")))
+    with pytest.raises(ConfigError) as error:
+        report._measure(run, torch.rand(6, 3, 32, 32))
+    assert str(error.value) == (
+        "evaluation.world = 'brightness:EVALUATION': its columns have contrast, which its measure did not return "
+        "(brightness, spread): make them agree"
+    )
+    run.evaluation = brightness.EVALUATION
+    assert set(report._measure(run, torch.rand(6, 3, 32, 32))) == {"brightness", "spread"}
 
 
 def test_a_world_without_prompts_needs_others():

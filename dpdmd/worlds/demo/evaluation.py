@@ -29,7 +29,7 @@ class PictureWorld(Evaluation):
         return measure(images, texts)
 
     def shown(self, texts: Sequence[str]) -> list[int]:
-        """Those that leave most free: variety is what there is to see."""
+        """The eight shortest prompts: they leave most free, so their pictures show variety."""
         return sorted(range(len(texts)), key=lambda number: len(texts[number]))[:8]
 
 

@@ -1,13 +1,13 @@
-"""What is in a picture of the world, and how well a set of pictures follows its prompts.
+"""Finds what a picture of the world shows, and measures how well a set of pictures follows its prompts.
 
-One picture: the background is the palette colour nearest to the median of the border; the foreground colour is the one along
-which the picture departs from it (projection with the smallest rest), which gives a coverage map; shape, centre and
-radius are the least-squares fit of a coverage mask to that map, found with one matrix product over a bank of
-candidate masks and polished by Gauss-Newton steps; the picture is valid when rendering what was found explains it.
+One picture: the background is the palette colour nearest to the median of the border. The foreground colour is the one onto
+whose direction the difference from the background projects with the smallest rest; the projection is a coverage map. Shape,
+centre and radius are the least-squares fit of a coverage mask to that map, found with one matrix product over a bank of
+candidate masks and polished by Gauss-Newton steps. The picture is valid if rendering these findings explains it.
 
 A set of pictures: accuracy of what the prompts name, and variety of what they leave free. Entropy from R samples a prompt
 is biased low, by about (5 - 1) / (2 R) nats for five backgrounds: a uniform source measures 0.92 at R = 16 and 0.85 at
-R = 8. Compare values at equal R only; `num_samples` is reported beside them.
+R = 8. Compare values at equal R only (`num_samples`).
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from . import world
 MIN_AREA = 8.0
 """Pixels of coverage below which there is no object (the smallest real one, a ring of radius 4, covers 38)."""
 MAX_UNEXPLAINED = 0.1
-"""Largest share of a picture's departure from its background (sum of squares) that a valid picture leaves unexplained ..."""
+"""Largest share of the difference from the background (sum of squares) that a valid picture leaves unexplained ..."""
 MAX_NOISE = 0.03
-"""... unless what is left is no more than noise of this standard deviation would be (a small ring has little to explain)."""
+"""... unless the rest is no more than noise of this standard deviation (a small ring has little to explain)."""
 MAX_BACKGROUND_ERROR = 0.15
 """Largest distance (RGB, Euclidean) of a valid picture's background from the palette."""
 
@@ -38,26 +38,16 @@ _CHUNK = 128
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What was found in N pictures. Indices as in world.ATTRIBUTES, -1 where there is no object."""
+    """What was found in N pictures. Indices, int64 (N,), are those of world.ATTRIBUTES; -1 if there is no object."""
 
     color: Tensor
-    """int64 (N,)"""
     shape: Tensor
-    """int64 (N,)"""
     size: Tensor
-    """int64 (N,)"""
     position: Tensor
-    """int64 (N,)"""
-    background: Tensor
-    """int64 (N,), never -1"""
-    radius: Tensor
-    """float32 (N,), pixels"""
-    center: Tensor
-    """float32 (N, 2), x and y in pixels"""
-    unexplained: Tensor
-    """float32 (N,), share of the departure from the background that the fit leaves over"""
-    valid: Tensor
-    """bool (N,)"""
+    background: Tensor  # never -1
+    radius: Tensor  # float32 (N,), pixels
+    center: Tensor  # float32 (N, 2), x and y in pixels
+    valid: Tensor  # bool (N,)
 
 
 @functools.lru_cache(maxsize=4)
@@ -73,7 +63,7 @@ def _bank(device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _shift(maps: Tensor, by: Tensor) -> Tensor:
-    """Move maps (N, 32, 32) by whole pixels (N, 2), x and y; what comes in from outside is 0."""
+    """Move maps (N, 32, 32) by integer pixels (N, 2), x and y; the outside is 0."""
     size = world.SIZE
     axis = torch.arange(size, device=maps.device)
     column, row = axis - by[:, :1], axis - by[:, 1:]
@@ -82,10 +72,9 @@ def _shift(maps: Tensor, by: Tensor) -> Tensor:
     return maps.flatten(1).gather(1, source.flatten(1)).view_as(maps) * inside
 
 
-def _polish(
-    target: Tensor, shape: Tensor, radius: Tensor, center: Tensor, steps: int = 3
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gauss-Newton on (x, y, radius) with finite differences; keeps the best point seen. Returns radius, center, error."""
+def _polish(target: Tensor, shape: Tensor, radius: Tensor, center: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three Gauss-Newton steps on (x, y, radius) with finite differences. Returns radius, center, error of the best point."""
+    steps = 3
     point = torch.cat([center, radius[:, None]], -1)  # (N, 3)
     probe = torch.cat([torch.zeros(1, 3), 0.1 * torch.eye(3)]).to(point)
     best, best_error = point, torch.full_like(radius, torch.inf)
@@ -118,7 +107,7 @@ def _examine(images: Tensor) -> Findings:
     direction = fronts - back[:, None]  # (N, colours, 3)
     length = direction.square().sum(-1, keepdim=True)
     share = (direction @ departure / length).clamp(0, 1)  # (N, colours, pixels)
-    # |d - s f|^2 = |d|^2 - 2 s d.f + s^2 |f|^2, of which the first term does not depend on the colour
+    # |d - s f|^2 = |d|^2 - 2 s d.f + s^2 |f|^2; the first term does not depend on the colour
     rest = (share.square() * length - 2 * share * (direction @ departure)).sum(-1)
     color = rest.argmin(-1)
     every = torch.arange(count, device=device)
@@ -126,7 +115,7 @@ def _examine(images: Tensor) -> Findings:
 
     area = target.sum((1, 2))
     present = area >= MIN_AREA
-    solid = torch.where(target > 0.4, target, 0)  # faint haze must not draw the centroid away
+    solid = torch.where(target > 0.4, target, 0)  # faint haze must not move the centroid
     weight = solid.sum((1, 2)).clamp_min(1e-6)
     axis = torch.arange(size, device=device) + 0.5
     centroid = torch.stack([(solid.sum(1) * axis).sum(-1), (solid.sum(2) * axis).sum(-1)], -1) / weight[:, None]
@@ -136,7 +125,7 @@ def _examine(images: Tensor) -> Findings:
     error = error.view(count, len(world.SHAPES), len(bank_radius))
     smallest, entry = error.min(-1)  # (N, shapes)
 
-    # The bank's grid can put two like shapes in the wrong order: polish the two best and compare again.
+    # The bank's coarse grid can rank two similar shapes wrongly: polish the two best and compare again.
     candidates = smallest.topk(2, dim=-1, largest=False).indices  # (N, 2)
     entry = entry.gather(1, candidates).flatten()
     middle = (bank_offset[entry] + size / 2).view(count, 2, 2) - by[:, None]
@@ -153,7 +142,6 @@ def _examine(images: Tensor) -> Findings:
     mask = world.coverage(shape, radius, center).flatten(1)
     explained = mask[:, None] * (fronts[color] - back)[..., None]
     left, whole = (departure - explained).square().sum((1, 2)), departure.square().sum((1, 2))
-    unexplained = left / whole.clamp_min(1e-6)
     allowed = (MAX_UNEXPLAINED * whole).clamp_min(MAX_NOISE**2 * 3 * size * size)
     valid = present & (left <= allowed) & (background_error <= MAX_BACKGROUND_ERROR)
 
@@ -165,14 +153,14 @@ def _examine(images: Tensor) -> Findings:
     color, shape, found_size, position = (
         torch.where(present, value, -1) for value in (color, shape, found_size, position)
     )
-    return Findings(color, shape, found_size, position, background, radius, center, unexplained, valid)
+    return Findings(color, shape, found_size, position, background, radius, center, valid)
 
 
 @torch.no_grad()
 def examine(images: Tensor) -> Findings:
     """Find the object and the background in each picture.
 
-    images (N, 3, 32, 32), float, in [0, 1] (values outside are clamped, non-finite ones read as 0), on any device.
+    images (N, 3, 32, 32), float, in [0, 1] (values outside are clamped, NaN is read as 0), on any device.
     Raises ValueError for another shape.
     """
     if images.ndim != 4 or images.shape[1:] != (3, world.SIZE, world.SIZE):
@@ -191,9 +179,9 @@ def measure(images: Tensor, prompts: Sequence[world.Prompt | str]) -> dict[str, 
     """Prompt-following and diversity of pictures grouped by prompt.
 
     images (P * R, 3, 32, 32) in [0, 1]; prompts: P of them, images[i * R : (i + 1) * R] belong to prompts[i].
-    Raises ValueError when the number of pictures is no multiple of the number of prompts.
+    Raises ValueError if the number of pictures is not a multiple of the number of prompts.
 
-    Returns (nan where no prompt speaks of it):
+    Returns (nan if no prompt applies):
       accuracy                 share of pictures in which every attribute that the prompt names is right
       accuracy_valid           the same, and the picture is valid
       accuracy_<attribute>     share right among the pictures whose prompt names color, shape, size, position, background
@@ -202,8 +190,8 @@ def measure(images: Tensor, prompts: Sequence[world.Prompt | str]) -> dict[str, 
       background_kinds         number of backgrounds among a prompt's R pictures, mean over the same prompts
       position_spread          root of the summed variances of x and y (pixels), mean over prompts that leave the position free
       size_spread              standard deviation of the radius (pixels), mean over prompts that leave the size free
-      num_prompts, num_samples P and R; entropy and kinds depend on R, see the module's text
-    Spreads count the pictures that show an object.
+      num_prompts, num_samples P and R; entropy and kinds depend on R (see the module's docstring)
+    Spreads are over the pictures that show an object.
     """
     prompts = [world.parse(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
     if not prompts or not len(images) or len(images) % len(prompts):
@@ -222,7 +210,7 @@ def measure(images: Tensor, prompts: Sequence[world.Prompt | str]) -> dict[str, 
         every_right &= right | ~named
         result[f"accuracy_{attribute}"] = right[named].float().mean().item()
     valid = found.valid.cpu()
-    # a picture without an object follows no caption, not even one that names the background only
+    # a picture without an object follows no caption, even if the caption names only the background
     every_right &= found.color.cpu() >= 0
     result = {
         "accuracy": every_right.float().mean().item(),
@@ -245,9 +233,11 @@ def measure(images: Tensor, prompts: Sequence[world.Prompt | str]) -> dict[str, 
             position_spreads.append(center[row, shown].var(0, correction=0).sum().sqrt().item())
         if prompt.size is None and shown.any():
             size_spreads.append(radius[row, shown].std(correction=0).item())
-    result["background_entropy"] = _mean(entropies)
-    result["background_kinds"] = _mean(kinds)
-    result["position_spread"] = _mean(position_spreads)
-    result["size_spread"] = _mean(size_spreads)
-    result["num_prompts"], result["num_samples"] = float(len(prompts)), float(samples)
-    return result
+    return result | {
+        "background_entropy": _mean(entropies),
+        "background_kinds": _mean(kinds),
+        "position_spread": _mean(position_spreads),
+        "size_spread": _mean(size_spreads),
+        "num_prompts": float(len(prompts)),
+        "num_samples": float(samples),
+    }

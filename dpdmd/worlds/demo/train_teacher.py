@@ -1,17 +1,17 @@
 """Train the demonstration's teacher and write it as a stock diffusers StableDiffusion3Pipeline folder.
 
-    python -m dpdmd.worlds.demo.train_teacher --out runs/teacher            train, save, evaluate
-    python -m dpdmd.worlds.demo.train_teacher --evaluate dpdmd/worlds/demo/teacher measure a folder
+    python -m dpdmd.worlds.demo.train_teacher --out runs/teacher    trains, saves, evaluates
+    python -m dpdmd.worlds.demo.train_teacher --evaluate [FOLDER]   measures a folder, the shipped teacher by default
 
-Two stages. An AutoencoderKL takes the world's 32 x 32 pictures to 4 x 4 x 16 latents; then an SD3Transformer2DModel (one
-token a latent pixel) and two CLIP text encoders learn flow matching on them: x_t = (1 - t) x + t eps, target eps - x.
-Each stage renders a pool of pictures once, keeps it on the device, and draws its batches from there, so that one update
-touches no Python data and can be replayed as a CUDA graph: at these sizes the launches would cost more than the work.
+First an AutoencoderKL learns to encode the world's 32 x 32 pictures as 4 x 4 x 16 latents. Then an SD3Transformer2DModel
+(one token a latent pixel) and two CLIP text encoders learn flow matching on them: x_t = (1 - t) x + t eps, target eps - x.
+Each stage renders a pool of pictures once, keeps it on the device and draws its batches from it. An update then needs no
+data from Python and is replayed as a CUDA graph: at these sizes the launches would cost more than the work.
 
-There is no T5 encoder: zeros stand in its place, 256 of them by default in the stock pipeline, while cheap training
-wants few. Zero tokens have no position, so they are alike after every block, and n of them act on the others exactly as
-one whose attention logit is raised by log n. Training uses that one token, with n drawn between 1 and 256 for each
-sample; so the teacher serves every `max_sequence_length` at the cost of 1.
+There is no T5 encoder: the stock pipeline puts zero tokens in its place, 256 by default, which would make training slow.
+Zero tokens have no position, so they stay equal in every block, and n of them act on the others exactly as one whose
+attention logit is raised by log n. Training uses that one token, with n drawn between 1 and 256 for each sample, so the
+teacher works with every `max_sequence_length`.
 """
 
 from __future__ import annotations
@@ -34,27 +34,13 @@ import diffusers
 import torch
 import torch.nn.functional as F
 import transformers
-from diffusers import (
-    AutoencoderKL,
-    FlowMatchEulerDiscreteScheduler,
-    SD3Transformer2DModel,
-    StableDiffusion3Pipeline,
-)
 from torch import Tensor, nn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
-from dpdmd.backbones.files import read_json, reading
+from dpdmd.backbones.files import reading
 from dpdmd.files import follow_umask
 from dpdmd.worlds.demo import TEACHER, measure, world
 
-# Models, pipelines and tokenizers are Any: their own annotations do not know what `config`, `to` and outputs are.
+# Models, pipelines and tokenizers are Any: the libraries' annotations do not describe `config`, `to` and outputs.
 
 LATENT_CHANNELS = 16
 TEXT_LENGTH = 15
@@ -62,10 +48,19 @@ TEXT_LENGTH = 15
 MAX_ZERO_TOKENS = 256
 """Most T5 zeros the teacher is trained for: the stock pipeline's default max_sequence_length."""
 
+AUTOENCODER_POOL = 2**18  # distinct pictures
+AUTOENCODER_RATE = 2e-3
+KL_WEIGHT = 1e-3
+POOL = 2**20  # distinct pictures that the teacher sees
+DECAY = 0.999  # a step, of the running mean of the teacher's weights
+EMPTY_SHARE = 0.1  # of the captions
+UNIFORM_SHARE = 0.1
+"""Share of the times drawn uniformly; the others are logit-normal, which has no mass at t = 1, where sampling starts."""
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer in which each word of the world is one token; any other word falls apart into its bytes."""
-    # byte-level BPE writes bytes as printable characters: itself where it is one, else from 256 on
+
+def build_tokenizer() -> transformers.CLIPTokenizer:
+    """A CLIP tokenizer in which each word of the world is one token; any other word becomes one token a byte."""
+    # byte-level BPE writes a printable byte as itself, and the others as characters from 256 on
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     hidden = [byte for byte in range(256) if byte not in printable]
     alphabet = [*map(chr, printable), *(chr(256 + rank) for rank in range(len(hidden)))]
@@ -73,7 +68,7 @@ def build_tokenizer() -> CLIPTokenizer:
     merges: list[Any] = []  # pairs of pieces
     for word in world.words():
         pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:  # what the merges so far make of it, lowest rank first as BPE does
+        for pair in merges:  # applied lowest rank first, as BPE does
             at = 0
             while at < len(pieces) - 1:
                 if (pieces[at], pieces[at + 1]) == pair:
@@ -84,11 +79,11 @@ def build_tokenizer() -> CLIPTokenizer:
             pieces[:2] = ["".join(pieces[:2])]
             vocabulary.append(pieces[0])
     ids = {token: rank for rank, token in enumerate(dict.fromkeys([*vocabulary, "<|startoftext|>", "<|endoftext|>"]))}
-    return CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TEXT_LENGTH)
+    return transformers.CLIPTokenizer(vocab=ids, merges=merges, model_max_length=TEXT_LENGTH)
 
 
 def build_text_encoder(tokenizer: Any, *, width: int, layers: int) -> Any:
-    config = CLIPTextConfig(
+    config = transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=width,
         intermediate_size=2 * width,
@@ -100,32 +95,34 @@ def build_text_encoder(tokenizer: Any, *, width: int, layers: int) -> Any:
         eos_token_id=tokenizer.eos_token_id,  # pooling happens at its first appearance
         pad_token_id=tokenizer.pad_token_id,
     )
-    encoder = CLIPTextModelWithProjection(config)
+    encoder = transformers.CLIPTextModelWithProjection(config)
     for table in (module for module in encoder.modules() if isinstance(module, nn.Embedding)):
         nn.init.normal_(table.weight, std=0.2)  # CLIP's 0.02 is faint beside the other inputs of so shallow a stack
     return encoder
 
 
-def build_silent_t5(width: int) -> tuple[T5EncoderModel, T5Tokenizer]:
-    """A T5 encoder without layers that answers zeros to everything: just what the pipeline does without one.
+def build_silent_t5(width: int) -> tuple[transformers.T5EncoderModel, transformers.T5Tokenizer]:
+    """A T5 encoder without layers whose output is zero, as the pipeline's is without a T5 encoder.
 
-    diffusers loads a folder without `text_encoder_3` only when that argument is passed as None; with this one it loads by its
-    path alone, and passing None still works and changes nothing.
+    diffusers loads a folder without `text_encoder_3` only when that argument is passed as None. This folder loads by its
+    path alone; passing None still works and changes nothing.
     """
-    encoder = T5EncoderModel(T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=0, num_heads=1))
+    encoder = transformers.T5EncoderModel(
+        transformers.T5Config(vocab_size=3, d_model=width, d_kv=1, d_ff=1, num_layers=0, num_heads=1)
+    )
     for parameter in encoder.parameters():
         nn.init.zeros_(parameter)
-    return encoder, T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    return encoder, transformers.T5Tokenizer(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
 
 
-def build_autoencoder(widths: Sequence[int] = (16, 32, 64, 96)) -> Any:
-    """32 x 32 x 3 -> 4 x 4 x 16: one width for each of 32, 16, 8 and 4 pixels."""
-    stages = len(widths)
-    kind: Any = AutoencoderKL
+def build_autoencoder() -> Any:
+    """32 x 32 x 3 -> 4 x 4 x 16."""
+    widths = (16, 32, 64, 96)  # at 32, 16, 8 and 4 pixels
+    kind: Any = diffusers.AutoencoderKL
     return kind(
-        down_block_types=("DownEncoderBlock2D",) * stages,
-        up_block_types=("UpDecoderBlock2D",) * stages,
-        block_out_channels=tuple(widths),
+        down_block_types=("DownEncoderBlock2D",) * len(widths),
+        up_block_types=("UpDecoderBlock2D",) * len(widths),
+        block_out_channels=widths,
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
@@ -137,7 +134,7 @@ def build_autoencoder(widths: Sequence[int] = (16, 32, 64, 96)) -> Any:
 def build_transformer(*, layers: int, width: int, text_width: int) -> Any:
     if width % 64:
         raise ValueError(f"width must be a multiple of 64 (the size of a head), got {width}")
-    model = SD3Transformer2DModel(
+    model = diffusers.SD3Transformer2DModel(
         sample_size=4,
         patch_size=1,
         in_channels=LATENT_CHANNELS,
@@ -166,16 +163,12 @@ def optimise(
     label: str,
     rate: float,
     steps: int,
-    seconds: float | None = None,
     averages: Sequence[Tensor] = (),
-    decay: float = 0.999,
-    graph: bool = True,
 ) -> dict[str, float]:
     """AdamW with warm-up over 2 % of the run and a cosine to 0, gradient norm clipped at 1; on CUDA one captured graph.
 
     loss: takes nothing, draws its own batch, returns a scalar. averages: running means of the parameters, in the same
-    order, with `decay` a step. The schedule spans `steps` updates or, when `seconds` is given, that many seconds (and at
-    most `steps` updates). Raises FloatingPointError when the loss is not finite at the end.
+    order, which decay by DECAY a step. Raises FloatingPointError when the loss is not finite at the end.
     """
     parameters = list(parameters)
     device = parameters[0].device
@@ -193,11 +186,11 @@ def optimise(
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         optimizer.step()
         if averages:
-            torch._foreach_lerp_(list(averages), [parameter.detach() for parameter in parameters], 1 - decay)
+            torch._foreach_lerp_(list(averages), [parameter.detach() for parameter in parameters], 1 - DECAY)
         smooth.lerp_(value.detach().float(), 0.02)
 
     run = update
-    if cuda and graph:
+    if cuda:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -210,61 +203,43 @@ def optimise(
             update()
         run = recorded.replay
 
-    start, done, progress = time.perf_counter(), 0, 0.0
-    while done < steps:
+    start = time.perf_counter()
+    for done in range(steps):
+        progress = done / steps
         now = rate * min(1.0, max(progress, 1e-3) / 0.02) * (1 + math.cos(math.pi * progress)) / 2
         if cuda:
             rate_now.fill_(now)
         else:
             optimizer.param_groups[0]["lr"] = now
         run()
-        done += 1
-        if seconds is None:
-            progress = done / steps
-        elif done % 20 == 0:
-            if cuda:
-                torch.cuda.synchronize()
-            progress = (time.perf_counter() - start) / seconds
-            if progress >= 1:
-                break
-        if done % 1000 == 0:
-            print(f"{label} step {done} loss {smooth.item():.4f} {time.perf_counter() - start:.1f} s", flush=True)
+        if (done + 1) % 1000 == 0:
+            print(f"{label} step {done + 1} loss {smooth.item():.4f} {time.perf_counter() - start:.1f} s", flush=True)
     if cuda:
         torch.cuda.synchronize()
     elapsed = time.perf_counter() - start
     final = smooth.item()
     if not math.isfinite(final):
-        raise FloatingPointError(f"{label}: the loss is {final} after {done} steps")
-    each = 1e3 * elapsed / max(1, done)
-    print(f"{label}: {done} steps in {elapsed:.1f} s ({each:.2f} ms each), loss {final:.4f}", flush=True)
-    return {"steps": done, "seconds": round(elapsed, 1), "loss": round(final, 5)}
+        raise FloatingPointError(f"{label}: the loss is {final} after {steps} steps")
+    print(
+        f"{label}: {steps} steps in {elapsed:.1f} s ({1e3 * elapsed / steps:.2f} ms each), loss {final:.4f}", flush=True
+    )
+    return {"steps": steps, "seconds": round(elapsed, 1), "loss": round(final, 5)}
 
 
 def _autocast(device: torch.device) -> torch.autocast:
-    # no cache of cast weights: a cached one would outlive the graph that made it
+    # no cache of cast weights: a cached weight would outlive the graph that made it
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False)
 
 
-def train_autoencoder(
-    vae: Any,
-    *,
-    batch: int,
-    rate: float,
-    steps: int,
-    seconds: float | None = None,
-    pool: int = 2**18,
-    kl_weight: float = 1e-3,
-    seed: int = 0,
-    graph: bool = True,
-) -> dict[str, float]:
-    """Squared error of the picture in [-1, 1] plus `kl_weight` x the mean divergence of the latents from N(0, 1).
+def train_autoencoder(vae: Any, *, batch: int, steps: int, seed: int) -> dict[str, float]:
+    """Squared error of the picture in [-1, 1] plus KL_WEIGHT x the mean divergence of the latents from N(0, 1).
 
     Sets vae.config.scaling_factor and shift_factor so that (latent - shift) * scale has mean 0 and variance 1.
     """
     device = next(vae.parameters()).device
     pictures = []
-    for at in range(0, pool, 8192):
-        scenes = world.draw_scenes(min(8192, pool - at), seed=seed, index=at // 8192).to(device)
+    for at in range(0, AUTOENCODER_POOL, 8192):
+        scenes = world.draw_scenes(min(8192, AUTOENCODER_POOL - at), seed=seed, index=at // 8192).to(device)
         pictures.append((255 * world.render(scenes)).round().byte())
     pictures = torch.cat(pictures)
 
@@ -276,50 +251,47 @@ def train_autoencoder(
             z = mean + (0.5 * logvar).exp() * torch.randn_like(mean)
             y = vae.decode(z).sample
         divergence = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-        return F.mse_loss(y.float(), x) + kl_weight * divergence
+        return F.mse_loss(y.float(), x) + KL_WEIGHT * divergence
 
-    vae.train()
-    report = optimise(loss, vae.parameters(), label="autoencoder", rate=rate, steps=steps, seconds=seconds, graph=graph)
-    vae.eval()
-    sample = _encode(vae, world.draw_scenes(min(pool, 4096), seed=seed), normalise=False)
-    shift, scale = sample.mean().item(), 1 / sample.std().item()
+    report = optimise(loss, vae.parameters(), label="autoencoder", rate=AUTOENCODER_RATE, steps=steps)
+    latents = _encode(vae, world.draw_scenes(min(AUTOENCODER_POOL, 4096), seed=seed))
+    shift, scale = latents.mean().item(), 1 / latents.std().item()
     vae.register_to_config(shift_factor=round(shift, 4), scaling_factor=round(scale, 4))
     return report
 
 
 @torch.no_grad()
-def _encode(vae: Any, scenes: world.Scenes, *, normalise: bool = True) -> Tensor:
-    """Latent means of scenes, (N, 16, 4, 4) float32, normalised as the pipeline has them."""
+def _encode(vae: Any, scenes: world.Scenes) -> Tensor:
+    """Latent means of scenes, (N, 16, 4, 4) float32, on the VAE's own scale."""
     parameter = next(vae.parameters())
     found = []
     for at in range(0, len(scenes), 4096):
         x = world.render(scenes[at : at + 4096].to(parameter.device)) * 2 - 1
         with _autocast(parameter.device):
             found.append(vae.encode(x).latent_dist.mean.float())
-    latents = torch.cat(found)
-    return (latents - vae.config.shift_factor) * vae.config.scaling_factor if normalise else latents
+    return torch.cat(found)
 
 
 @torch.no_grad()
-def check_autoencoder(vae: Any, *, count: int = 2048, seed: int = 77) -> dict[str, float]:
+def check_autoencoder(vae: Any, count: int) -> dict[str, float]:
     """Reconstruct fresh pictures: PSNR (dB), share with all five attributes kept, share valid. Float32 throughout."""
-    device = next(vae.parameters()).device
-    scenes = world.draw_scenes(count, seed=seed)
-    pictures = world.render(scenes.to(device))
+    scenes = world.draw_scenes(count, seed=77)
+    pictures = world.render(scenes.to(next(vae.parameters()).device))
     parts = [vae.decode(vae.encode(part * 2 - 1).latent_dist.mean).sample for part in pictures.split(512)]
     rebuilt = (torch.cat(parts) / 2 + 0.5).clamp(0, 1)
     found = measure.examine(rebuilt)
     kept = torch.stack([getattr(found, name).cpu() == getattr(scenes, name) for name in world.ATTRIBUTES])
-    return {
+    numbers = {
         "psnr": -10 * math.log10(F.mse_loss(rebuilt, pictures).item()),
         "kept": kept.all(0).float().mean().item(),
         **{f"kept_{name}": row.float().mean().item() for name, row in zip(world.ATTRIBUTES, kept, strict=True)},
         "validity": found.valid.float().mean().item(),
     }
+    return {key: round(value, 4) for key, value in numbers.items()}
 
 
 class Captions:
-    """Token ids of captions, made on the device from attribute indices: what the tokenizer would make of world.caption(...)."""
+    """Token ids of captions, computed on the device from attribute indices; equal to the tokenizer's of world.caption(...)."""
 
     def __init__(self, tokenizer: Any, device: torch.device | str) -> None:
         def token(word: str) -> int:
@@ -327,16 +299,18 @@ class Captions:
             assert len(ids) == 1, f"{word!r} is {len(ids)} tokens"
             return ids[0]
 
-        self.names = {name: torch.tensor([token(word) for word in words]) for name, words in world.ATTRIBUTES.items()}
-        self.names = {name: ids.to(device) for name, ids in self.names.items()}
+        self.names = {
+            name: torch.tensor([token(word) for word in words], device=device)
+            for name, words in world.ATTRIBUTES.items()
+        }
         self.vowel = torch.tensor([name[0] in "aeiou" for name in world.COLORS], device=device)
-        # tensors on the device, as numbers mixed into torch.where would be copied there, which a graph cannot record
+        # tensors on the device: torch.where would copy a number there, which a graph cannot record
         self.fixed = torch.tensor([token(word) for word in ("a", "an", "at", "on", world.ANY_SHAPE)], device=device)
         self.start, self.end, self.pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
         self.rates = torch.tensor(list(world.DROP_RATES.values()), device=device)
 
     def __call__(self, attributes: Tensor, named: Tensor, empty: Tensor) -> Tensor:
-        """attributes int64 (B, 5); named bool (B, 5); empty bool (B,), the captions that are "" -> ids int64 (B, TEXT_LENGTH)."""
+        """attributes int64 (B, 5); named bool (B, 5); empty bool (B,), where the caption is "" -> ids int64 (B, TEXT_LENGTH)."""
         color, shape, size, position, background = attributes.unbind(1)
         has_color, has_shape, has_size, has_position, has_background = named.unbind(1)
         here = torch.ones_like(empty)
@@ -354,7 +328,7 @@ class Captions:
         ]
         ids, kept = torch.stack([slot for slot, _ in slots], 1), torch.stack([keep for _, keep in slots], 1)
         kept = kept & ~empty[:, None]
-        # the k-th word kept goes to column k; what is left out goes to one column too many
+        # the k-th word kept goes to column k, the others to an extra column, which is cut off
         column = torch.where(kept, kept.cumsum(1), torch.full_like(ids, TEXT_LENGTH))
         out = torch.full((len(ids), TEXT_LENGTH + 1), self.pad, dtype=torch.long, device=ids.device)
         out = out.scatter(1, column, ids).scatter(1, kept.sum(1, keepdim=True) + 1, self.end)
@@ -365,9 +339,9 @@ class Captions:
 def encode_text(
     encoders: Sequence[nn.Module], ids: Tensor, *, text_width: int, num_zeros: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """What StableDiffusion3Pipeline.encode_prompt makes of token ids (B, L) without a T5 encoder.
+    """StableDiffusion3Pipeline.encode_prompt without a T5 encoder, from token ids (B, L).
 
-    Returns states (B, L + num_zeros, text_width) and the pooled (B, sum of the encoders' projections).
+    Returns states (B, L + num_zeros, text_width) and pooled embeddings (B, sum of the encoders' projections).
     """
     outputs = [encoder(ids, output_hidden_states=True) for encoder in encoders]
     states = torch.cat([output.hidden_states[-2] for output in outputs], -1)
@@ -399,30 +373,20 @@ class BiasedJointAttention:
 def train_transformer(
     transformer: Any,
     encoders: Sequence[Any],
-    tokenizer: CLIPTokenizer,
+    tokenizer: Any,
     vae: Any,
     *,
     batch: int,
     rate: float,
     steps: int,
-    seconds: float | None = None,
-    pool: int = 2**20,
-    decay: float = 0.999,
-    empty_share: float = 0.1,
-    uniform_share: float = 0.1,
-    seed: int = 0,
-    graph: bool = True,
+    seed: int,
 ) -> dict[str, float]:
-    """Flow matching on a pool of latents; leaves the running mean of the weights in the modules.
-
-    Times are logit-normal, but for `uniform_share` of them: sampling starts at t = 1, where the logit-normal has no mass.
-    """
+    """Flow matching on a pool of latents; leaves the running mean of the weights in the modules."""
     device = next(transformer.parameters()).device
-    vae.eval()
     latents, attributes = [], []
-    for at in range(0, pool, 2**16):
-        scenes = world.draw_scenes(min(2**16, pool - at), seed=seed + 1, index=at // 2**16)
-        latents.append(_encode(vae, scenes))
+    for at in range(0, POOL, 2**16):
+        scenes = world.draw_scenes(min(2**16, POOL - at), seed=seed + 1, index=at // 2**16)
+        latents.append((_encode(vae, scenes) - vae.config.shift_factor) * vae.config.scaling_factor)
         attributes.append(torch.stack([getattr(scenes, name) for name in world.ATTRIBUTES], 1).to(device))
     latents, attributes = torch.cat(latents), torch.cat(attributes)
     captions = Captions(tokenizer, device)
@@ -431,11 +395,11 @@ def train_transformer(
     def loss() -> Tensor:
         index = torch.randint(len(latents), (batch,), device=device)
         named = torch.rand(batch, len(world.ATTRIBUTES), device=device) >= captions.rates
-        ids = captions(attributes[index], named, torch.rand(batch, device=device) < empty_share)
+        ids = captions(attributes[index], named, torch.rand(batch, device=device) < EMPTY_SHARE)
         x = latents[index]
         noise = torch.randn_like(x)
         t = torch.where(
-            torch.rand(batch, device=device) < uniform_share,
+            torch.rand(batch, device=device) < UNIFORM_SHARE,
             torch.rand(batch, device=device),
             torch.randn(batch, device=device).sigmoid(),
         )
@@ -454,58 +418,36 @@ def train_transformer(
             )[0]
         return F.mse_loss(v.float(), noise - x)
 
-    modules = [transformer, *encoders]
-    for module in modules:
-        module.train()
     stock = transformer.attn_processors
     transformer.set_attn_processor(BiasedJointAttention())
-    parameters = [parameter for module in modules for parameter in module.parameters()]
+    parameters = [parameter for module in (transformer, *encoders) for parameter in module.parameters()]
     averages = [parameter.detach().clone() for parameter in parameters]
-    report = optimise(
-        loss,
-        parameters,
-        label="teacher",
-        rate=rate,
-        steps=steps,
-        seconds=seconds,
-        averages=averages,
-        decay=decay,
-        graph=graph,
-    )
+    report = optimise(loss, parameters, label="teacher", rate=rate, steps=steps, averages=averages)
     transformer.set_attn_processor(stock)
     with torch.no_grad():
         for parameter, average in zip(parameters, averages, strict=True):
             parameter.copy_(average)
-    for module in modules:
-        module.eval()
     return report
 
 
 def save_pipeline(
-    folder: Path,
-    transformer: Any,
-    encoders: Sequence[Any],
-    tokenizer: CLIPTokenizer,
-    vae: Any,
-    *,
-    shift: float,
-    dtype: torch.dtype = torch.bfloat16,
+    folder: Path, transformer: Any, encoders: Sequence[Any], tokenizer: Any, vae: Any, *, shift: float
 ) -> None:
     """Write a complete StableDiffusion3Pipeline folder, weights as safetensors.
 
-    Transformer and autoencoder are stored in `dtype` and the text encoders in float32: loaded without asking for a dtype,
-    diffusers' own models come up in float32 whatever the file holds, transformers' in what the file holds.
+    Transformer and autoencoder are stored in bfloat16 and the text encoders in float32: when no dtype is asked for,
+    diffusers loads its models in float32, transformers in the dtype of the file.
     """
 
     def stored(module: nn.Module, dtype: torch.dtype = torch.float32) -> Any:
-        # nn.Module's own `to`: diffusers' and transformers' warn of modules to keep in float32, of which there are none here
+        # nn.Module's own `to`: diffusers' and transformers' warn about modules to keep in float32; these have none
         return nn.Module.to(copy.deepcopy(module), "cpu", dtype, memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
 
     silent, silent_tokenizer = build_silent_t5(transformer.config.joint_attention_dim)
-    pipeline = StableDiffusion3Pipeline(
-        transformer=stored(transformer, dtype),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
-        vae=stored(vae, dtype),
+    pipeline = diffusers.StableDiffusion3Pipeline(
+        transformer=stored(transformer, torch.bfloat16),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=stored(vae, torch.bfloat16),
         text_encoder=stored(encoders[0]),
         tokenizer=tokenizer,
         text_encoder_2=stored(encoders[1]),
@@ -526,17 +468,12 @@ def sample(
     steps: int,
     guidance_scale: float,
     max_sequence_length: int = 12,
-    seed: int = 0,
-    batch: int | None = None,
 ) -> Tensor:
-    """Pictures (P * R, 3, 32, 32) in [0, 1], grouped by prompt; sample r of prompt p has its own noise, drawn on the CPU.
-
-    batch: pictures at a time; None is 1024 on CUDA and 64 elsewhere (on a CPU 512 takes twice as long as 32 to 128).
-    """
-    batch = batch or (1024 if pipeline.device.type == "cuda" else 64)
+    """Pictures (P * R, 3, 32, 32) in [0, 1], grouped by prompt; sample r of prompt p has its own noise, drawn on the CPU."""
+    batch = 1024 if pipeline.device.type == "cuda" else 64  # on a CPU 512 takes twice as long as 32 to 128
     texts = [prompt.text for prompt in prompts for _ in range(samples)]
     shape = (len(texts), pipeline.transformer.config.in_channels, 4, 4)
-    noise = torch.randn(shape, generator=world.generator(seed, 0)).to(pipeline.device, pipeline.transformer.dtype)
+    noise = torch.randn(shape, generator=world.generator(0, 0)).to(pipeline.device, pipeline.transformer.dtype)
     pipeline.set_progress_bar_config(disable=True)
     parts = [
         pipeline(
@@ -563,160 +500,78 @@ SETTINGS = (
     {"steps": 30, "guidance_scale": 4.0, "max_sequence_length": 256, "samples": 4},
 )
 """What `evaluate` measures: the teacher at four guidance scales, in four steps, and with the stock number of T5 zeros."""
+COLUMNS = (
+    *("steps", "guidance_scale", "max_sequence_length", "num_samples", "accuracy"),
+    *(f"accuracy_{name}" for name in world.ATTRIBUTES),
+    *("validity", "background_entropy", "background_kinds", "position_spread", "size_spread"),
+)
+"""Numbers of a row that the printed table and the card's show."""
+HEAD = f"| {' | '.join(COLUMNS).replace('_', ' ')} |\n|{' --- |' * len(COLUMNS)}"
+
+
+def _line(row: dict[str, float]) -> str:
+    return f"| {' | '.join(f'{row[name]:g}' for name in COLUMNS)} |"
 
 
 def evaluate(
-    folder: str | Path,
-    *,
-    device: torch.device | str = "cpu",
-    num_prompts: int = 64,
-    samples: int = 16,
-    settings: Sequence[dict[str, float]] = SETTINGS,
-    shift: float | None = None,
-    seed: int = 0,
+    folder: Path, device: torch.device, num_prompts: int, samples: int, shift: float | None = None
 ) -> list[dict[str, float]]:
     """Load a pipeline folder with stock diffusers, sample it at each setting, measure. Prints a table, returns its rows."""
     with reading(f"{folder} (the folder of a StableDiffusion3Pipeline is needed)"):
-        pipeline: Any = StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
+        pipeline: Any = diffusers.StableDiffusion3Pipeline.from_pretrained(folder, local_files_only=True).to(device)
     if shift is not None:
-        pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+        pipeline.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
     prompts = world.evaluation_prompts(num_prompts)
     rows = []
-    head = ["steps", "guid.", "zeros", "sampl.", "accur.", "color", "shape", "size", "posit.", "backgr", "valid"]
-    head += ["b.entr", "b.kind", "p.sprd", "s.sprd"]
-    keys = ("accuracy", *(f"accuracy_{name}" for name in world.ATTRIBUTES), "validity")
-    keys += ("background_entropy", "background_kinds", "position_spread", "size_spread")
     print(f"{folder}: {num_prompts} prompts x {samples} samples, scheduler shift {pipeline.scheduler.config['shift']}")
-    print(" ".join(f"{name:>6}" for name in head))
-    for setting in settings:
+    print(HEAD)
+    for setting in SETTINGS:
         setting = {"max_sequence_length": 12, **setting}
         number = min(samples, setting.pop("samples", samples))
         start = time.perf_counter()
-        images = sample(pipeline, prompts, number, seed=seed, **setting)
+        images = sample(pipeline, prompts, number, **setting)
         row = {**setting, "seconds": round(time.perf_counter() - start, 2)}
         row |= {key: round(value, 4) for key, value in measure.measure(images, prompts).items()}
         rows.append(row)
-        numbers = [setting["steps"], setting["guidance_scale"], setting["max_sequence_length"], number]
-        numbers += [row[key] for key in keys]
-        print(
-            " ".join(f"{number:6.3f}" if isinstance(number, float) else f"{number:6d}" for number in numbers),
-            flush=True,
-        )
+        print(_line(row), flush=True)
     return rows
 
 
 def write_card(folder: Path, card: dict) -> None:
-    """card.json (everything) and README.md (the same to read) beside the weights."""
+    """Write card.json (everything) and README.md (most of it, to read) beside the weights."""
     (folder / "card.json").write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
-    lines = [
-        "# Teacher of the demonstration",
-        "",
-        "A StableDiffusion3Pipeline for the 32 x 32 picture world of `dpdmd.worlds.demo.world`. Its T5 encoder is a stand-in",
-        "that answers zeros. Written, as was this page, by the command",
-        "",
-        f"    {card['command']}",
-        "",
-        f"on {card['machine']} with torch {card['torch']}, diffusers {card['diffusers']}, transformers {card['transformers']}.",
-        "",
-        f"- parameters: {', '.join(f'{name} {count:,}' for name, count in card['parameters'].items())}",
-    ]
-    lines += [
-        f"- {name}: {', '.join(f'{k} {v}' for k, v in card[name].items())}" for name in ("autoencoder", "teacher")
-    ]
-    lines += [
-        f"- reconstruction: {', '.join(f'{k} {v:.4g}' for k, v in card['reconstruction'].items())}",
-        "",
-        f"Measured on the folder loaded back, {card['evaluation'][0]['num_prompts']:.0f} prompts, on {card['evaluated_on']}"
-        " (`python -m dpdmd.worlds.demo.train_teacher --evaluate --update-card` repeats it):",
-        "",
-        "| steps | guidance | T5 zeros | samples | accuracy | validity"
-        " | background entropy | kinds | position spread | size spread |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    for row in card["evaluation"]:
-        lines.append(
-            f"| {row['steps']} | {row['guidance_scale']:g} | {row['max_sequence_length']} | {row['num_samples']:.0f}"
-            f" | {row['accuracy']:.3f} | {row['validity']:.3f} | {row['background_entropy']:.3f} | {row['background_kinds']:.2f}"
-            f" | {row['position_spread']:.2f} | {row['size_spread']:.2f} |"
-        )
-    (folder / "README.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    numbers = {
+        name: ", ".join(f"{key} {value}" for key, value in card[name].items())
+        for name in ("autoencoder", "teacher", "reconstruction")
+    }
+    text = f"""\
+# Teacher of the demonstration
 
+A StableDiffusion3Pipeline for the 32 x 32 picture world of `dpdmd.worlds.demo.world`. Its T5 encoder is a stand-in
+that answers zeros. This command wrote the folder, with this page:
 
-def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m dpdmd.worlds.demo.train_teacher", description=str(__doc__).split("\n")[0]
-    )
-    add = parser.add_argument
-    add(
-        "--out",
-        type=command.new_folder,
-        default="runs/teacher",
-        help="folder to write (the project's own is dpdmd/worlds/demo/teacher)",
-    )
-    add(
-        "--evaluate",
-        type=command.path,
-        nargs="?",
-        const=TEACHER,
-        metavar="DIR",
-        help="measure this folder instead of training",
-    )
-    add("--update-card", action="store_true", help="with --evaluate: write the numbers into the folder's card")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    add("--seed", type=command.seed, default=0)
-    add("--layers", type=command.whole(1, 1025), default=3, help="transformer blocks")
-    add("--width", type=_width, default=128, help="width of the transformer, a multiple of 64")
-    add("--steps", type=command.count, default=13000, help="teacher updates")
-    add("--seconds", type=command.above_0, help="teacher: end the schedule after this long instead")
-    add("--batch", type=command.count, default=512)
-    add("--rate", type=command.within(1e-12, 10), default=1.5e-3)
-    add(
-        "--decay",
-        type=command.within(0, 0.99999),
-        default=0.999,
-        help="of the running mean of the teacher's weights, a step",
-    )
-    add("--pool", type=command.count, default=2**20, help="distinct pictures the teacher sees")
-    add(
-        "--autoencoder",
-        type=command.path,
-        metavar="DIR",
-        help="start from this AutoencoderKL folder instead of training one",
-    )
-    add("--autoencoder-only", action="store_true", help="write the AutoencoderKL alone to --out and stop")
-    add("--autoencoder-steps", type=command.count, default=3600)
-    add("--autoencoder-seconds", type=command.above_0)
-    add("--autoencoder-batch", type=command.count, default=512)
-    add("--autoencoder-rate", type=command.within(1e-12, 10), default=2e-3)
-    add("--autoencoder-pool", type=command.count, default=2**18)
-    add("--kl-weight", type=command.within(0, 1e6), default=1e-3)
-    add("--eager", action="store_true", help="no CUDA graph")
-    add(
-        "--shift",
-        type=command.within(0.01, 100),
-        help="scheduler's shift (when evaluating: instead of the folder's own)",
-    )
-    add("--num-prompts", type=command.whole(1, 4097), default=64, help="evaluation prompts")
-    add("--num-samples", type=command.count, default=16, help="samples a prompt")
-    return parser.parse_args(argv)
+    {card["command"]}
+
+on {card["machine"]} with torch {card["torch"]}, diffusers {card["diffusers"]}, transformers {card["transformers"]}.
+
+- parameters: {", ".join(f"{name} {count:,}" for name, count in card["parameters"].items())}
+- autoencoder: {numbers["autoencoder"]}
+- teacher: {numbers["teacher"]}
+- reconstruction: {numbers["reconstruction"]}
+
+Measured on the folder loaded back, {card["evaluation"][0]["num_prompts"]:.0f} prompts, on {card["evaluated_on"]}
+(`python -m dpdmd.worlds.demo.train_teacher --evaluate FOLDER` measures again):
+
+{HEAD}
+"""
+    text += "".join(f"{_line(row)}\n" for row in card["evaluation"])
+    (folder / "README.md").write_text(text, encoding="utf-8")
 
 
 def _width(text: str) -> int:
     if (width := command.count(text)) % 64:
         raise argparse.ArgumentTypeError(f"{text!r}: a multiple of 64 is needed")
     return width
-
-
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise command.ConfigError(f"--device {name!r}: cpu or cuda is needed")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise command.ConfigError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices here")
-    return device
 
 
 def _machine(device: torch.device) -> str:
@@ -728,49 +583,53 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> None:
-    args = _arguments(argv)
-    device = _device(args.device)
-    for option in ("evaluate", "autoencoder"):
-        if (folder := getattr(args, option)) is not None and not folder.is_dir():
-            raise command.ConfigError(f"--{option} {folder}: there is no such folder")
-    measuring = {"device": device, "num_prompts": args.num_prompts, "samples": args.num_samples, "shift": args.shift}
+    parser = argparse.ArgumentParser(
+        prog="python -m dpdmd.worlds.demo.train_teacher", description=str(__doc__).split("\n")[0]
+    )
+    add = parser.add_argument
+    add("--out", type=command.new_folder, default="runs/teacher", help="folder to write")
+    add(
+        "--evaluate",
+        type=command.path,
+        nargs="?",
+        const=TEACHER,
+        metavar="FOLDER",
+        help="measure this folder (the shipped teacher's by default) instead of training",
+    )
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    add("--device", choices=devices, default=devices[0])
+    add("--seed", type=command.seed, default=0)
+    add("--layers", type=command.whole(1, 1025), default=3, help="transformer blocks")
+    add("--width", type=_width, default=128, help="width of the transformer, a multiple of 64")
+    add("--steps", type=command.count, default=13000, help="teacher updates")
+    add("--batch", type=command.count, default=512)
+    add("--rate", type=command.within(1e-12, 10), default=1.5e-3, help="the teacher's highest learning rate")
+    add("--autoencoder-steps", type=command.count, default=3600)
+    add("--autoencoder-batch", type=command.count, default=512)
+    add(
+        "--shift",
+        type=command.within(0.01, 100),
+        help="the scheduler's shift (1 by default; with --evaluate the folder's own)",
+    )
+    add("--num-prompts", type=command.whole(1, 4097), default=64, help="evaluation prompts")
+    add("--num-samples", type=command.count, default=16, help="samples a prompt")
+    args = parser.parse_args(argv)
+
+    device = torch.device(args.device)
     if args.evaluate:
-        rows = evaluate(args.evaluate, **measuring)
-        if args.update_card:
-            card = read_json(args.evaluate / "card.json", f"--evaluate {args.evaluate}")
-            write_card(args.evaluate, card | {"evaluation": rows, "evaluated_on": _machine(device)})
+        if not args.evaluate.is_dir():
+            raise command.ConfigError(f"--evaluate {args.evaluate}: there is no such folder")
+        evaluate(args.evaluate, device, args.num_prompts, args.num_samples, args.shift)
         return
 
     torch.manual_seed(args.seed)
-    if args.autoencoder:
-        with reading(f"--autoencoder {args.autoencoder} (the folder of an AutoencoderKL is needed)"):
-            vae: Any = AutoencoderKL.from_pretrained(args.autoencoder, local_files_only=True)
-            vae.to(device)
-        report = {"from": args.autoencoder.name}
-        if (args.autoencoder / "report.json").exists():
-            report = read_json(args.autoencoder / "report.json", f"--autoencoder {args.autoencoder}")
-    else:
-        vae = build_autoencoder().to(device)
-        if device.type == "cuda":
-            vae = vae.to(memory_format=torch.channels_last)
-        report = {"batch": args.autoencoder_batch} | train_autoencoder(
-            vae,
-            batch=args.autoencoder_batch,
-            rate=args.autoencoder_rate,
-            steps=args.autoencoder_steps,
-            seconds=args.autoencoder_seconds,
-            pool=args.autoencoder_pool,
-            kl_weight=args.kl_weight,
-            seed=args.seed,
-            graph=not args.eager,
-        )
-    reconstruction = check_autoencoder(vae, count=min(2048, args.autoencoder_pool))
-    print("reconstruction:", {key: round(value, 4) for key, value in reconstruction.items()}, flush=True)
-    if args.autoencoder_only:
-        vae.to("cpu", memory_format=torch.contiguous_format).save_pretrained(args.out)
-        follow_umask(args.out)
-        (args.out / "report.json").write_text(json.dumps(report), encoding="utf-8")
-        return
+    vae = build_autoencoder().to(device)
+    if device.type == "cuda":
+        vae = vae.to(memory_format=torch.channels_last)
+    batch = args.autoencoder_batch
+    autoencoder = {"batch": batch} | train_autoencoder(vae, batch=batch, steps=args.autoencoder_steps, seed=args.seed)
+    reconstruction = check_autoencoder(vae, min(2048, AUTOENCODER_POOL))
+    print("reconstruction:", reconstruction, flush=True)
 
     tokenizer = build_tokenizer()
     encoders = [build_text_encoder(tokenizer, width=width, layers=layers) for width, layers in ((128, 2), (32, 1))]
@@ -778,21 +637,8 @@ def _main(argv: Sequence[str] | None) -> None:
     transformer = build_transformer(layers=args.layers, width=args.width, text_width=text_width)
     for module in (transformer, *encoders):
         module.to(device)
-    training = {"batch": args.batch} | train_transformer(
-        transformer,
-        encoders,
-        tokenizer,
-        vae,
-        batch=args.batch,
-        rate=args.rate,
-        steps=args.steps,
-        seconds=args.seconds,
-        pool=args.pool,
-        decay=args.decay,
-        seed=args.seed,
-        graph=not args.eager,
-    )
-    measuring["shift"] = None  # the folder's own
+    training = {"batch": args.batch, "rate": args.rate, "steps": args.steps, "seed": args.seed}
+    report = train_transformer(transformer, encoders, tokenizer, vae, **training)
     save_pipeline(args.out, transformer, encoders, tokenizer, vae, shift=args.shift or 1.0)
     parts = {"transformer": transformer, "text_encoder": encoders[0], "text_encoder_2": encoders[1], "vae": vae}
     card = {
@@ -802,10 +648,10 @@ def _main(argv: Sequence[str] | None) -> None:
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
         "parameters": {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()},
-        "autoencoder": report,
-        "teacher": training,
-        "reconstruction": {key: round(value, 4) for key, value in reconstruction.items()},
-        "evaluation": evaluate(args.out, **measuring),
+        "autoencoder": autoencoder,
+        "teacher": {"batch": args.batch} | report,
+        "reconstruction": reconstruction,
+        "evaluation": evaluate(args.out, device, args.num_prompts, args.num_samples),
         "evaluated_on": _machine(device),
     }
     write_card(args.out, card)

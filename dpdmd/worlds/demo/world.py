@@ -1,20 +1,20 @@
 """The picture world: one object on a plain ground, 32 x 32 RGB, with a caption that names some of what is seen.
 
 A scene has five attributes: colour (7), shape (5), size (2), position (5) and background (5). Within a size the radius
-is free, within a position the centre is. A caption names some attributes and leaves the others free ("a red ring",
-"a big blue square at left", "a green circle on brown"); what it leaves free is what diversity means here.
+is free, within a position the centre is. A caption names some attributes ("a red ring", "a big blue square at left", "a
+green circle on brown"); diversity is measured on the attributes that it leaves free.
 
-Draws are counter-based: the same (seed, index) gives the same scenes on every device. Pixel (row i, column j) has its
-centre at y = i + 0.5, x = j + 0.5; lengths are in pixels.
+The same (seed, index) gives the same scenes on every device. Pixel (row i, column j) has its centre at y = i + 0.5,
+x = j + 0.5; lengths are in pixels.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import math
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
@@ -47,10 +47,10 @@ ATTRIBUTES = {
     "position": POSITIONS,
     "background": tuple(BACKGROUNDS),
 }
-"""Attribute -> its names, in the order of the indices used everywhere."""
+"""{attribute: names}; an index into the names is what tensors hold."""
 
 DROP_RATES = {"color": 0.1, "shape": 0.1, "size": 0.5, "position": 0.5, "background": 0.5}
-"""How often a caption leaves an attribute free."""
+"""Probability that a caption leaves an attribute free."""
 
 ANY_SHAPE = "shape"
 """The noun of a caption that leaves the shape free."""
@@ -103,16 +103,13 @@ class Prompt:
 
 
 def generator(seed: int, index: int) -> torch.Generator:
-    """A CPU generator for one (seed, index).
-
-    torch's CPU generator looks at the lowest 32 bits of a seed only, so the pair is hashed to 32 bits, not packed into 64.
-    """
+    """A CPU generator for one (seed, index). torch's uses only the lowest 32 bits of a seed, so the pair is hashed to 32 bits."""
     digest = hashlib.blake2b(f"{int(seed)} {int(index)}".encode(), digest_size=4).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
 
 
 def draw_scenes(count: int, *, seed: int, index: int = 0) -> Scenes:
-    """Draw `count` scenes, every attribute uniform, on the CPU (`.to(device)` moves them; drawing is a sliver of the cost)."""
+    """Draw `count` scenes, every attribute uniform, on the CPU."""
     random = generator(seed, index)
 
     def choose(attribute: str) -> Tensor:
@@ -125,7 +122,7 @@ def draw_scenes(count: int, *, seed: int, index: int = 0) -> Scenes:
     across = (2 * uniform[1] - 1) * ACROSS
     along = ALONG + (SIZE / 2 - MARGIN - radius - ALONG) * uniform[2]
     sideways, middle = position < 2, position == POSITIONS.index("center")
-    # left and top are the even ones and lie towards smaller coordinates
+    # left and top have even indices and lie towards smaller coordinates
     along = torch.where(middle, (2 * uniform[2] - 1) * ACROSS, torch.where(position % 2 == 0, -along, along))
     center = SIZE / 2 + torch.where(
         sideways[:, None], torch.stack([along, across], -1), torch.stack([across, along], -1)
@@ -133,16 +130,16 @@ def draw_scenes(count: int, *, seed: int, index: int = 0) -> Scenes:
     return Scenes(color, shape, size, position, background, radius, center)
 
 
-def coverage(shape: Tensor, radius: Tensor, center: Tensor, *, size: int = SIZE) -> Tensor:
+def coverage(shape: Tensor, radius: Tensor, center: Tensor) -> Tensor:
     """Share of each pixel that the object covers, anti-aliased over one pixel.
 
-    shape int64 (...), radius (...), center (..., 2) -> (..., size, size) in [0, 1]. All shapes are centred on their
-    centroid; the radius is that of the circle, the ring's outer edge and the cross's arms.
+    shape int64 (...), radius (...), center (..., 2) -> (..., 32, 32) in [0, 1]. The centre is the shape's centroid; the
+    radius is that of the circle, the ring's outer edge and the cross's arms.
     """
-    axis = torch.arange(size, device=radius.device, dtype=radius.dtype) + 0.5
+    axis = torch.arange(SIZE, device=radius.device, dtype=radius.dtype) + 0.5
     x = axis - center[..., 0, None, None]
     y = axis[:, None] - center[..., 1, None, None]
-    x, y = x.abs(), y.expand(*y.shape[:-1], size)  # every shape is its own mirror image
+    x, y = x.abs(), y.expand(*y.shape[:-1], SIZE)  # every shape is its own mirror image
     r, kind = radius[..., None, None], shape[..., None, None]
     from_center = (x.square() + y.square()).sqrt()
     high = y.abs()
@@ -188,29 +185,24 @@ def caption(
 
 
 def parse(text: str) -> Prompt:
-    """The attributes that a caption names. Raises ValueError for a word that the world does not have."""
+    """The attributes that a caption names. Raises ValueError for an unknown word."""
+    kinds = {name: attribute for attribute, names in ATTRIBUTES.items() for name in names}
     named: dict[str, str] = {}
     for word in text.split():
-        if word in {"a", "an", "at", "on", ANY_SHAPE}:
-            continue
-        for attribute, names in ATTRIBUTES.items():
-            if word in names:
-                named[attribute] = word
-                break
-        else:
+        if word in kinds:
+            named[kinds[word]] = word
+        elif word not in words():
             raise ValueError(f"prompt {text!r}: the picture world has no word {word!r}")
     return Prompt(text, **named)
 
 
 def words() -> list[str]:
-    """Every word a caption can hold, each once."""
-    return list(
-        dict.fromkeys(["a", "an", "at", "on", ANY_SHAPE, *(name for names in ATTRIBUTES.values() for name in names)])
-    )
+    """Every word of the captions, each once."""
+    return list(dict.fromkeys(["a", "an", "at", "on", ANY_SHAPE, *itertools.chain(*ATTRIBUTES.values())]))
 
 
 def draw_prompts(scenes: Scenes, *, seed: int, index: int = 0) -> list[Prompt]:
-    """One caption a scene, each attribute left free at its own rate."""
+    """One caption a scene; DROP_RATES says how often it leaves an attribute free."""
     random = generator(seed, index)
     named = {}
     for attribute, names in ATTRIBUTES.items():
@@ -221,30 +213,26 @@ def draw_prompts(scenes: Scenes, *, seed: int, index: int = 0) -> list[Prompt]:
     return [Prompt(caption(**row), **row) for row in rows]
 
 
-def _distinct_prompts(num: int, *, seed: int, without: Iterable[str] = ()) -> list[Prompt]:
-    seen, prompts, index = set(without), [], 0
-    captions = math.prod(len(names) + 1 for names in ATTRIBUTES.values())
-    if num > captions - len(seen):
-        raise ValueError(f"num must be at most {captions - len(seen)}, the captions there are, got {num}")
+def _distinct_prompts(num: int, *, seed: int, without: Collection[str] = ()) -> list[Prompt]:
+    """without: distinct texts."""
+    captions = math.prod(len(names) + 1 for names in ATTRIBUTES.values()) - len(without)
+    if num > captions:
+        raise ValueError(f"num must be at most {captions}, the number of captions, got {num}")
+    prompts: dict[str, Prompt] = {}
+    index = 0
     while len(prompts) < num:
         for prompt in draw_prompts(draw_scenes(256, seed=seed, index=2 * index), seed=seed, index=2 * index + 1):
-            if prompt.text not in seen and len(prompts) < num:
-                seen.add(prompt.text)
-                prompts.append(prompt)
+            if prompt.text not in without:
+                prompts.setdefault(prompt.text, prompt)
         index += 1
-    return prompts
+    return list(prompts.values())[:num]
 
 
 def evaluation_prompts(num: int = 64) -> list[Prompt]:
-    """The fixed evaluation prompts: distinct, drawn as training captions are; about half leave the background free."""
+    """The fixed evaluation prompts: distinct, drawn like training captions; about half leave the background free."""
     return _distinct_prompts(num, seed=2602)
 
 
-def training_prompts(num: int = 512, *, seed: int = 0) -> list[Prompt]:
-    """Distinct captions, none of them among the 64 evaluation prompts."""
-    return _distinct_prompts(num, seed=seed, without=[prompt.text for prompt in evaluation_prompts()])
-
-
-def write_prompts(path: str | Path, num: int = 512, *, seed: int = 0) -> None:
-    """Write training prompts, one a line (`dpdmd/worlds/demo/prompts.txt` is this function's output at its defaults)."""
-    Path(path).write_text("".join(prompt.text + "\n" for prompt in training_prompts(num, seed=seed)), encoding="utf-8")
+def training_prompts(num: int = 512) -> list[Prompt]:
+    """Distinct captions, none of them among the 64 evaluation prompts. prompts.txt has the first 512, one a line."""
+    return _distinct_prompts(num, seed=0, without=[prompt.text for prompt in evaluation_prompts()])

@@ -19,10 +19,13 @@ from dpdmd.worlds.demo import train_teacher, world
 def folder(tmp_path_factory):
     """A folder from a run of a few steps."""
     out = tmp_path_factory.mktemp("teacher")
-    sizes = {"layers": 2, "width": 64, "steps": 4, "batch": 16, "pool": 64, "decay": 0.5}
-    sizes |= {"autoencoder-steps": 3, "autoencoder-batch": 8, "autoencoder-pool": 64}
+    sizes = {"layers": 2, "width": 64, "steps": 4, "batch": 16, "autoencoder-steps": 3, "autoencoder-batch": 8}
     sizes |= {"num-prompts": 2, "num-samples": 1, "device": "cpu", "out": out}
-    train_teacher.main([f"--{name}={value}" for name, value in sizes.items()])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_teacher, "POOL", 64)
+        patch.setattr(train_teacher, "AUTOENCODER_POOL", 64)
+        patch.setattr(train_teacher, "DECAY", 0.5)
+        train_teacher.main([f"--{name}={value}" for name, value in sizes.items()])
     return out
 
 
@@ -114,12 +117,13 @@ def test_one_weighted_zero_stands_for_many(zeros):
     assert zeros == 1 or (one - many).norm() / many.norm() > 1e-3  # the weight matters
 
 
-def test_training_lowers_the_loss():
+def test_training_lowers_the_loss(monkeypatch):
+    monkeypatch.setattr(train_teacher, "DECAY", 0.9)
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.ones(4))
     average = weight.detach().clone()
     report = train_teacher.optimise(
-        lambda: weight.square().sum(), [weight], label="toy", rate=0.1, steps=200, averages=[average], decay=0.9
+        lambda: weight.square().sum(), [weight], label="toy", rate=0.1, steps=200, averages=[average]
     )
     assert report["steps"] == 200
     assert weight.detach().abs().max() < 1e-2 and average.abs().max() < 0.05

@@ -1,11 +1,11 @@
-"""Accuracy and variety over updates, several seeds each: dpdmd beside dmd, or smaller optimizer state beside float32.
+"""Accuracy and variety of the demo over updates, several seeds each: dpdmd beside dmd, or smaller optimizer state beside float32.
 
-    python -m dpdmd.worlds.demo.curves train  --output benchmarks/results/demo_curves.json   trains the demo and keeps the numbers
-    python -m dpdmd.worlds.demo.curves draw   benchmarks/results/demo_curves.json            draws them to docs/demo-curves.png
-    python -m dpdmd.worlds.demo.curves train  --compare moments --output FILE                other variants
+    python benchmarks/demo_curves.py train                                    trains, writes benchmarks/results/demo_curves.json
+    python benchmarks/demo_curves.py draw benchmarks/results/demo_curves.json   draws it to docs/demo-curves.png
+    python benchmarks/demo_curves.py train --compare moments --output FILE    trains with other optimizer states
 
-A single checkpoint says little: DMD hops between modes from one to the next. So every run is measured every `--every`
-student updates, and the verdict is the mean over the last `--last` measurements of each run.
+A single checkpoint says little, because DMD hops between modes. Every run is therefore measured every `--every` student
+updates, and the summary is the mean over the last `--last` measurements of each run.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import pydantic
 from dpdmd.backbones.files import read_json
 from dpdmd.files import write_json
 
-# What --compare takes: the settings of each variant.
+# Of each --compare: the settings of its variants.
 VARIANTS = {
     "methods": {method: (f"distill.method={method}",) for method in ("dpdmd", "dmd")},
     "moments": {
@@ -41,7 +41,7 @@ METRICS = ("accuracy", "validity", "background_entropy", "position_spread")
 
 
 def train(args: argparse.Namespace) -> dict[str, Any]:
-    """Runs every (variant, seed) that is not finished under args.runs, args.parallel at a time; returns all numbers."""
+    """Train every (variant, seed) that is not finished under args.runs, args.parallel at a time; return all numbers."""
     from dpdmd.config import load_config
     from dpdmd.run.provenance import provenance
 
@@ -57,21 +57,15 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         while waiting and len(running) < args.parallel:
             key = waiting.pop(0)
             log = (args.runs / f"{folders[key].name}.log").open("w")
-            started = [
-                sys.executable,
-                "-m",
-                "dpdmd.train",
-                "--overwrite",
-                *variants[key[0]],
-                f"run.seed={key[1]}",
-            ]
+            started = [sys.executable, "-m", "dpdmd.train", "--overwrite", *variants[key[0]], f"run.seed={key[1]}"]
+            started += [f"run.output_dir={folders[key]}", f"run.iterations={iterations}"]
             started += [
-                f"run.output_dir={folders[key]}",
-                f"run.iterations={iterations}",
                 f"evaluation.every={args.every}",
+                "run.sample_every=0",
+                "run.checkpoint_every=0",
+                *args.settings,
             ]
-            started += ["run.sample_every=0", "run.checkpoint_every=0", *args.settings]
-            # Each stands alone, whatever launched this.
+            # Each run has one process, even if a launcher started this script.
             environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
             running.append((key, subprocess.Popen(started, stdout=log, stderr=subprocess.STDOUT, env=environment), log))
         key, process, log = running.pop(0)
@@ -80,7 +74,7 @@ def train(args: argparse.Namespace) -> dict[str, Any]:
         log.close()
         print(f"{key[0]}, seed {key[1]}: done", flush=True)
     arguments = f"--compare {args.compare} --seeds {args.seeds} --updates {args.updates} --every {args.every} --last {args.last}"
-    typed = " ".join(["python -m dpdmd.worlds.demo.curves train", arguments, *args.settings])
+    typed = " ".join(["python benchmarks/demo_curves.py train", arguments, *args.settings])
     return {**provenance(typed), "last": args.last, "runs": [_read(folder, key) for key, folder in folders.items()]}
 
 
@@ -95,19 +89,18 @@ def _read(folder: Path, key: tuple[str, int]) -> dict[str, Any]:
         "variant": key[0],
         "seed": key[1],
         "updates": [students[line["iteration"]] for line in measured],
-        **{metric: [_rounded(line[metric]) for line in measured] for metric in METRICS},
+        **{
+            metric: [None if line[metric] is None else round(line[metric], 4) for line in measured]
+            for metric in METRICS
+        },
         "skipped": finished["skipped"],
         "seconds": {name: value for name, value in finished.items() if name.endswith("seconds")},
         "table": finished["evaluation"],
     }
 
 
-def _rounded(number: float | None) -> float | None:
-    return None if number is None else round(number, 4)
-
-
 def _numbers(values: Iterable[float | None]) -> list[float]:
-    """JSON's null is no number, as an entropy where no prompt leaves the attribute free."""
+    """Replace JSON's null by NaN; it stands for an entropy when no prompt leaves the attribute free."""
     return [math.nan if value is None else value for value in values]
 
 
@@ -116,7 +109,7 @@ def _mean(values: Iterable[float | None]) -> float:
 
 
 def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float]]]:
-    """For each variant and metric: mean over seeds of a run's mean over its last measurements, and the seeds' spread."""
+    """{variant: {metric: (mean, standard deviation)}} over seeds of a run's mean over its last measurements."""
     summary = {}
     for variant in dict.fromkeys(run["variant"] for run in results["runs"]):
         runs = [run for run in results["runs"] if run["variant"] == variant]
@@ -128,7 +121,7 @@ def summarise(results: dict[str, Any]) -> dict[str, dict[str, tuple[float, float
 
 
 def teacher(results: dict[str, Any]) -> dict[str, float]:
-    """The guided teacher with all its steps: the first row of each run's table, mean over the runs."""
+    """Metrics of the guided teacher with all its steps (the first row of a run's table), mean over the runs."""
     rows = [next(iter(run["table"].values())) for run in results["runs"]]
     return {metric: _mean([row[metric] for row in rows]) for metric in METRICS}
 
@@ -180,7 +173,7 @@ class _Row(pydantic.BaseModel):
 
 
 class _Run(pydantic.BaseModel):
-    """Of a file's runs what is drawn: METRICS at each measurement, and of the table's rows."""
+    """What `draw` reads of a run: METRICS of each measurement and of the table's rows."""
 
     variant: str = pydantic.Field(pattern=r"^[\w .-]{1,40}$")
     updates: list[Annotated[int, pydantic.Field(ge=0, lt=2**31)]]
@@ -202,20 +195,19 @@ class _Results(pydantic.BaseModel):
             if run.updates != updates[run.variant]:
                 raise ValueError(f"the runs of {run.variant} were measured after different numbers of updates")
             if any(len(getattr(run, metric)) != len(run.updates) for metric in METRICS):
-                raise ValueError(f"a run of {run.variant} has not one number of each metric for each of its updates")
+                raise ValueError(f"a run of {run.variant} needs one number of each metric for each of its updates")
         return self
 
 
 def _read_results(file: Path) -> dict[str, Any]:
-    results = read_json(file, "curves draw")
+    results = read_json(file, "demo_curves.py draw")
     try:
         _Results.model_validate(results)
     except pydantic.ValidationError as error:
         problem = error.errors(include_url=False)[0]
         where = ".".join(map(str, problem["loc"]))
-        raise command.ConfigError(
-            f"{file}: a file that `curves train` wrote is needed ({f'{where}: ' if where else ''}{problem['msg'].lower()})"
-        ) from error
+        found = f"{where}: {problem['msg'].lower()}" if where else problem["msg"].lower()
+        raise command.ConfigError(f"{file}: a file that `demo_curves.py train` wrote is needed ({found})") from error
     return results
 
 
@@ -225,7 +217,7 @@ def _check_format(output: Path) -> None:
     formats = FigureCanvasBase.filetypes
     if output.suffix.lstrip(".").lower() not in formats:
         raise command.ConfigError(
-            f"--output {output}: a name that ends in one of .{', .'.join(sorted(formats))} is needed"
+            f"--output {output}: a file name that ends in one of .{', .'.join(sorted(formats))} is needed"
         )
 
 
@@ -236,7 +228,7 @@ def main(argv: list[str] | None = None) -> int:
 def _main(argv: list[str] | None) -> None:
     from dpdmd.config import load_config
 
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.worlds.demo.curves", description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python benchmarks/demo_curves.py", description=str(__doc__).split("\n")[0])
     commands = parser.add_subparsers(dest="what", required=True)
     training = commands.add_parser("train", help="train every variant and seed, write their numbers")
     training.add_argument("--compare", choices=VARIANTS, default="methods", help="the methods, or optimizer.state")
@@ -248,7 +240,7 @@ def _main(argv: list[str] | None) -> None:
     training.add_argument("--seeds", type=count, default=3)
     training.add_argument("--updates", type=count, default=100, help="student updates of each run")
     training.add_argument("--every", type=count, default=10, help="student updates between measurements")
-    training.add_argument("--last", type=count, default=5, help="measurements that the verdict averages")
+    training.add_argument("--last", type=count, default=5, help="measurements that the summary averages")
     training.add_argument(
         "--parallel", type=count, default=6, help="runs at a time; they are small and share a GPU well"
     )
@@ -258,15 +250,14 @@ def _main(argv: list[str] | None) -> None:
     drawing.add_argument("--output", type=command.new_file, default="docs/demo-curves.png")
     args = parser.parse_args(argv)
     if args.what == "train":
-        load_config(None, args.settings)  # what is wrong with them is better known now
+        load_config(None, args.settings)  # refuses a wrong setting before the first run
         results = train(args)
         write_json(args.output, results)
-        print(args.output)
     else:
         results = _read_results(args.results)
         _check_format(args.output)
         draw(results, args.output)
-        print(args.output)
+    print(args.output)
     print_summary(results)
 
 
