@@ -127,4 +127,4 @@ def test_a_lora_learns_from_pictures_with_captions(tmp_path):
         Image.new("RGB", (40, 40), colour).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"{colour}\n")
     printed = run("sd3_lora.py", "--pictures", tmp_path, "--steps", 1, "--output", tmp_path / "lora")
-    assert "made with it for 'red'" in printed
+    assert "picture of 'red' with it" in printed

@@ -630,4 +630,4 @@ def test_errors(make, implementation):
     refused(ValueError, "the projections have D = 5; a rotary embedding needs an even one", odd, cos=cos, sin=sin)
     if implementation == "triton":
         double = stream._replace(q_weight=stream.q_weight.double())
-        refused(RuntimeError, "qk_norm has no 'triton' implementation here: float64", double)
+        refused(RuntimeError, "qk_norm has no 'triton' implementation here: only the reference takes float64", double)
