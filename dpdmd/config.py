@@ -531,7 +531,7 @@ class Config(_Section):
             raise ValueError("engine.offload = nvme needs engine.nvme_path, a folder on a local disk")
         if engine.offload == "nvme" and self.ema is not None:
             raise ValueError(
-                "ema with engine.offload = nvme: the masters must be in memory; set ema=null or offload=cpu"
+                "ema with engine.offload = nvme: the masters must be in memory; set ema=null or engine.offload=cpu"
             )
 
 

@@ -1,4 +1,4 @@
-"""The algorithm against PAPER.md written out once more, in float64, on a real (small) SD3 transformer."""
+"""The algorithm against the paper (arXiv 2602.03139), written out once more, in float64, on a real (small) SD3 transformer."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def make_cond(seed):
 
 
 class Paper:
-    """PAPER.md, plainly: no kernels, no batching of guidance, float64 throughout; times are given as float32 numbers."""
+    """The paper, plainly: no kernels, no batching of guidance, float64 throughout; times are given as float32 numbers."""
 
     def __init__(self, kind, diffusion, config, teacher, critic, cond, uncond):
         self.flow = kind == "flow"

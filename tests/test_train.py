@@ -422,7 +422,7 @@ def test_dry_run_prints_the_configuration_and_touches_nothing(settings, tmp_path
         ),
         (
             ["engine.offload=nvme", "engine.nvme_path={tmp}", "ema={{decay: 0.5}}"],
-            "ema with engine.offload = nvme: the masters must be in memory; set ema=null or offload=cpu",
+            "ema with engine.offload = nvme: the masters must be in memory; set ema=null or engine.offload=cpu",
         ),
         (
             ["model.teacher_storage=float8", "engine.zero.teacher=0"],
