@@ -220,7 +220,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     add_names("--op", choices())
     add_names("--size", known_sizes(), "; an operation takes those that it has (default without a GPU: the small ones)")
     add_names("--part", (*transformer.PARTS, "all"), " (with --op transformer)")
-    batches = f"batch sizes (with --op transformer; default: {transformer.BATCHES})"
+    default = ", ".join(f"{part} {' '.join(map(str, sizes))}" for part, sizes in transformer.BATCHES.items())
+    batches = f"batch sizes (with --op transformer; default: {default})"
     add("--batch", batches, "N", nargs="+", type=command.count)
     add_names("--variant", networks.VARIANTS, " (with --op transformer; default without a GPU: all but compiled)")
     loss, block = losses.Elementwise, blocks.BlockOperation

@@ -103,7 +103,7 @@ def explain(error: BaseException) -> tuple[int, str]:
         return 1, _of_system(error)
     if _of_memory(error):
         found = one_line(error)[:300] or "Python's own"
-        return 1, f"out of memory ({found}): a smaller batch needs less, and python -m dpdmd.plan says what fits"
+        return 1, f"out of memory ({found}): a smaller batch needs less, and dpdmd plan says what fits"
     if isinstance(error, ModuleNotFoundError) and _not_installed(error):
         return 1, (
             f"the package {error.name!r} is not installed for {sys.executable}: activate the environment that has it "

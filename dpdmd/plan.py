@@ -1,6 +1,6 @@
 """Whether a configuration fits, before anything is loaded; the choice of `auto`; and other settings that fit.
 
-    python -m dpdmd.plan --config FILE [--gpus N ...] [--gpu-memory GIB] [section.key=value ...] [--output FILE.yaml]
+    dpdmd plan --config FILE [--gpus N ...] [--gpu-memory GIB] [section.key=value ...] [--output FILE.yaml]
 
 It reads only configuration files and needs no GPU. planner/ computes what it prints.
 """
@@ -103,7 +103,9 @@ def phase_table(plan: Plan) -> list[str]:
 
 
 def ways_table(config: Config, planner: Planner) -> list[str]:
-    rows = [["residency", "checkpointing", "kept student", "kept critic", "GiB", "fits", "s a cycle, about", "GB sent"]]
+    rows = [
+        ["residency", "checkpointing", "kept student", "kept critic", "GiB", "fits", "s a cycle, about", "GB moved"]
+    ]
     null = KeptPassesConfig()
     for residency, how in itertools.product(planner.policies, CHECKPOINTING):
         plan = planner.resolve(with_engine(config, residency=residency, checkpointing=how, kept_passes=null))
@@ -172,13 +174,18 @@ def main(argv: list[str] | None = None) -> int:
     return command.run(_main, argv)
 
 
+def _gpus(text: str) -> int | str:
+    """A number of GPUs, or a setting that follows the numbers."""
+    return text if "=" in text else int(text)
+
+
 def _main(argv: list[str] | None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.plan", description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(prog="dpdmd plan", description=str(__doc__).split("\n")[0])
     parser.add_argument("settings", nargs="*", metavar="section.key=value", help="settings over those of the file")
     parser.add_argument("--config", metavar="FILE", help="YAML file (default: the demo)")
     parser.add_argument(
         "--gpus",
-        type=int,
+        type=_gpus,
         nargs="+",
         default=[1],
         metavar="N",
@@ -191,8 +198,10 @@ def _main(argv: list[str] | None) -> int:
         "--output", type=command.new_file, metavar="FILE.yaml", help="write the recommended configuration"
     )
     args = parser.parse_intermixed_args(argv)
-    if min(args.gpus) < 1:
-        raise ConfigError(f"--gpus = {min(args.gpus)}: 1 or more are needed")
+    settings = [*args.settings, *(each for each in args.gpus if isinstance(each, str))]
+    args.gpus = [each for each in args.gpus if not isinstance(each, str)]
+    if min(args.gpus, default=0) < 1:
+        raise ConfigError(f"--gpus = {min(args.gpus, default='nothing')}: 1 or more are needed")
     if max(args.gpus) > MOST_GPUS:
         raise ConfigError(f"--gpus = {max(args.gpus)}: at most {MOST_GPUS} are planned for")
     if len(args.gpus) > 1 and args.output is not None:
@@ -203,7 +212,7 @@ def _main(argv: list[str] | None) -> int:
     if memory is None:
         raise ConfigError("--gpu-memory is not given, and there is no GPU here to take it from: for example 80, in GiB")
     # The plan is for GPUs on every machine: settings for the CPU do not count.
-    config = load_config(args.config, [*args.settings, "engine.device=cuda"])
+    config = load_config(args.config, [*settings, "engine.device=cuda"])
     config = with_engine(config, device="auto")
     backbone = architecture_only(config)
     config = backbone.resolved(config)

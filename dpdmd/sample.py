@@ -1,4 +1,4 @@
-"""Pictures from a distilled student:  python -m dpdmd.sample --student runs/demo/student --prompt "a red ring"
+"""Pictures from a distilled student:  dpdmd sample --student runs/demo/student --prompt "a red ring"
 
 The student takes the steps it was trained with (dpdmd.json beside its weights) without classifier-free guidance; a network
 that takes a guidance value gets the run's. Text encoders and VAE come from the run's base pipeline unless --pipeline names
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _main(argv: list[str] | None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m dpdmd.sample", description=str(__doc__).split("\n")[0])
+    parser = argparse.ArgumentParser(prog="dpdmd sample", description=str(__doc__).split("\n")[0])
     parser.add_argument("--student", type=command.path, required=True, help="folder `student` of a finished run")
     parser.add_argument("--prompt", required=True, action="append", help="may be given more than once")
     parser.add_argument("--pipeline", type=command.location, help="base pipeline folder or hub id (default: the run's)")

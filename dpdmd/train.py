@@ -178,7 +178,7 @@ def finish(run: Run, plan: Plan) -> None:
         if "peak_memory_gib" in summary:
             predicted, measured = summary["predicted_peak_memory_gib"], summary["peak_memory_gib"]
             print(f"peak memory: {predicted:.1f} GiB predicted, {measured:.1f} measured")
-        print(f"student: {student}  (python -m dpdmd.sample --student {student} --prompt ...)")
+        print(f"student: {student}  (dpdmd sample --student {student} --prompt ...)")
 
 
 def main(argv: list[str] | None = None) -> int:

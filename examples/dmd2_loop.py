@@ -127,6 +127,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # more are slower with tensors this small
     teacher = train_teacher(args.teacher_updates, args.batch)
     student = distil(teacher, args.cycles, args.batch, args.guidance_scale, args.critic_updates)
     noise, condition = torch.randn(2000, 2), classes(2000)

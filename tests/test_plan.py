@@ -717,7 +717,7 @@ def run(capsys, *arguments):
 
 def test_the_command_writes_what_load_config_reads(capsys, tmp_path):
     file, output = CONFIG_FOLDER / "sd35_medium.yaml", tmp_path / "planned.yaml"
-    code, out, _ = run(capsys, "--config", file, "--gpus", 8, "--gpu-memory", 80, "run.seed=7", "--output", output)
+    code, out, _ = run(capsys, "--config", file, "--gpu-memory", 80, "--gpus", 8, "run.seed=7", "--output", output)
     assert code == 0
     for words in ("2.24 billion parameters", "8 GPUs of 80.0 GiB", "student update, chain's backward", "recommended: ",
                   "a GPU receives", "takes about", "engine.offload=cpu", "By residency and checkpointing"):  # fmt: skip
@@ -751,6 +751,8 @@ def test_the_command_plans_for_gpus_wherever_it_runs(capsys):
         code, _, err = run(capsys)
         assert code == 2 and "--gpu-memory is not given" in err
     assert run(capsys, "--gpu-memory", 16, "--gpus", 0)[::2] == (2, "error: --gpus = 0: 1 or more are needed\n")
+    none = run(capsys, "--gpu-memory", 16, "--gpus", "run.seed=7")
+    assert none[::2] == (2, "error: --gpus = nothing: 1 or more are needed\n")
     assert "unknown key" in run(capsys, "--gpu-memory", 16, "engine.batchsize=3")[2]
 
 

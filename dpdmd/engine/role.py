@@ -275,7 +275,7 @@ class Trained(Role):
 
     def layout(self) -> Layout:
         """How the parameters are sharded."""
-        names = {value: name for name, value in self._body.tensors().items()}
+        names = {value: name for name, value in reversed(self._body.tensors().items())}  # of tied ones the first
         groups = self._partition.parameters
         sizes = tuple(tuple((names[each], deepspeed.whole_size(each)) for each in group) for group in groups)
         return Layout(self._world_size, sizes)

@@ -96,7 +96,7 @@ def launched(environment: Mapping[str, str]) -> Launch:
     if not (1 <= local_size <= size and 0 <= local_rank < local_size):
         raise ConfigError(
             f"{local_rank_name} and {local_size_name} say that this is process {local_rank} of {local_size} on this machine, "
-            f"counted from 0, and there are {size} in all: the number on the machine must be 1 to {size}, and above the rank"
+            f"counted from 0, and there are {size} in all: a machine needs 1 to {size}, and each of them a number below that"
         )
     address = LOOPBACK if local_size == size else environment.get("MASTER_ADDR") or host
     if address is None:

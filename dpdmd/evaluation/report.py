@@ -8,6 +8,7 @@ All processes call all functions. trainer: trainer.py's, whose networks make the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpdmd.config import Config, ConfigError
+from dpdmd.config import Config
 from dpdmd.distill import first_noises, rollout, sampling_noise
 from dpdmd.evaluation.pictures import decode, save_grid
 from dpdmd.files import write_json
@@ -57,13 +58,7 @@ def _images(trainer, network: str, times: Tensor, guidance_scale: float) -> Tens
 
 def _measure(trainer, images: Tensor) -> dict[str, float]:
     evaluation = trainer.evaluation
-    found = evaluation.measure(images.to(trainer.world.device), evaluation.texts(trainer.config.evaluation))
-    if absent := [name for name in evaluation.columns if name not in found]:
-        raise ConfigError(
-            f"evaluation.world = {trainer.config.world!r}: its columns have {', '.join(absent)}, which its measure did not "
-            f"return ({', '.join(found)}): make them agree"
-        )
-    return found
+    return evaluation.measure(images.to(trainer.world.device), evaluation.texts(trainer.config.evaluation))
 
 
 def measure_student(trainer) -> dict[str, float] | None:
@@ -103,9 +98,21 @@ def report(trainer, folder: Path) -> dict[str, Any] | None:
     ]
     save_grid(output / "grid.png", examples)
     title = f"{len(texts)} prompts x {samples} samples, the same noise in each row"
-    _print_table(title, table, trainer.evaluation.columns)
+    _print_table(title, table, _measured_columns(trainer, next(iter(table.values()))))
     print(f"pictures: {output / 'grid.png'}")
     return table
+
+
+def _measured_columns(trainer, found: Mapping[str, float]) -> dict[str, str]:
+    """The world's columns that its measure returned; a warning names the others."""
+    columns = trainer.evaluation.columns
+    if absent := [name for name in columns if name not in found]:
+        print(
+            f"warning: evaluation.world = {trainer.config.world!r}: its columns have {', '.join(absent)}, which its measure "
+            f"did not return ({', '.join(found)}); the table leaves them out",
+            file=sys.stderr,
+        )
+    return {name: title for name, title in columns.items() if name in found}
 
 
 def _print_table(title: str, table: dict[str, dict[str, float]], columns: Mapping[str, str]) -> None:

@@ -104,7 +104,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, ba
         wanted; measured beforehand on H100 and H200, elsewhere at first use (docs/transformer.md). Under
         torch.use_deterministic_algorithms the fastest whose results repeat bit for bit. Inside selective_checkpoint
         "triton+cudnn" replaces "cudnn", as its result can be kept. On other devices, and in a transform of torch.func,
-        torch picks. Empty tensors, DPDMD_KERNELS=reference and use_backend("reference") select the reference.
+        torch picks. Empty tensors, DPDMD_KERNELS=reference and use_backend("reference") select the reference; other
+        values of these do not affect attention.
         DPDMD_ATTENTION in the environment sets what "auto" means.
         "triton": our kernels, float16 and bfloat16, D up to 128; they repeat bit for bit. "triton+cudnn": their forward
         pass, cuDNN's backward pass. "sdpa": torch picks. "cudnn", "flash", "efficient", "math": that kernel or an error.

@@ -31,7 +31,7 @@ SHIPPED = Path(__file__).with_name("attention_times.json")
 CANDIDATES = ("triton", "triton+cudnn", "cudnn", "flash")
 REPEATABLE = ("triton", "flash")  # flash: under deterministic algorithms torch uses its deterministic backward pass
 TORCHS = ("cudnn", "flash")
-# A kernel whose gradients repeat may take this much longer than the fastest, and TIE than torch's own kernels.
+# A kernel whose gradients repeat may take REPEATING times as long as the fastest, and TIE times as long as torch's own.
 REPEATING = 1.05
 TIE = 1.03
 HEAD_DIMS = (16, 32, 64, 96, 128)

@@ -350,11 +350,14 @@ def swiglu(
 ) -> Tensor | Quantized:
     """One half of x + bias times SiLU of the other: (..., N) in x's dtype.
 
-    x (..., 2 N), bias (2 N,), quantize, dtypes, strides and errors: as in `gelu_tanh`.
+    x (..., 2 N), bias (2 N,): dtypes and strides as in `gelu_tanh`.
+    quantize: as in `gelu_tanh`.
     gate_first: SiLU(first half) times the second, as in FLUX.2 and LLaMA; by default the first half times SiLU(second
         half), as in diffusers' SwiGLU.
 
     Saved for backward: x and bias. Eager also keeps SiLU's result, 2 N bytes a row in bfloat16.
+
+    Raises as `gelu_tanh`; ValueError also for an odd last dimension of x.
     """
     arithmetic = _check(x, bias, quantize)
     if x.shape[-1] % 2:

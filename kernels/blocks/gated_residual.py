@@ -27,8 +27,8 @@ def gated_residual(residual: Tensor, gate: Vectors, y: Vectors, *, bias: Biases 
 
     residual, y (B, S, C); gate (B, C); bias (C,) or None. All receive gradients.
 
-    Dtypes, strides and copies: as in adaln_modulate. The result is rounded once. Saved for backward: y, if gate needs a
-    gradient, as in eager; not y + bias.
+    Dtypes, strides and copies: as in adaln_modulate. The result is rounded once. Saved for backward: y, but not y + bias,
+    if gate needs a gradient; eager saves as much.
 
     Raises TypeError for a dtype or type, ValueError for a shape and a device.
     """

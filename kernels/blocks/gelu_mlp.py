@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dpdmd.kernels.blocks.activation import gelu_tanh
-from dpdmd.kernels.blocks.linear_gelu import check_layer, epilogue_takes, linear_gelu
+from dpdmd.kernels.blocks.linear_gelu import check_device, check_layer, epilogue_takes, linear_gelu
 from dpdmd.kernels.runtime import checks, csrc
 from dpdmd.kernels.runtime.backend import why_not
 from dpdmd.kernels.runtime.kept import gradients_wanted
@@ -34,10 +34,11 @@ def gelu_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor) -> Tens
 
     Saved for backward: both weights and GELU's input; x if weight1, and GELU's output if weight2, needs a gradient.
 
-    Raises TypeError for a dtype or type, ValueError for a shape.
+    Raises TypeError for a dtype or type, ValueError for a shape or a device.
     """
     check_layer(x, weight1, bias1, layer="1")
     checks.floating("weight2", weight2)
+    check_device("weight2", weight2, x)
     if weight2.ndim != 2 or weight2.shape[1] != len(weight1):
         raise ValueError(
             f"weight2 has shape {tuple(weight2.shape)}; with weight1 {tuple(weight1.shape)} it needs "

@@ -19,10 +19,10 @@ from dpdmd.kernels.runtime.kept import gradients_wanted
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """GELU of x W^T + b: (..., N), in the dtype that F.linear would have.
 
-    x (..., K), weight (N, K), bias (N,): float32, float16 or bfloat16, all of one dtype. All receive gradients. If none is
-        wanted, and the tensors are half precision on a GPU, this is one kernel.
+    x (..., K), weight (N, K), bias (N,): float32, float16, bfloat16 or float64, all of one dtype. All receive gradients. If
+        none is wanted, and the tensors are half precision on a GPU, this is one kernel.
 
-    Saved for backward: x, the weight, and x W^T. Raises TypeError for a dtype or type, ValueError for a shape.
+    Saved for backward: x, the weight, and x W^T. Raises TypeError for a dtype or type, ValueError for a shape or a device.
     """
     check_layer(x, weight, bias)
     tensors = x, weight, bias
@@ -36,6 +36,7 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor, layer: str = "") -> Non
     """layer: what the names of the weight and the bias end in."""
     for name, value in (("x", x), (f"weight{layer}", weight), (f"bias{layer}", bias)):
         checks.floating(name, value)
+        check_device(name, value, x)
     shape = tuple(weight.shape)
     if weight.ndim != 2 or x.ndim == 0 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"weight{layer} has shape {shape}; with x {tuple(x.shape)} it needs (N, K), x (..., K)")
@@ -43,6 +44,11 @@ def check_layer(x: Tensor, weight: Tensor, bias: Tensor, layer: str = "") -> Non
         raise ValueError(
             f"bias{layer} has shape {tuple(bias.shape)}; with weight{layer} {shape} it needs ({len(weight)},)"
         )
+
+
+def check_device(name: str, value: Tensor, x: Tensor) -> None:
+    if value.device != x.device:
+        raise ValueError(f"{name} is on {value.device}; it needs to be on x's device {x.device}")
 
 
 def epilogue_takes(x: Tensor, *parameters: Tensor) -> bool:

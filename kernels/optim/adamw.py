@@ -424,7 +424,7 @@ def adamw_step(
     long as the gradient is finite. A gradient that is not, with `apply` None or True, makes its element's master and
     moments NaN or infinite; in 8 bits, its block's moments NaN. CUDA graphs and torch.compile bake in numbers and key.
 
-    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number or a missing key.
+    Raises TypeError for a dtype or type, ValueError for a shape, strides, a device, a number out of range or a missing key.
     """
     moments = _check(master, exp_avg, exp_avg_sq, gradient, weight, scale, apply)
     check_hyperparameters(lr, betas, eps, weight_decay)

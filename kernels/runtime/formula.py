@@ -17,7 +17,7 @@ def column(coefficient: float | Tensor, like: Tensor) -> float | Tensor:
 
 
 def guided(cond: Tensor, uncond: Tensor | None, guidance_scale: float) -> Tensor:
-    """Classifier-free guidance: uncond + s (cond - uncond). At s = 1 that is cond, and uncond is not read."""
+    """Classifier-free guidance: uncond + s (cond - uncond). At s = 1, or without uncond, that is cond."""
     return cond if uncond is None or guidance_scale == 1 else uncond + guidance_scale * (cond - uncond)
 
 

@@ -176,7 +176,7 @@ IMPLEMENTATIONS = {"reference": renoise_reference, "triton": renoise_triton, "cu
 def renoise(x: Tensor, noise: Tensor | Philox, t: float | Tensor | tuple[float | Tensor, float | Tensor]) -> Tensor:
     """(1 - t) x + t noise, or alpha x + sigma noise for t = (alpha, sigma). The result has x's shape and dtype.
 
-    x, noise (B, ...): both receive gradients. A `Philox` stands for noise.normal(x.shape), without a tensor in kernels.
+    x, noise (B, ...): both receive gradients. A `Philox` gives noise.normal(x.shape); kernels make no tensor of it.
     t: a float or (B,) float32, 0 for clean and 1 for noise, or a pair of such coefficients. It receives no gradient,
         and its range is not checked.
 

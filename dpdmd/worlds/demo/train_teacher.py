@@ -168,7 +168,7 @@ def optimise(
     """AdamW with warm-up over 2 % of the run and a cosine to 0, gradient norm clipped at 1; on CUDA one captured graph.
 
     loss: takes nothing, draws its own batch, returns a scalar. averages: running means of the parameters, in the same
-    order, which decay by DECAY a step. Raises FloatingPointError when the loss is not finite at the end.
+    order, which decay by DECAY a step. Raises RunStopped when the loss is not finite at the end.
     """
     parameters = list(parameters)
     device = parameters[0].device
@@ -219,7 +219,7 @@ def optimise(
     elapsed = time.perf_counter() - start
     final = smooth.item()
     if not math.isfinite(final):
-        raise FloatingPointError(f"{label}: the loss is {final} after {steps} steps")
+        raise command.RunStopped(f"{label}: the loss is {final} after {steps} steps; a smaller --rate is needed")
     print(
         f"{label}: {steps} steps in {elapsed:.1f} s ({1e3 * elapsed / steps:.2f} ms each), loss {final:.4f}", flush=True
     )

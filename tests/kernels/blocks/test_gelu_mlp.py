@@ -183,3 +183,5 @@ def test_errors(make):
         gelu_mlp(x, weight1, bias1, weight2[:, 1:])
     with pytest.raises(TypeError, match="bias1 is a NoneType"):
         gelu_mlp(x, weight1, None, weight2)
+    with pytest.raises(ValueError, match="weight2 is on meta; it needs to be on x's device"):
+        gelu_mlp(x, weight1, bias1, weight2.to("meta"))

@@ -83,3 +83,5 @@ def test_errors(make):
         linear_gelu(x, weight, bias[1:])
     with pytest.raises(TypeError, match="bias is a NoneType"):
         linear_gelu(x, weight, None)
+    with pytest.raises(ValueError, match="weight is on meta; it needs to be on x's device"):
+        linear_gelu(x, weight.to("meta"), bias)

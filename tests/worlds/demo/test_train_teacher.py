@@ -12,6 +12,7 @@ pytest.importorskip("transformers")
 
 from diffusers import DiffusionPipeline
 
+from dpdmd.command import RunStopped
 from dpdmd.worlds.demo import train_teacher, world
 
 
@@ -127,7 +128,7 @@ def test_training_lowers_the_loss(monkeypatch):
     )
     assert report["steps"] == 200
     assert weight.detach().abs().max() < 1e-2 and average.abs().max() < 0.05
-    with pytest.raises(FloatingPointError, match="toy"):
+    with pytest.raises(RunStopped, match="toy: the loss is nan after 2 steps; a smaller --rate is needed"):
         train_teacher.optimise(lambda: weight.sum() * torch.nan, [weight], label="toy", rate=0.1, steps=2)
 
 
