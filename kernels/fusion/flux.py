@@ -103,8 +103,12 @@ def forward_double(
     shift_text, scale_text, gate_text, shift_text_ff, scale_text_ff, gate_text_ff = modulation.chunk(6, dim=1)
     text, c = adaln_modulate(text, scale_text, shift_text, eps=block.norm1_context.norm.eps, fork=True)
 
-    streams = text_stream(attn, c, attn.head_dim), image_stream(attn, x, attn.head_dim, fp8)
-    o = attend(attn, *streams, rope=image_rotary_emb)
+    o = attend(  # no name keeps the streams in memory
+        attn,
+        text_stream(attn, c, attn.head_dim),
+        image_stream(attn, x, attn.head_dim, fp8),
+        rope=image_rotary_emb,
+    )
     layers = attn.to_add_out, attn.to_out[0]
     (y_text, bias_text), (y, bias) = split_products(o, text.shape[1], *layers, (None, fp8))
 
