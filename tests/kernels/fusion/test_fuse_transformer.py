@@ -4,6 +4,7 @@ import copy
 import pickle
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -25,7 +26,8 @@ from dpdmd.engine.lora import adapter_parameters, add_adapters, use
 from dpdmd.kernels import selective_checkpoint, use_backend
 from dpdmd.kernels.blocks.fp8 import quantize_rows
 from dpdmd.kernels.fusion import flux as flux_blocks
-from dpdmd.kernels.fusion import fp8_weights, linear
+from dpdmd.kernels.fusion import fp8_weights, joint_attention, linear
+from dpdmd.kernels.fusion import sd3 as sd3_blocks
 from dpdmd.kernels.fusion.conditions import Fused
 from dpdmd.kernels.fusion.fuse_transformer import FAMILIES, fuse_transformer, requantize, unfuse_transformer
 from dpdmd.kernels.runtime.backend import why_not
@@ -642,6 +644,27 @@ def test_roles(implementation, make, stock_calls, peft_calls):
         check_equal(got, expected)
         assert not stock_calls and not peft_calls, "it must be the fused forward that was compared"
         assert len(got[1]) == 3 + trained * len(adapter_parameters(model, "student"))
+
+
+@one_of_each
+def test_projections_are_freed_after_attention(make, monkeypatch):
+    """They are as large as all that a block reads after them: no name may keep them until its end."""
+    blocks, projections, freed = sd3_blocks if make is sd3 else flux_blocks, [], []
+
+    def attend(attn, *streams, **options):
+        for each in streams:
+            projections.extend(map(weakref.ref, each.qkv if isinstance(each.qkv, tuple) else [each.qkv]))
+        return joint_attention.attend(attn, *streams, **options)
+
+    def split_products(*arguments):
+        freed.append(all(each() is None for each in projections))
+        return linear.split_products(*arguments)
+
+    monkeypatch.setattr(blocks, "attend", attend)
+    monkeypatch.setattr(blocks, "split_products", split_products)
+    with use_backend("reference"):
+        run(fused(make()))
+    assert projections and freed and all(freed)
 
 
 @both
