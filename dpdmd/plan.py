@@ -176,7 +176,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def _gpus(text: str) -> int | str:
     """A number of GPUs, or a setting that follows the numbers."""
-    return text if "=" in text else int(text)
+    try:
+        return text if "=" in text else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a whole number is needed") from None
 
 
 def _main(argv: list[str] | None) -> int:
